@@ -1,0 +1,31 @@
+# Every target that needs it first makes .venv, when it is missing or the requirements have changed since.
+
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint clean help
+
+demo: .venv/ready  ## the whole solution on a small data set, on any machine, in some minutes
+	.venv/bin/python scripts/demo.py
+
+test: .venv/ready  ## all tests
+	.venv/bin/python -m pytest
+
+lint: .venv/ready  ## style and common mistakes
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+clean:  ## remove what these targets made; never input/, checkpoints or descriptors
+	rm -rf .venv demo .pytest_cache .ruff_cache .hypothesis
+	find exp scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+# The stamp is touched last, so that an interrupted installation is taken up again.
+.venv/ready: requirements-base.txt requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: error: $(PYTHON): Python 3.11 or newer is needed, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
+	@echo 'Installing the requirements into .venv: once, some minutes, about 6 GB'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
