@@ -1,0 +1,179 @@
+"""The frame: pinned requirements, their conda and GPU variants, Makefile, CI, and what no source file may contain."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("exp/*.py"), *ROOT.glob("scripts/*.py")])
+DOCS = [path for path in [ROOT / "README.md", ROOT / "input" / "README.md", ROOT / ".ci" / "run"] if path.exists()]
+
+
+def requirements(name):
+    """{distribution: specifier} of a requirements file, with the files it includes."""
+    found = {}
+    for line in (ROOT / name).read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("-r "):
+            found |= requirements(line.removeprefix("-r ").strip())
+        elif line:
+            requirement = Requirement(line)
+            found[requirement.name.lower()] = str(requirement.specifier)
+    return found
+
+
+def imported_modules(path):
+    """The top-level names of all absolute imports of a Python file, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def make(*arguments, cwd=ROOT):
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-dev.txt"])
+def test_every_requirement_is_pinned(name):
+    for distribution, specifier in requirements(name).items():
+        assert re.fullmatch(r"==[\w.]+", specifier), f"{distribution}{specifier}"
+
+
+def test_the_gpu_variant_differs_by_faiss_only():
+    cpu, gpu = requirements("requirements.txt"), requirements("requirements-gpu.txt")
+    assert cpu.pop("faiss-cpu") == gpu.pop("faiss-gpu")
+    assert cpu == gpu
+
+
+def test_demo_and_test_requirements_are_not_needed_at_run_time():
+    assert not requirements("requirements-dev.txt").keys() & requirements("requirements.txt").keys()
+
+
+def test_conda_installs_the_same_requirements():
+    python, pip, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert tuple(map(int, re.fullmatch(r"python=(\d+)\.(\d+)", python).groups())) >= (3, 11)
+    assert pip == "pip"
+    assert from_pip == {"pip": ["-r requirements.txt"]}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_imports_are_required(path):
+    """Experiments import what requirements.txt names; scripts also their siblings and the demo's extras."""
+    pinned = requirements("requirements.txt")
+    own = set()
+    if path.parent.name != "exp":
+        pinned |= requirements("requirements-dev.txt")
+        own = {sibling.stem for sibling in PRODUCT}
+    distributions = importlib.metadata.packages_distributions()
+    for module in imported_modules(path) - sys.stdlib_module_names - own:
+        names = {name.lower() for name in distributions.get(module, [module])}
+        assert names & pinned.keys(), f"{path.name} imports {module}, which no requirements file names"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_libmagic_comes_before_augly(path):
+    """Where the system has no libmagic, AugLy can be imported after pylibmagic only."""
+    first = {}
+    for number, line in enumerate(path.read_text().splitlines()):
+        if module := re.match(r"\s*(?:import|from) (augly|pylibmagic)\b", line):
+            first.setdefault(module[1], number)
+    if "augly" in first:
+        assert first.get("pylibmagic", float("inf")) < first["augly"]
+
+
+def test_the_loss_oracle_stays_in_the_tests():
+    assert not [path for path in PRODUCT if "pytorch_metric_learning" in imported_modules(path)]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_nothing_runs_text_as_code(path):
+    """No shell, no eval or exec, no unpickling of more than tensors."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call):
+            assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "__import__"}), where
+            flags = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+            assert flags.get("shell", False) is False, where
+            assert flags.get("allow_pickle", False) is False, where
+            assert flags.get("weights_only", True) is True, where
+        elif isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            # The exception that a refused checkpoint raises loads nothing.
+            assert [alias.name for alias in node.names] == ["UnpicklingError"], where
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & set(names), where
+
+
+def test_the_documents_name_existing_targets():
+    targets = make_targets()
+    assert targets >= {"demo", "test", "lint", "clean", "help"}
+    for document in DOCS:
+        text = document.read_text()
+        commands = re.findall(r"`make ([a-z ]+)`", text) + re.findall(r"^(?:\$ )?make ([a-z ]+)$", text, re.MULTILINE)
+        named = {target for command in commands for target in command.split()}
+        assert named <= targets, f"{document.name} names {sorted(named - targets)}"
+
+
+def test_make_alone_lists_the_targets():
+    result = make()
+    assert result.returncode == 0, result.stderr
+    assert set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE)) == make_targets()
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_targets_install_once_and_again_after_a_change(target, tmp_path):
+    for name in ["Makefile", "requirements-base.txt", "requirements.txt", "requirements-dev.txt"]:
+        shutil.copy(ROOT / name, tmp_path)
+    assert "pip install" in make("--dry-run", target, cwd=tmp_path).stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "ready").touch()
+    assert "pip install" not in make("--dry-run", target, cwd=tmp_path).stdout
+    os.utime(tmp_path / "requirements-base.txt", (2**31, 2**31))
+    assert "pip install" in make("--dry-run", target, cwd=tmp_path).stdout
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3.9"
+    pretend = "import sys; sys.version_info = (3, 9); exec(sys.argv[2])"
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$@\"\n")
+    old.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ["requirements-base.txt", "requirements.txt", "requirements-dev.txt"]:
+        (tmp_path / name).touch()
+    result = make("test", f"PYTHON={old}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[0].startswith(f"make: error: {old}: Python 3.11 or newer is needed, this is 3.9")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_runs_the_makefile():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "make lint test\n" in script.read_text()
+
+
+def test_the_paper_is_the_preferred_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = citation["preferred-citation"]
+    assert (paper["authors"], paper["year"]) == ([{"family-names": "Yokoo", "given-names": "Shuhei"}], 2021)
+    assert paper["url"].endswith("2112.04323")
+    assert citation["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n")
