@@ -105,15 +105,13 @@ def hard_augmentation(input_size, mean, std, overlay_paths):
         transforms.RandomVerticalFlip(p=0.1),
         transforms.RandomApply([overlay_text], p=0.25),
         transforms.RandomApply([overlay_emoji], p=0.25),
-        imaugs.OneOf(
-            [imaugs.ApplyPILFilter(edges) for edges in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)],
-            p=0.25,
-        ),
+        imaugs.OneOf([imaugs.ApplyPILFilter(edges) for edges in EDGE_FILTERS], p=0.25),
     ]
     crop = OverlayAndCrop(input_size, overlay_paths, overlay_p=0.05, opacity_lower=0.6, sizes=(0.4, 0.6))
-    erasing = transforms.RandomErasing(p=0.25, value="random")
-    order = [transforms.RandomApply([rotate], p=0.25), crop, transforms.RandomOrder(shuffled)]
-    return transforms.Compose([*order, transforms.ToTensor(), erasing, transforms.Normalize(mean, std)])
+    start = [transforms.RandomApply([rotate], p=0.25), crop, transforms.RandomOrder(shuffled), transforms.ToTensor()]
+    return transforms.Compose(
+        [*start, transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(mean, std)]
+    )
 
 
 class TrainDataset(Dataset):
@@ -159,14 +157,16 @@ class ISCNet(nn.Module):
         return F.normalize(self.bn(self.fc(x)))
 
 
-def create_backbone(arch, pretrained=False):
-    """The timm backbone `arch` as feature extractor; raises InputError where timm cannot make it."""
-    remedy = "give --weight FILE, or --no-pretrained for random weights" if pretrained else "see timm.list_models()"
+def create_model(args, device, pretrained=False):
+    """The network of --arch on the device; raises InputError where timm cannot make its backbone."""
+    what, remedy = "timm makes no backbone of this name", "see timm.list_models()"
+    if pretrained:
+        what, remedy = "no ImageNet weights can be fetched", "give --weight FILE, or --no-pretrained for random weights"
     try:
-        return timm.create_model(arch, features_only=True, pretrained=pretrained)
+        backbone = timm.create_model(args.arch, features_only=True, pretrained=pretrained)
     except Exception as error:  # registry, hub, network and cache each fail in their own way
-        what = "its ImageNet weights cannot be fetched" if pretrained else "timm makes no backbone of this name"
-        raise InputError(f"{arch}: {what} ({type(error).__name__}); {remedy}") from error
+        raise InputError(f"{args.arch}: {what} ({type(error).__name__}); {remedy}") from error
+    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=layout(device))
 
 
 # ---- loss ----
@@ -199,44 +199,37 @@ class MemoryBankContrastiveLoss(nn.Module):
         self.register_buffer("cursor", torch.tensor(0))
         self.register_buffer("filled", torch.tensor(0))
 
-    def mean_of_active(self, kind, losses, pairs):
-        """Mean of the losses above 0 among `pairs`, both (n, m); the mean of none is 0."""
-        active = pairs & (losses > 0)
-        mean = torch.where(active, losses, 0.0).sum() / active.sum().clamp(min=1)
-        self.stats |= {f"{kind}_loss": mean.detach(), f"{kind}_pairs": active.sum()}
-        return mean
-
+    @torch.autocast("cuda", enabled=False)
     def forward(self, embeddings, labels):
         """Rows (n, d) and labels (n,) of this process -> the loss of all processes' rows; `stats` holds its parts.
 
         The rows first enter the bank, a ring buffer, then meet each valid row of it but their own copy. One that is not
         finite makes the loss NaN and keeps the bank as it was, which it would poison for many steps.
         """
-        with torch.autocast(embeddings.device.type, enabled=False):
-            rows, labels = gather(embeddings.float()), gather(labels)
-            finite, size, number = (
-                rows.isfinite().all(),
-                len(self.bank),
-                torch.arange(len(self.bank), device=rows.device),
-            )
-            own = (self.cursor + number[: len(rows)]) % size
-            self.bank[own] = torch.where(finite, rows.detach(), self.bank[own])
-            self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
-            self.cursor.copy_((self.cursor + len(rows) * finite) % size)
-            self.filled.add_(len(rows) * finite).clamp_(max=size)
+        rows, labels = gather(embeddings.float()), gather(labels)
+        finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
+        own = (self.cursor + number[: len(rows)]) % len(self.bank)
+        self.bank[own] = torch.where(finite, rows.detach(), self.bank[own])
+        self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
+        self.cursor.copy_((self.cursor + len(rows) * finite) % len(self.bank))
+        self.filled.add_(len(rows) * finite).clamp_(max=len(self.bank))
 
-            similarity = F.normalize(rows) @ F.normalize(self.bank).T
-            distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # the clamp makes the gradient at distance 0 zero
-            same, valid = labels[:, None] == self.bank_labels, number < self.filled
-            positive, negative = (same & valid).scatter(1, own[:, None], False), valid & ~same
-            loss = self.mean_of_active("pos", distance - self.pos_margin, positive)
-            loss = loss + self.mean_of_active("neg", self.neg_margin - distance, negative)
-            enough = (positive.sum() > 1) | (negative.sum() > 1)  # a single pair counts for nothing, there as here
-            return loss * enough * torch.where(finite, 1.0, torch.nan)
+        similarity = F.normalize(rows) @ F.normalize(self.bank).T
+        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # the clamp makes the gradient at distance 0 zero
+        same, valid = labels[:, None] == self.bank_labels, number < self.filled
+        pairs = {"pos": (same & valid).scatter(1, own[:, None], False), "neg": valid & ~same}
+        loss = torch.where(finite, 0.0, torch.nan)
+        for name, costs in {"pos": distance - self.pos_margin, "neg": self.neg_margin - distance}.items():
+            active = pairs[name] & (costs > 0)
+            mean = torch.where(active, costs, 0.0).sum() / active.sum().clamp(min=1)
+            self.stats |= {f"{name}_loss": mean.detach(), f"{name}_pairs": active.sum()}
+            loss = loss + mean
+        return loss * ((pairs["pos"].sum() > 1) | (pairs["neg"].sum() > 1))  # one pair is no loss, there as here
 
 
 # ---- augmentation ----
 
+EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 SYMBOL_FONTS = ("TypeMyMusic_1.1", "PainttheSky-Regular")
 FONTS = sorted(str(path) for path in Path(augly_utils.FONTS_DIR).glob("*.[ot]tf") if path.stem not in SYMBOL_FONTS)
 EMOJIS = sorted(str(path) for path in Path(augly_utils.SMILEY_EMOJI_DIR).iterdir())
@@ -244,9 +237,8 @@ EMOJIS = sorted(str(path) for path in Path(augly_utils.SMILEY_EMOJI_DIR).iterdir
 
 def moderate_augmentation(input_size, mean, std):
     """The moderate view: callable from PIL image to float tensor (3, input_size, input_size)."""
-    crop = transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0))
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(p=0.5), *to_tensor])
+    geometry = [transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(p=0.5)]
+    return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 def rotate(image):
@@ -351,22 +343,6 @@ def seed_generators(*key):
     torch.manual_seed(seeds[2])
 
 
-def epoch_batches(args, length, epoch):
-    """Lists of sample indices, this process's part of each full batch of an epoch.
-
-    A process takes consecutive samples, so that the rows of all, in rank order, stand as they do in one process.
-    """
-    rank, world_size = process()
-    order = np.random.default_rng((args.seed, epoch)).permutation(length)[: length // args.batch_size * args.batch_size]
-    return order.reshape(-1, world_size, args.batch_size // world_size)[:, rank].tolist()
-
-
-def load(args, dataset, device, **batches):
-    """A DataLoader with this process's share of the workers."""
-    workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **batches)
-
-
 # ---- distributed ----
 
 
@@ -396,6 +372,7 @@ def join(args):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         dist.init_process_group(args.dist_backend if device.type == "cuda" else "gloo")
+    args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.batch_size < 1 or args.batch_size % process()[1]:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {process()[1]} processes")
     return device
@@ -411,12 +388,16 @@ def check_same_files(*lists):
         raise InputError("the processes found different files; give every node the same data")
 
 
-def embed(args, function, images, device):
-    """function(images) on the device, in the memory format that is fast there and the precision that --amp names."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def layout(device):
+    """The memory format that is fast on the device."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def embed(args, model, images, device):
+    """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
     with torch.autocast(device.type, dtype, enabled=device.type == "cuda" and args.amp != "off"):
-        return function(images.to(device, non_blocking=True, memory_format=layout))
+        return model(images.to(device, non_blocking=True, memory_format=layout(device)))
 
 
 # ---- checkpoint ----
@@ -425,13 +406,17 @@ def embed(args, function, images, device):
 def save(path, write):
     """Call write(path) so that either the old or the whole new file is there at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(f"unfinished-{path.name}")
     write(unfinished)
     unfinished.replace(path)
 
 
-def load_checkpoint(path, model):
-    """Load the weights of the checkpoint at `path`; returns it. Of Python objects only argparse.Namespace is let in."""
+def load_checkpoint(path, model, **parts):
+    """Load the weights of the checkpoint at `path`, and the states of those `parts` it holds; returns its next epoch.
+
+    Learning rate and the like stay as given now. A published checkpoint has no memory bank: that stays empty. Of Python
+    objects nothing but argparse.Namespace is let in.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -441,27 +426,17 @@ def load_checkpoint(path, model):
         raise InputError(f"{path}: is no checkpoint that can be loaded safely ({reason}); give another") from error
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # torch names every key; the first of each kind tells enough
-        wrong = "; ".join(dict.fromkeys(line.strip()[:100] for line in str(error).splitlines()[1:4]))
-        arch = checkpoint.get("arch", "unknown")
-        raise InputError(f"{path}: does not fit the network, its arch is {arch}; set -a to it ({wrong})") from error
-    return checkpoint
-
-
-def resume(path, model, **parts):
-    """Restore a run from its checkpoint; returns the next epoch. Learning rate and the like are those given now.
-
-    A published checkpoint has no memory bank, which then starts empty.
-    """
-    checkpoint = load_checkpoint(path, model)
-    try:
-        checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name in parts.keys() & checkpoint.keys():
-            parts[name].load_state_dict(checkpoint[name])
-        return checkpoint["epoch"]
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: cannot be resumed like this ({reason}); --weight takes only its weights") from error
+            state = parts[name].state_dict()
+            parts[name].load_state_dict(
+                checkpoint[name] | {key: state[key] for key in ("param_groups",) if key in state}
+            )
+    except (RuntimeError, ValueError) as error:  # torch names every key; the first of each kind tells enough
+        wrong = "; ".join(dict.fromkeys(line.strip()[:100] for line in str(error).splitlines()[:4]))
+        raise InputError(
+            f"{path}: a checkpoint of {checkpoint.get('arch')} does not fit here, see -a ({wrong})"
+        ) from error
+    return checkpoint.get("epoch", 0)
 
 
 # ---- train ----
@@ -473,53 +448,50 @@ def parameter_groups(model, weight_decay):
     return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
 
 
-def provenance(args, device):
-    """What ran, on what: the first line of the log."""
-    git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    versions = {module.__name__: module.__version__ for module in (torch, timm, np)}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"args": vars(args), "versions": versions, "commit": commit, "device": name, "processes": process()[1]}
-
-
 def train(args):
     """Train the stage: a checkpoint per epoch, and log.jsonl, in <output>/train."""
     device = join(args)
     rank, world_size = process()
-    config = create_backbone(args.arch).default_cfg
-    dataset = TrainDataset(args, config["mean"], config["std"])
+    seed_generators(args.seed)
+    # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
+    model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
+    dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
     check_same_files(dataset.paths)
     if len(dataset) < args.batch_size:
         raise InputError(f"{args.data}: holds {len(dataset)} samples, less than a batch; lower --batch-size")
-    if args.memory_size < args.batch_size * dataset.rows:
-        raise InputError(
-            f"--memory-size {args.memory_size}: is less than the {args.batch_size * dataset.rows} of a step"
-        )
+    if args.memory_size < (rows := args.batch_size * dataset.rows):
+        raise InputError(f"--memory-size {args.memory_size}: is less than the {rows} images of a step")
 
-    seed_generators(args.seed)
-    # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
-    pretrained = rank == 0 and not (args.no_pretrained or args.weight or args.resume)
-    model = ISCNet(create_backbone(args.arch, pretrained), p=args.gem_p, eval_p=args.gem_eval_p)
     if args.weight:
         load_checkpoint(args.weight, model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
-    cuda = device.type == "cuda"
-    network = model.to(device, memory_format=torch.channels_last if cuda else torch.contiguous_format)
     optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=True)
     # In every precision the scaler leaves out a step whose gradients are not finite; only float16 needs a scale.
-    half = cuda and args.amp == "fp16"
+    half = device.type == "cuda" and args.amp == "fp16"
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
     parts = {"optimizer": optimizer, "memory_bank": loss_function, "scaler": scaler}
-    start = resume(args.resume, model, **parts) if args.resume else args.start_epoch
+    start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
+    network = model
     if world_size > 1:
-        if cuda:  # timm's converter, since torch's drops the activation of timm's fused BatchNormAct2d
-            network = timm.layers.convert_sync_batchnorm(network)
-        network = nn.parallel.DistributedDataParallel(network)
+        if device.type == "cuda":  # torch's own converter drops the activation of timm's fused BatchNormAct2d
+            timm.layers.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model)
 
     folder = Path(args.output, "train")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
-        print(json.dumps(provenance(args, device)), file=log, flush=True)
+        git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        versions = {module.__name__: module.__version__ for module in (torch, timm, np)}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        provenance = {
+            "args": vars(args),
+            "versions": versions,
+            "commit": commit,
+            "device": name,
+            "processes": world_size,
+        }
+        print(json.dumps(provenance), file=log, flush=True)
         for epoch in range(start, args.epochs):
             train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log)
             if rank == 0:
@@ -531,15 +503,18 @@ def train(args):
 
 def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log):
     """One pass over the data; a line of `log` every --log-every steps."""
-    rank, world_size = process()
+    (rank, world_size), size = process(), args.batch_size
     dataset.epoch = epoch
-    batches = epoch_batches(args, len(dataset), epoch)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
+    # A process takes consecutive samples: the rows of all processes, in rank order, stand as they do in one.
+    batches = order.reshape(-1, world_size, size // world_size)[:, rank].tolist()
     # The parameters see 1/N of the gradient of the loss of all rows, as on the N GPUs that the learning rate was tuned
     # on (where each had its own rows' part of it, averaged by DDP). pytorch-metric-learning >= 1.0 gives N times that.
     scale = world_size / args.reference_world_size
     network.train()
     losses, started = [], time.time()
-    bar = tqdm(load(args, dataset, device, batch_sampler=batches), desc=f"epoch {epoch}", disable=rank > 0)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    bar = tqdm(loader, desc=f"epoch {epoch}", disable=rank > 0)
     for step, (images, labels) in enumerate(bar, start=1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
         embeddings = embed(args, network, images.flatten(0, 1), device)
@@ -595,7 +570,7 @@ def describe(args, name, paths, model, device):
     config = model.backbone.default_cfg
     collate = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
     share = np.array_split(paths, world_size)[rank]
-    loader = load(args, share, device, batch_size=args.batch_size // world_size, collate_fn=collate)
+    loader = DataLoader(share, args.batch_size // world_size, num_workers=args.workers, collate_fn=collate)
     batches = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
     rows = [embed(args, model, images, device).float().cpu() for images in batches]
     parts = [torch.cat([torch.empty(0, 256), *rows]).numpy()]
@@ -612,16 +587,11 @@ def extract(args):
     check_same_files(*sets.values())
     if not args.weight:
         raise InputError("--mode extract: needs --weight FILE")
-    model = ISCNet(create_backbone(args.arch), p=args.gem_p, eval_p=args.gem_eval_p).eval()
+    model = create_model(args, device).eval()
     load_checkpoint(args.weight, model)
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     rows = {name: describe(args, name, paths, model, device) for name, paths in sets.items()}
     folder = Path(args.output, "extract")
     train = rows.pop("train", None)
-
-    def write_train(path):
-        with path.open("wb") as file:
-            np.save(file, train)
 
     def write_submission(path):
         with h5py.File(path, "w") as file:
@@ -631,7 +601,7 @@ def extract(args):
                 file[name], file[f"{name}_ids"] = descriptors, np.array(ids, f"S{width}")
 
     if train is not None:
-        save(folder / "train_feats.npy", write_train)
+        save(folder / "train_feats.npy", lambda path: np.save(path, train))
     if rows and process()[0] == 0:
         save(folder / f"fb-isc-submission{'-phase2' if args.phase == 2 else ''}.h5", write_submission)
 
