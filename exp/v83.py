@@ -1,16 +1,15 @@
-"""v83: a descriptor of image copies, learned from ImageNet weights with a large memory bank (stage 1 of 4).
+"""v83: a descriptor of copied images from ImageNet weights, by contrast with a large memory bank (stage 1 of 4).
 
-Every training image gives a moderate and a hard view; views of one image attract each other, all else in the batch
-and in a bank of 20,000 past descriptors repels them (paper: arXiv 2112.04323). From exp/, on 4 GPUs:
+Each training image gives a moderate and a hard view. Views of one image attract each other; everything else in the
+batch and in a bank of past descriptors repels them (paper: arXiv 2112.04323). In exp/:
 
     python v83.py -a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001' --multiprocessing-distributed \
-        --world-size 1 --rank 0 --epochs 5 --lr 0.1 --wd 1e-6 --batch-size 128 --ncrops 2 --gem-p 1.0 \
-        --pos-margin 0.0 --neg-margin 1.0 --input-size 256 --sample-size 1000000 --memory-size 20000 --seed 9 \
-        ../input/training_images/
-    and again with --epochs 10 --seed 90 --resume ./v83/train/checkpoint_0004.pth.tar
+        --world-size 1 --rank 0 --wd 1e-6 --gem-p 1.0 --pos-margin 0.0 --sample-size 1000000 --ncrops 2 \
+        --batch-size 128 --memory-size 20000 --neg-margin 1.0 --lr 0.1 --input-size 256 --epochs 5 --seed 9 \
+        ../input/training_images/   (then with --epochs 10 --seed 90 --resume ./v83/train/checkpoint_0004.pth.tar)
 
-Evidence (published, its predecessor at this setting; 25k public queries, 1M references): 0.5896 uAP, 0.4937 R@P90.
-Needs input/training_images; writes v83/train/checkpoint_{epoch:04d}.pth.tar. The next stage takes checkpoint_0005.
+Evidence: 0.5896 uAP, 0.4937 R@P90 (published, of its predecessor; 25k public queries, 1M references; 4 GPUs).
+Needs input/training_images; writes v83/train/checkpoint_{epoch:04d}.pth.tar, of which the next stage takes number 5.
 """
 
 import argparse
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     add("--gem-eval-p", type=float, default=1.0, help="exponent of GeM pooling in extraction")
     add("--weight", metavar="FILE", help="checkpoint whose weights training starts from, or extraction uses")
     add("--amp", choices=["fp16", "bf16", "off"], default="fp16", help="mixed precision on CUDA (never on a CPU)")
-    add("-b", "--batch-size", type=int, default=128, help="samples per step, over all processes")
+    add("-b", "--batch-size", type=int, default=128, help="samples of all processes per step; images per forward pass")
     add("-j", "--workers", type=int, default=os.cpu_count(), help="loader processes per node, divided among its ranks")
     add("--output", default=str(Path(__file__).with_suffix("")), help="where train/ and extract/ go")
     add = parser.add_argument_group("training").add_argument
@@ -93,25 +92,25 @@ def parse_args(argv=None):
 
 def hard_augmentation(input_size, mean, std, overlay_paths):
     """The hard view: callable from PIL image to float tensor (3, input_size, input_size)."""
+    p = 0.25
     shuffled = [
         transforms.ColorJitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
         imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
         transforms.RandomApply([shuffle_pixels], p=0.25),
-        imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=0.25),
+        imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=p),
         transforms.RandomGrayscale(p=0.25),
         imaugs.RandomBlur(min_radius=0.0, max_radius=10.0, p=0.25),
-        transforms.RandomPerspective(p=0.25),
+        transforms.RandomPerspective(p=p),
         transforms.RandomHorizontalFlip(p=0.5),
         transforms.RandomVerticalFlip(p=0.1),
-        transforms.RandomApply([overlay_text], p=0.25),
-        transforms.RandomApply([overlay_emoji], p=0.25),
-        imaugs.OneOf([imaugs.ApplyPILFilter(edges) for edges in EDGE_FILTERS], p=0.25),
+        transforms.RandomApply([overlay_text], p=p),
+        transforms.RandomApply([overlay_emoji], p=p),
+        imaugs.OneOf([imaugs.ApplyPILFilter(edges) for edges in EDGE_FILTERS], p=p),
     ]
-    crop = OverlayAndCrop(input_size, overlay_paths, overlay_p=0.05, opacity_lower=0.6, sizes=(0.4, 0.6))
-    start = [transforms.RandomApply([rotate], p=0.25), crop, transforms.RandomOrder(shuffled), transforms.ToTensor()]
-    return transforms.Compose(
-        [*start, transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(mean, std)]
-    )
+    overlay = {"overlay_p": 0.05, "opacity_lower": 0.6, "sizes": (0.4, 0.6)}
+    crop = partial(overlay_and_crop, input_size=input_size, overlay_paths=overlay_paths, **overlay)
+    finish = [transforms.ToTensor(), transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(mean, std)]
+    return transforms.Compose([transforms.RandomApply([rotate], p=p), crop, transforms.RandomOrder(shuffled), *finish])
 
 
 class TrainDataset(Dataset):
@@ -134,6 +133,9 @@ class TrainDataset(Dataset):
 
 
 # ---- model ----
+
+CUDA = torch.cuda.is_available()
+LAYOUT = torch.channels_last if CUDA else torch.contiguous_format  # what is fast there
 
 
 def gem(x, p, eps=1e-6):
@@ -158,15 +160,13 @@ class ISCNet(nn.Module):
 
 
 def create_model(args, device, pretrained=False):
-    """The network of --arch on the device; raises InputError where timm cannot make its backbone."""
-    what, remedy = "timm makes no backbone of this name", "see timm.list_models()"
-    if pretrained:
-        what, remedy = "no ImageNet weights can be fetched", "give --weight FILE, or --no-pretrained for random weights"
+    """The network of --arch on the device; raises InputError where timm cannot make it or fetch its weights."""
     try:
         backbone = timm.create_model(args.arch, features_only=True, pretrained=pretrained)
     except Exception as error:  # registry, hub, network and cache each fail in their own way
-        raise InputError(f"{args.arch}: {what} ({type(error).__name__}); {remedy}") from error
-    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=layout(device))
+        what = "cannot fetch ImageNet weights for, give --weight or --no-pretrained" if pretrained else "does not know"
+        raise InputError(f"{args.arch}: is a backbone that timm {what} ({type(error).__name__})") from error
+    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=LAYOUT)
 
 
 # ---- loss ----
@@ -248,26 +248,18 @@ def rotate(image):
     return image if thin else imaugs.rotate(image, degrees=degrees)
 
 
-class OverlayAndCrop:
+def overlay_and_crop(image, input_size, overlay_paths, overlay_p, opacity_lower, sizes):
     """Lay another image over or under this one, then crop gently; or, with probability 1 - overlay_p, crop strongly."""
-
-    def __init__(self, input_size, overlay_paths, overlay_p, opacity_lower, sizes):
-        self.overlay_paths, self.overlay_p = overlay_paths, overlay_p
-        self.opacity_lower, self.sizes = opacity_lower, sizes
-        self.gentle_crop = transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0))
-        self.strong_crop = transforms.RandomResizedCrop(input_size, scale=(0.15, 1.0))
-
-    def __call__(self, image):
-        if random.random() > self.overlay_p:
-            return self.strong_crop(image)
-        pair = [image, open_image(random.choice(self.overlay_paths))]
-        random.shuffle(pair)
-        background, overlay = pair
-        size, opacity = random.uniform(*self.sizes), random.uniform(self.opacity_lower, 1)
-        x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
-        if overlay.width * int(background.height * size) >= overlay.height:  # else it is not one pixel wide
-            background = imaugs.overlay_image(background, overlay, None, opacity, size, x, y).convert("RGB")
-        return self.gentle_crop(background)
+    if random.random() > overlay_p:
+        return transforms.RandomResizedCrop(input_size, scale=(0.15, 1.0))(image)
+    pair = [image, open_image(random.choice(overlay_paths))]
+    random.shuffle(pair)
+    background, overlay = pair
+    size, opacity = random.uniform(*sizes), random.uniform(opacity_lower, 1)
+    x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
+    if overlay.width * int(background.height * size) >= overlay.height:  # else it is not one pixel wide
+        background = imaugs.overlay_image(background, overlay, None, opacity, size, x, y).convert("RGB")
+    return transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0))(background)
 
 
 def shuffle_pixels(image):
@@ -303,7 +295,7 @@ OTHER_NAME = {"training_images": "train_images", "train_images": "training_image
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: main() prints it as one line and returns 2."""
+    """What the user gave cannot be used; main() prints it as one line."""
 
 
 def list_images(folder):
@@ -311,12 +303,10 @@ def list_images(folder):
     folder = Path(folder)
     if not folder.exists():
         folder = folder.with_name(OTHER_NAME.get(folder.name, folder.name))
-    try:
-        paths = sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; see input/README.md for what belongs where") from error
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    paths = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
-        raise InputError(f"{folder}: holds no images; see input/README.md for what belongs where")
+        raise InputError(f"{folder}: is no folder of images; see input/README.md for what belongs where")
     return np.array(paths)
 
 
@@ -331,8 +321,9 @@ def open_image(path):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image to float tensor (3, input_size, input_size)."""
-    resize = transforms.Resize((input_size, input_size))
-    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose(
+        [transforms.Resize([input_size] * 2), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
 
 
 def seed_generators(*key):
@@ -354,10 +345,10 @@ def process():
 def launch(args, argv):
     """Start this node's processes with torchrun, as the published flags describe them; returns the exit code."""
     address, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
-    gpus = torch.cuda.device_count()
-    node = [f"--nnodes={args.world_size}", f"--node-rank={args.rank}", f"--nproc-per-node={max(1, gpus)}"]
+    gpus = max(1, torch.cuda.device_count())
+    where = f"--nnodes={args.world_size} --node-rank={args.rank} --master-addr={address} --master-port={port}"
     try:
-        dist.run.main([*node, f"--master-addr={address}", f"--master-port={port}", __file__, *argv])
+        dist.run.main([*where.split(), f"--nproc-per-node={gpus}", __file__, *argv])
     except dist.elastic.multiprocessing.errors.ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     return 0
@@ -365,16 +356,13 @@ def launch(args, argv):
 
 def join(args):
     """Join the process group that torchrun's environment describes, if any; returns this process's torch device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0))) if CUDA else torch.device("cpu")
+    if CUDA:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
-        dist.init_process_group(args.dist_backend if device.type == "cuda" else "gloo")
-    args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if args.batch_size < 1 or args.batch_size % process()[1]:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {process()[1]} processes")
+        dist.init_process_group(args.dist_backend if CUDA else "gloo")
+    args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
     return device
 
 
@@ -388,16 +376,11 @@ def check_same_files(*lists):
         raise InputError("the processes found different files; give every node the same data")
 
 
-def layout(device):
-    """The memory format that is fast on the device."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
 def embed(args, model, images, device):
     """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
-    with torch.autocast(device.type, dtype, enabled=device.type == "cuda" and args.amp != "off"):
-        return model(images.to(device, non_blocking=True, memory_format=layout(device)))
+    with torch.autocast(device.type, dtype, enabled=CUDA and args.amp != "off"):
+        return model(images.to(device, non_blocking=True, memory_format=LAYOUT))
 
 
 # ---- checkpoint ----
@@ -412,31 +395,20 @@ def save(path, write):
 
 
 def load_checkpoint(path, model, **parts):
-    """Load the weights of the checkpoint at `path`, and the states of those `parts` it holds; returns its next epoch.
-
-    Learning rate and the like stay as given now. A published checkpoint has no memory bank: that stays empty. Of Python
-    objects nothing but argparse.Namespace is let in.
-    """
+    """Load the weights of the checkpoint at `path`, and the states of those `parts` it has; returns its next epoch."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # and no other Python object
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()}
+        model.load_state_dict({key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()})
+        if "optimizer" in parts:  # learning rate and the like are those given now
+            checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+        for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank, which then stays empty
+            parts[name].load_state_dict(checkpoint[name])
+        return checkpoint.get("epoch", 0)
     except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise InputError(f"{path}: is no checkpoint that can be loaded safely ({reason}); give another") from error
-    try:
-        model.load_state_dict(weights)
-        for name in parts.keys() & checkpoint.keys():
-            state = parts[name].state_dict()
-            parts[name].load_state_dict(
-                checkpoint[name] | {key: state[key] for key in ("param_groups",) if key in state}
-            )
-    except (RuntimeError, ValueError) as error:  # torch names every key; the first of each kind tells enough
-        wrong = "; ".join(dict.fromkeys(line.strip()[:100] for line in str(error).splitlines()[:4]))
-        raise InputError(
-            f"{path}: a checkpoint of {checkpoint.get('arch')} does not fit here, see -a ({wrong})"
-        ) from error
-    return checkpoint.get("epoch", 0)
+        # Torch names every key that does not fit, a line for each kind: their beginnings tell enough.
+        reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
+        raise InputError(f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch") from error
 
 
 # ---- train ----
@@ -457,8 +429,9 @@ def train(args):
     model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
     dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
     check_same_files(dataset.paths)
-    if len(dataset) < args.batch_size:
-        raise InputError(f"{args.data}: holds {len(dataset)} samples, less than a batch; lower --batch-size")
+    if args.batch_size < 1 or args.batch_size % world_size or args.batch_size > len(dataset):
+        wanted = f"a multiple of the {world_size} processes, at most the {len(dataset)} samples of {args.data}"
+        raise InputError(f"--batch-size {args.batch_size}: must be {wanted}")
     if args.memory_size < (rows := args.batch_size * dataset.rows):
         raise InputError(f"--memory-size {args.memory_size}: is less than the {rows} images of a step")
 
@@ -467,13 +440,13 @@ def train(args):
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
     optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=True)
     # In every precision the scaler leaves out a step whose gradients are not finite; only float16 needs a scale.
-    half = device.type == "cuda" and args.amp == "fp16"
+    half = CUDA and args.amp == "fp16"
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
     parts = {"optimizer": optimizer, "memory_bank": loss_function, "scaler": scaler}
     start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
     network = model
     if world_size > 1:
-        if device.type == "cuda":  # torch's own converter drops the activation of timm's fused BatchNormAct2d
+        if CUDA:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
             timm.layers.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
 
@@ -483,15 +456,9 @@ def train(args):
         git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         versions = {module.__name__: module.__version__ for module in (torch, timm, np)}
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        provenance = {
-            "args": vars(args),
-            "versions": versions,
-            "commit": commit,
-            "device": name,
-            "processes": world_size,
-        }
-        print(json.dumps(provenance), file=log, flush=True)
+        name = torch.cuda.get_device_name() if CUDA else "cpu"
+        about = {"args": vars(args), "versions": versions, "commit": commit, "device": name, "processes": world_size}
+        print(json.dumps(about), file=log, flush=True)
         for epoch in range(start, args.epochs):
             train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log)
             if rank == 0:
@@ -513,7 +480,7 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
     scale = world_size / args.reference_world_size
     network.train()
     losses, started = [], time.time()
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=CUDA)
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=rank > 0)
     for step, (images, labels) in enumerate(bar, start=1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
@@ -565,19 +532,20 @@ def extraction_sets(args):
 
 @torch.inference_mode()
 def describe(args, name, paths, model, device):
-    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; each process computes its share of them."""
+    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; each process computes its share."""
     rank, world_size = process()
     config = model.backbone.default_cfg
     collate = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
-    share = np.array_split(paths, world_size)[rank]
-    loader = DataLoader(share, args.batch_size // world_size, num_workers=args.workers, collate_fn=collate)
-    batches = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
-    rows = [embed(args, model, images, device).float().cpu() for images in batches]
-    parts = [torch.cat([torch.empty(0, 256), *rows]).numpy()]
+    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
+    # Whole batches for each process: what is computed together, and so every bit, is the same for any number of them.
+    share = batches[rank::world_size]
+    loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=collate, pin_memory=CUDA)
+    bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
+    parts = [[embed(args, model, images, device).float().cpu().numpy() for images in bar]]
     if world_size > 1:
         own, parts = parts[0], [None] * world_size if rank == 0 else None
         dist.gather_object(own, parts)
-    return np.concatenate(parts) if rank == 0 else None
+    return np.concatenate([parts[i % world_size][i // world_size] for i in range(len(batches))]) if rank == 0 else None
 
 
 def extract(args):
