@@ -1,0 +1,366 @@
+"""Database augmentation and negative embedding subtraction: from extracted descriptors to the two submission files.
+
+    cd exp && python ../scripts/postprocess.py                   # v107, phase 1, as published
+    python scripts/postprocess.py v107 --phase 2
+    python scripts/postprocess.py v98 v107                       # both stages' descriptors, concatenated
+
+Needs   exp/vNN/extract/train_feats.npy and fb-isc-submission.h5 (phase 2: fb-isc-submission-phase2.h5), which
+        `python vNN.py --mode extract --target-set qrt ...` writes.
+Writes  exp/vNN/extract/vNN_iso.h5 (descriptor track) and vNN_iso.csv (matching track); phase 2: vNN_iso_phase2.*.
+
+The challenge forbids using query or reference images to process each other: only training descriptors enter.
+Paper: arXiv 2112.04323, section 3.4.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import faiss
+import h5py
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+EXP = Path(__file__).resolve().parents[1] / "exp"
+SUBMISSION = {1: "fb-isc-submission.h5", 2: "fb-isc-submission-phase2.h5"}
+DATASETS = ("query", "reference", "query_ids", "reference_ids")
+SUFFIX = {1: "", 2: "_phase2"}
+MATCHES = 10  # references per query in the csv, the challenge's allowance
+BLOCK = 4096  # queries per call of faiss
+CHUNK = 1024  # rows whose neighbours are held at once: (CHUNK, k, dim)
+MARGIN = 6  # neighbours fetched beyond k, so that rounding inside faiss does not decide who is the k-th
+GPU_MAX_K = 2048  # faiss's limit on GPUs
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line: FILE: what is wrong; the remedy."""
+
+
+# ---- search ----
+
+
+def flat_search(base, metric, num_gpus=-1):
+    """Exhaustive search in `base`, (n, dim) float32: a function (queries, k) -> (scores (q, k), indices (q, k)).
+
+    `metric` is "ip" (largest inner product first) or "l2" (smallest squared distance first). It runs on `num_gpus` of
+    the GPUs that faiss sees (-1: all), else on the CPU, there without a copy of `base`.
+    """
+    kind = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
+    available = faiss.get_num_gpus()
+    num_gpus = available if num_gpus < 0 else min(num_gpus, available)
+    if num_gpus:
+        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(base.shape[1], kind), ngpu=num_gpus)
+        index.add(base)
+
+    def search(queries, k):
+        if num_gpus and k <= GPU_MAX_K:
+            return index.search(queries, k)
+        return faiss.knn(queries, base, k, metric=kind)
+
+    return search
+
+
+def pair_scores(a, b, metric):
+    """Inner products or squared distances of the rows of `a` and `b`, (..., dim) float32, as (...) float32.
+
+    Computed in double precision and rounded once, so that a pair's value depends on the pair alone, neither on CPU or
+    GPU nor on the block it is in, and exact copies tie.
+    """
+    if metric == "l2":
+        a = b = np.subtract(a, b, dtype=np.float64)
+    return np.einsum("...d,...d->...", a, b, dtype=np.float64).astype(np.float32)
+
+
+def nearest(queries, base, k, metric):
+    """The `k` rows of `base` nearest to each query, best first; equal scores in the order of `base`.
+
+    queries (q, dim), base (n, dim); metric "ip" (inner product) or "l2". Returns scores (q, k) float32, inner products
+    or squared distances, and indices (q, k) int64; k is at most n. Raises InputError where shapes or k make no sense.
+    """
+    queries, base = as_float32(queries), as_float32(base)
+    if k < 1 or not len(base) or queries.shape[1] != base.shape[1]:
+        raise InputError(f"cannot find {k} neighbours of descriptors {queries.shape} among {base.shape}")
+    k = min(k, len(base))
+    search = flat_search(base, metric)
+    scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    with tqdm(total=len(queries), desc=f"search among {len(base)}", unit="query") as bar:
+        for start in range(0, len(queries), BLOCK):
+            block = queries[start : start + BLOCK]
+            _, found = search(block, min(k + MARGIN, len(base)))
+            for first in range(0, len(block), CHUNK):
+                rows, candidates = block[first : first + CHUNK], found[first : first + CHUNK]
+                score = pair_scores(rows[:, None], base[candidates], metric)
+                order = np.lexsort((candidates, -score if metric == "ip" else score))[:, :k]
+                here = slice(start + first, start + first + len(rows))
+                scores[here] = np.take_along_axis(score, order, 1)
+                indices[here] = np.take_along_axis(candidates, order, 1)
+            bar.update(len(block))
+    return scores, indices
+
+
+# ---- descriptors ----
+
+
+def as_float32(descriptors):
+    """`descriptors` as a C-contiguous (n, dim) float32 array, itself where it is one already."""
+    descriptors = np.ascontiguousarray(descriptors, dtype=np.float32)
+    if descriptors.ndim != 2:
+        raise InputError(f"descriptors must be (rows, dimensions), not {descriptors.shape}")
+    return descriptors
+
+
+def normalise(rows):
+    """L2-normalises (n, dim) float32 in place and returns it; a zero row stays zero."""
+    norm = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= np.where(norm > 0, norm, 1)[:, None]
+    return rows
+
+
+def neighbour_sum(base, indices, weights):
+    """sum_j weights[i, j] * base[indices[i, j]] as (n, dim) float32, in chunks: (n, k, dim) is 10 GB for a million."""
+    result = np.empty((len(indices), base.shape[1]), np.float32)
+    for start in range(0, len(indices), CHUNK):
+        rows = slice(start, start + CHUNK)
+        result[rows] = np.einsum("nk,nkd->nd", weights[rows], base[indices[rows]])
+    return result
+
+
+def database_augmentation(train, k=10, alpha=3.0):
+    """Each training descriptor becomes the normalised sum of its k nearest (itself included), weighted by similarity.
+
+    train (n, dim) -> (n, dim) float32, unit length; the weight is the inner product to the power alpha, with its sign.
+    Fewer than k descriptors: all of them are used. The input is left as it is.
+    """
+    train = as_float32(train)
+    similarity, indices = nearest(train, train, k, "ip")
+    weights = np.copysign(np.abs(similarity) ** np.float32(alpha), similarity)
+    return normalise(neighbour_sum(train, indices, weights))
+
+
+def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, beta=0.35):
+    """Moves descriptors away from the negatives they resemble: x <- normalise(x - beta * mean of its k nearest).
+
+    descriptors (n, dim), negatives (m, dim), e.g. database-augmented training descriptors -> (n, dim) float32, unit
+    length; every iteration searches with the result of the one before. Fewer than k negatives: all of them are used.
+    The inputs are left as they are. Paper: section 3.4.
+    """
+    result, negatives = as_float32(descriptors).copy(), as_float32(negatives)
+    for _ in range(num_iter):
+        _, indices = nearest(result, negatives, k, "ip")
+        weights = np.full(indices.shape, beta / indices.shape[1], np.float32)
+        result -= neighbour_sum(negatives, indices, weights)
+        normalise(result)
+    return result
+
+
+# ---- files ----
+
+
+@contextmanager
+def atomic(path):
+    """Gives a temporary path beside `path`, which takes its place when the block ends well and vanishes otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_descriptors(descriptors, where):
+    """Raises InputError unless `descriptors` is a non-empty (rows, dimensions) array of finite numbers."""
+    if descriptors.ndim != 2 or not descriptors.size:
+        raise InputError(f"{where} is empty or not (rows, dimensions): {descriptors.shape}; extract again")
+    if not np.isfinite([descriptors.min(), descriptors.max()]).all():
+        row = next(i for i, values in enumerate(descriptors) if not np.isfinite(values).all())
+        raise InputError(f"{where} has NaN or infinity, first in row {row}; extract again, or check the checkpoint")
+
+
+def read_dataset(file, name, path):
+    """One dataset of an h5 file as an array; nothing is followed out of the file, nor read if it is larger than it."""
+    if name not in file:
+        raise InputError(f"{path}: there is no dataset '{name}'; a submission has {', '.join(DATASETS)}")
+    dataset = file.get(name)
+    inside = isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(dataset, h5py.Dataset)
+    if not inside or dataset.is_virtual or dataset.external:
+        raise InputError(f"{path}: '{name}' is not a plain dataset of this file; copy the data into it")
+    if dataset.size * dataset.dtype.itemsize > 100 * path.stat().st_size:
+        raise InputError(f"{path}: '{name}' claims {dataset.shape} values, more than the file can hold; extract again")
+    return dataset[()]
+
+
+def read_descriptors(file, name, path):
+    """Descriptors as (n, dim) float32; they are floating point numbers, finite, at least one row."""
+    descriptors = read_dataset(file, name, path)
+    if descriptors.dtype.kind != "f":
+        raise InputError(f"{path}: '{name}' holds {descriptors.dtype}, not floating point numbers; extract again")
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused
+        descriptors = descriptors.astype(np.float32, copy=False)
+    check_descriptors(descriptors, f"{path}: '{name}'")
+    return descriptors
+
+
+def read_ids(file, name, path):
+    """Ids as fixed-width bytes (n,), whatever string type they are stored as; no id may appear twice."""
+    ids = read_dataset(file, name, path)
+    if h5py.check_string_dtype(file[name].dtype) is None or ids.ndim != 1:
+        raise InputError(f"{path}: '{name}' must be one string per row, such as Q00000; extract again")
+    ids = ids.astype("S") if ids.dtype.kind == "O" else ids
+    try:
+        np.char.decode(ids, "utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: '{name}' is not UTF-8 text; extract again") from None
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        twice = unique[counts.argmax()].decode(errors="replace")
+        raise InputError(f"{path}: '{name}' holds {twice} more than once; ids must be unique, extract again")
+    return ids
+
+
+def read_submission(path):
+    """Reads and checks a descriptor-track file; a dict with `query`, `reference` (n, dim) float32, `query_ids`,
+    `reference_ids` (n,) fixed-width bytes. Raises InputError with what is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; extract first: python vNN.py --mode extract --target-set qrt ...")
+    try:
+        with h5py.File(path) as file:
+            data = {name: read_descriptors(file, name, path) for name in DATASETS[:2]}
+            ids = {name: read_ids(file, name, path) for name in DATASETS[2:]}
+    except OSError as error:
+        raise InputError(f"{path}: not a readable HDF5 file ({error}); extract again".replace("\n", " ")) from None
+    for name, descriptors in data.items():
+        count = len(ids[f"{name}_ids"])
+        if len(descriptors) != count:
+            raise InputError(f"{path}: {len(descriptors)} rows in '{name}' but {count} ids; extract again")
+    if data["query"].shape[1] != data["reference"].shape[1]:
+        dims = f"{data['query'].shape[1]} and {data['reference'].shape[1]}"
+        raise InputError(
+            f"{path}: queries and references have different dimensions, {dims}; extract both with one model"
+        )
+    return data | ids
+
+
+def read_train(path):
+    """Reads and checks `train_feats.npy`, (n, dim) floating point -> float32. Raises InputError with what is wrong."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; extract with a t in it: --mode extract --target-set qrt")
+    try:
+        train = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies about the size is refused
+        kind = train.dtype.kind
+    except (ValueError, OSError, EOFError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error}); extract again".replace("\n", " ")) from None
+    if kind != "f":
+        raise InputError(f"{path}: holds {train.dtype}, not floating point numbers; extract again")
+    with np.errstate(over="ignore"):
+        train = np.array(train, dtype=np.float32, order="C")
+    check_descriptors(train, f"{path}: the array")
+    return train
+
+
+def concatenated(parts):
+    """Descriptors of several stages side by side, at unit length so that beta keeps its meaning; one stage as it is."""
+    return parts[0] if len(parts) == 1 else normalise(np.concatenate(parts, axis=1))
+
+
+def write_submission(h5_path, csv_path, data, scores, indices):
+    """Writes both tracks; neither file changes before both are complete."""
+    query_ids, reference_ids = data["query_ids"], data["reference_ids"]
+    matches = pd.DataFrame(
+        {
+            "query_id": np.repeat(np.char.decode(query_ids), indices.shape[1]),
+            "reference_id": np.char.decode(reference_ids)[indices.ravel()],
+            "score": scores.ravel(),
+        }
+    )
+    with atomic(csv_path) as csv_file, atomic(h5_path) as h5_file:
+        matches.to_csv(csv_file, index=False)
+        with h5py.File(h5_file, "w") as file:
+            for name in DATASETS:
+                file.create_dataset(name, data=data[name])
+
+
+# ---- main ----
+
+
+def postprocess(args):
+    """Reads the extracted descriptors of `args.versions`, writes both submission files; returns their paths."""
+    folders = [args.exp / version / "extract" for version in args.versions]
+    submissions = [read_submission(folder / SUBMISSION[args.phase]) for folder in folders]
+    trains = [read_train(folder / "train_feats.npy") for folder in folders]
+    data = submissions[0]
+    for folder, submission, train in zip(folders, submissions, trains, strict=True):
+        if train.shape[1] != submission["query"].shape[1]:
+            dims = f"{train.shape[1]}, those of {SUBMISSION[args.phase]} {submission['query'].shape[1]}"
+            raise InputError(f"{folder}/train_feats.npy: its dimensions are {dims}; extract all with one model")
+        if len(train) != len(trains[0]) or any(
+            not np.array_equal(submission[name], data[name]) for name in ("query_ids", "reference_ids")
+        ):
+            raise InputError(f"{folder}: its images are not those of {folders[0]}; extract both from the same input")
+
+    train = database_augmentation(concatenated(trains), args.k, args.alpha)
+    del trains
+    for name in ("query", "reference"):
+        data[name] = negative_embedding_subtraction(
+            concatenated([submission.pop(name) for submission in submissions]), train, args.num_iter, args.k, args.beta
+        )
+    distance, indices = nearest(data["query"], data["reference"], MATCHES, "l2")
+
+    stem = "_".join(folder.parent.name for folder in folders) + "_iso" + SUFFIX[args.phase]
+    h5_path, csv_path = folders[-1] / f"{stem}.h5", folders[-1] / f"{stem}.csv"
+    write_submission(h5_path, csv_path, data, -distance, indices)
+    return h5_path, csv_path
+
+
+def at_least(kind, low):
+    """An argparse type: a finite number no less than `low`."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value < float("inf"):
+            raise ValueError(text)
+        return value
+
+    number.__name__ = f"{kind.__name__} >= {low}"
+    return number
+
+
+def parse_args(argv=None):
+    """The command line; the defaults are the published run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        default=["v107"],
+        metavar="VERSION",
+        help="stage(s) whose descriptors are used; those of several are concatenated, and the result goes to the last "
+        "one's folder under all their names (default: v107)",
+    )
+    parser.add_argument(
+        "--exp", type=Path, default=EXP, help="folder that holds VERSION/extract (default: %(default)s)"
+    )
+    parser.add_argument("--phase", type=int, choices=(1, 2), default=1, help="query set (default: 1)")
+    parser.add_argument("--k", type=at_least(int, 1), default=10, help="neighbours in both steps (default: 10)")
+    parser.add_argument("--alpha", type=at_least(float, 0), default=3.0, help="power of the similarity (default: 3)")
+    parser.add_argument("--beta", type=at_least(float, 0), default=0.35, help="share subtracted (default: 0.35)")
+    parser.add_argument("--num-iter", type=at_least(int, 0), default=1, help="subtractions in turn (default: 1)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
+    args = parse_args(argv)
+    try:
+        for path in postprocess(args):
+            print(path)
+    except (InputError, OSError) as error:
+        print(f"postprocess.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
