@@ -7,7 +7,7 @@ Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the
 nearest over all queries together; they are also written beside it, as <stem>_candidates.csv.
 
 Queries that the ground truth does not list, with a reference or without, are left out. Equal scores count worst first.
-Paper of the metric: arXiv 2106.09672, section 5.
+Paper of the challenge: arXiv 2106.09672.
 """
 
 import argparse

@@ -9,7 +9,7 @@ Needs   exp/vNN/extract/train_feats.npy and fb-isc-submission.h5 (phase 2: fb-is
 Writes  exp/vNN/extract/vNN_iso.h5 (descriptor track) and vNN_iso.csv (matching track); phase 2: vNN_iso_phase2.*.
 
 The challenge forbids using query or reference images to process each other: only training descriptors enter.
-Paper: arXiv 2112.04323, section 3.4.
+Paper: arXiv 2112.04323.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, bet
 
     descriptors (n, dim), negatives (m, dim), e.g. database-augmented training descriptors -> (n, dim) float32, unit
     length; every iteration searches with the result of the one before. Fewer than k negatives: all of them are used.
-    The inputs are left as they are. Paper: section 3.4.
+    The inputs are left as they are. Paper: arXiv 2112.04323.
     """
     result, negatives = as_float32(descriptors).copy(), as_float32(negatives)
     for _ in range(num_iter):
