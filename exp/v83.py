@@ -9,7 +9,7 @@ batch and in a bank of past descriptors repels them (paper: arXiv 2112.04323). I
         ../input/training_images/   (then with --epochs 10 --seed 90 --resume ./v83/train/checkpoint_0004.pth.tar)
 
 Evidence: 0.5896 uAP, 0.4937 R@P90 (published, of its predecessor; 25k public queries, 1M references; 4 GPUs).
-Needs input/training_images; writes v83/train/checkpoint_{epoch:04d}.pth.tar, of which the next stage takes number 5.
+Needs input/training_images; writes train/checkpoint_{epoch:04d}.pth.tar, of which the next stage takes number 5.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from tqdm import tqdm
 
 # ---- recipe ----
 
+PREVIOUS = None  # no stage: timm's ImageNet weights
+
 
 def parse_args(argv=None):
     """The stage as published: its recipe is the defaults. Returns an argparse.Namespace of plain values."""
@@ -56,10 +58,9 @@ def parse_args(argv=None):
     add("--gem-eval-p", type=float, default=1.0, help="exponent of GeM pooling in extraction")
     add("--weight", metavar="FILE", help="checkpoint whose weights training starts from, or extraction uses")
     add("--amp", choices=["fp16", "bf16", "off"], default="fp16", help="mixed precision on CUDA (never on a CPU)")
-    add("-b", "--batch-size", type=int, default=128, help="samples of all processes per step; images per forward pass")
+    add("-b", "--batch-size", type=int, default=128, help="samples per step, of all processes")
     add("-j", "--workers", type=int, default=os.cpu_count(), help="loader processes per node, divided among its ranks")
     add("--output", default=str(Path(__file__).with_suffix("")), help="where train/ and extract/ go")
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, help="epoch to end before, counted from 0 over all resumed runs")
     add("--start-epoch", type=int, default=0, help="epoch to start at; --resume knows its own")
     add("--lr", "--learning-rate", type=float, default=0.1, help="learning rate at --reference-world-size")
@@ -70,24 +71,26 @@ def parse_args(argv=None):
     add("--memory-size", type=int, default=20000, help="rows of the memory bank")
     add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
     add("--sample-size", type=int, default=1000000, help="how many training images to use, the first by name")
-    add("--seed", type=int, default=9, help="decides every random draw, for any number of workers and processes")
+    add("--seed", type=int, default=9, help="decides every random draw, for any number of processes")
     add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
     add("--no-pretrained", action="store_true", help="start from random weights, not from timm's ImageNet weights")
     add("--log-every", type=int, default=50, help="steps per line of log.jsonl")
-    add = parser.add_argument_group("extraction").add_argument
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
-    add = parser.add_argument_group("processes, where torchrun does not tell").add_argument
+    add = parser.add_argument_group("processes, unless torchrun starts them").add_argument
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
     add("--world-size", type=int, default=1, help="number of nodes")
     add("--rank", type=int, default=0, help="number of this node")
     add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
     add("--dist-backend", default="nccl", help="backend on CUDA (gloo on a CPU)")
     add("--gpu", type=int, help="use this GPU alone")
-    add("--reference-world-size", type=int, default=4, help="GPUs the learning rate was tuned on, see train_one_epoch")
-    return parser.parse_args(argv)
+    add("--reference-world-size", type=int, default=4, help="GPUs that the learning rate was tuned on")
+    args = parser.parse_args(argv)
+    if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):
+        args.weight = PREVIOUS
+    return args
 
 
 def hard_augmentation(input_size, mean, std, overlay_paths):
@@ -114,13 +117,14 @@ def hard_augmentation(input_size, mean, std, overlay_paths):
 
 
 class TrainDataset(Dataset):
-    """Sample i: the views (rows, 3, size, size) of training image i, and their labels (rows,), all i."""
+    """Sample i: views of training image i, float (rows, 3, size, size), and their labels (rows,)."""
 
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
-        self.seed, self.epoch, self.rows = args.seed, 0, args.ncrops
-        self.moderate = moderate_augmentation(args.input_size, mean, std)
-        self.hard = hard_augmentation(args.input_size, mean, std, self.paths)
+        self.files, self.rows = [self.paths], args.ncrops
+        self.seed, self.epoch = args.seed, 0
+        hard = hard_augmentation(args.input_size, mean, std, self.paths)
+        self.crops = [moderate_augmentation(args.input_size, mean, std)] + [hard] * (args.ncrops - 1)
 
     def __len__(self):
         return len(self.paths)
@@ -128,8 +132,8 @@ class TrainDataset(Dataset):
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
         image = open_image(self.paths[index])
-        views = [self.moderate(image)] + [self.hard(image) for _ in range(self.rows - 1)]
-        return torch.stack(views), torch.full((self.rows,), index)
+        views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
+        return torch.stack(views), torch.tensor(labels)
 
 
 # ---- model ----
@@ -187,8 +191,7 @@ class MemoryBankContrastiveLoss(nn.Module):
     """Contrastive loss between a batch and the last `memory_size` descriptors (paper section 3.1), all in float32.
 
     With d the distance of L2-normalised rows: mean of d - pos_margin over equal labels with d > pos_margin, plus mean
-    of neg_margin - d over different labels with d < neg_margin. This is CrossBatchMemory around ContrastiveLoss as in
-    pytorch-metric-learning 0.9.99. The host never waits for the device.
+    of neg_margin - d over different labels with d < neg_margin: pytorch-metric-learning 0.9.99's, in CrossBatchMemory.
     """
 
     def __init__(self, memory_size, embedding_size=256, pos_margin=0.0, neg_margin=1.0):
@@ -203,8 +206,8 @@ class MemoryBankContrastiveLoss(nn.Module):
     def forward(self, embeddings, labels):
         """Rows (n, d) and labels (n,) of this process -> the loss of all processes' rows; `stats` holds its parts.
 
-        The rows first enter the bank, a ring buffer, then meet each valid row of it but their own copy. One that is not
-        finite makes the loss NaN and keeps the bank as it was, which it would poison for many steps.
+        The rows enter the bank, then meet each of its valid rows but their own copy. A row that is not finite makes the
+        loss NaN and keeps the bank as it was, which it would poison for many steps. Nothing waits for the device.
         """
         rows, labels = gather(embeddings.float()), gather(labels)
         finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
@@ -213,7 +216,6 @@ class MemoryBankContrastiveLoss(nn.Module):
         self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
         self.cursor.copy_((self.cursor + len(rows) * finite) % len(self.bank))
         self.filled.add_(len(rows) * finite).clamp_(max=len(self.bank))
-
         similarity = F.normalize(rows) @ F.normalize(self.bank).T
         distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # the clamp makes the gradient at distance 0 zero
         same, valid = labels[:, None] == self.bank_labels, number < self.filled
@@ -291,7 +293,6 @@ def overlay_emoji(image):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-OTHER_NAME = {"training_images": "train_images", "train_images": "training_images"}  # DISC21 has the one or the other
 
 
 class InputError(ValueError):
@@ -299,10 +300,10 @@ class InputError(ValueError):
 
 
 def list_images(folder):
-    """Sorted paths of the images in `folder`, an array of strings, which loader processes share without copying."""
+    """Sorted paths of the images in `folder`: an array of strings, which loader processes share without copying."""
     folder = Path(folder)
-    if not folder.exists():
-        folder = folder.with_name(OTHER_NAME.get(folder.name, folder.name))
+    if folder.name == "training_images" and not folder.exists():  # as the published commands call it
+        folder = folder.with_name("train_images")  # as DISC21 calls it
     entries = os.scandir(folder) if folder.is_dir() else ()
     paths = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
@@ -321,9 +322,8 @@ def open_image(path):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image to float tensor (3, input_size, input_size)."""
-    return transforms.Compose(
-        [transforms.Resize([input_size] * 2), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    )
+    resize = transforms.Resize((input_size, input_size))
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 def seed_generators(*key):
@@ -342,18 +342,6 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def launch(args, argv):
-    """Start this node's processes with torchrun, as the published flags describe them; returns the exit code."""
-    address, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
-    gpus = max(1, torch.cuda.device_count())
-    where = f"--nnodes={args.world_size} --node-rank={args.rank} --master-addr={address} --master-port={port}"
-    try:
-        dist.run.main([*where.split(), f"--nproc-per-node={gpus}", __file__, *argv])
-    except dist.elastic.multiprocessing.errors.ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    return 0
-
-
 def join(args):
     """Join the process group that torchrun's environment describes, if any; returns this process's torch device."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0))) if CUDA else torch.device("cpu")
@@ -370,7 +358,7 @@ def check_same_files(*lists):
     """Labels are positions in lists of files: raise InputError unless all processes have the same lists."""
     names = "\n".join(Path(path).name for paths in lists for path in paths)
     digests = [hashlib.sha256(os.fsencode(names)).hexdigest()] * process()[1]
-    if dist.is_initialized():
+    if len(digests) > 1:
         dist.all_gather_object(digests, digests[0])
     if len(set(digests)) > 1:
         raise InputError("the processes found different files; give every node the same data")
@@ -415,7 +403,7 @@ def load_checkpoint(path, model, **parts):
 
 
 def parameter_groups(model, weight_decay):
-    """Parameters without weight decay (vectors, biases, gains), then those with it: the published order."""
+    """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
     gains = [name for name, _ in model.named_parameters() if "gain" in name]
     return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
 
@@ -428,13 +416,12 @@ def train(args):
     # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
     model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
     dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
-    check_same_files(dataset.paths)
+    check_same_files(*dataset.files)
     if args.batch_size < 1 or args.batch_size % world_size or args.batch_size > len(dataset):
         wanted = f"a multiple of the {world_size} processes, at most the {len(dataset)} samples of {args.data}"
         raise InputError(f"--batch-size {args.batch_size}: must be {wanted}")
     if args.memory_size < (rows := args.batch_size * dataset.rows):
         raise InputError(f"--memory-size {args.memory_size}: is less than the {rows} images of a step")
-
     if args.weight:
         load_checkpoint(args.weight, model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
@@ -449,15 +436,13 @@ def train(args):
         if CUDA:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
             timm.layers.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
-
     folder = Path(args.output, "train")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
         git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        versions = {module.__name__: module.__version__ for module in (torch, timm, np)}
-        name = torch.cuda.get_device_name() if CUDA else "cpu"
-        about = {"args": vars(args), "versions": versions, "commit": commit, "device": name, "processes": world_size}
+        about = {"args": vars(args), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+        about["versions"] = {module.__name__: module.__version__ for module in (torch, timm, np)}
+        about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "processes": world_size}
         print(json.dumps(about), file=log, flush=True)
         for epoch in range(start, args.epochs):
             train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log)
@@ -470,8 +455,7 @@ def train(args):
 
 def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log):
     """One pass over the data; a line of `log` every --log-every steps."""
-    (rank, world_size), size = process(), args.batch_size
-    dataset.epoch = epoch
+    (rank, world_size), size, dataset.epoch = process(), args.batch_size, epoch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
     # A process takes consecutive samples: the rows of all processes, in rank order, stand as they do in one.
     batches = order.reshape(-1, world_size, size // world_size)[:, rank].tolist()
@@ -494,10 +478,10 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
         if step % args.log_every and step < len(batches):
             continue
         values = torch.stack(losses).cpu()  # the one place where the host waits for the device
-        rate = len(losses) * args.batch_size * dataset.rows / (time.time() - started)
         line = {"step": epoch * len(batches) + step, "epoch": epoch, "loss": values[values.isfinite()].mean().item()}
         line |= {name: value.item() for name, value in loss_function.stats.items()}
-        line |= {"lr": args.lr, "skipped": int((~values.isfinite()).sum()), "images_per_second": round(rate, 1)}
+        line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~values.isfinite()).sum())}
+        line["images_per_second"] = len(losses) * args.batch_size * dataset.rows / (time.time() - started)
         print(json.dumps(line), file=log, flush=True)
         bar.set_postfix(loss=line["loss"])
         losses, started = [], time.time()
@@ -559,7 +543,8 @@ def extract(args):
     load_checkpoint(args.weight, model)
     rows = {name: describe(args, name, paths, model, device) for name, paths in sets.items()}
     folder = Path(args.output, "extract")
-    train = rows.pop("train", None)
+    if (train := rows.pop("train", None)) is not None:
+        save(folder / "train_feats.npy", lambda path: np.save(path, train))
 
     def write_submission(path):
         with h5py.File(path, "w") as file:
@@ -568,8 +553,6 @@ def extract(args):
                 width = max({"query": 6, "reference": 7}[name], *map(len, ids))  # as in DISC21, unless ids are longer
                 file[name], file[f"{name}_ids"] = descriptors, np.array(ids, f"S{width}")
 
-    if train is not None:
-        save(folder / "train_feats.npy", lambda path: np.save(path, train))
     if rows and process()[0] == 0:
         save(folder / f"fb-isc-submission{'-phase2' if args.phase == 2 else ''}.h5", write_submission)
 
@@ -583,12 +566,18 @@ def main(argv=None):
     args = parse_args(argv)
     several = args.world_size > 1 or (torch.cuda.device_count() > 1 and args.gpu is None)
     if args.multiprocessing_distributed and several and "RANK" not in os.environ:
-        return launch(args, argv)
+        host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
+        node = f"--nnodes={args.world_size} --node-rank={args.rank} --master-addr={host} --master-port={port}"
+        node += f" --nproc-per-node={max(1, torch.cuda.device_count())}"
+        try:  # torchrun, as its own command would start this node's processes
+            return dist.run.main([*node.split(), __file__, *argv]) or 0
+        except dist.elastic.multiprocessing.errors.ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
     try:
         (train if args.mode == "train" else extract)(args)
     except InputError as error:
-        reason = str(error).rpartition("InputError: ")[2].strip()  # a loader process puts its traceback before it
-        print(f"{Path(__file__).name}: error: {reason}", file=sys.stderr)
+        # A loader process puts a traceback before the message.
+        print(f"{Path(__file__).name}: error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         return 2
     if dist.is_initialized():
         dist.destroy_process_group()
