@@ -1,0 +1,549 @@
+"""v107: v98 fine-tuned on the ground truth of the public queries (stage 4 of 4).
+
+- A sample is a query with its reference, the one positive pair, and 30 references of no pair, without augmentation.
+- Starts from the weights of v98; five times its learning rate, a smaller memory bank, a larger negative margin.
+
+    python v107.py -a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001' --multiprocessing-distributed \
+        --world-size 1 --rank 0 --wd 1e-6 --gem-p 1.0 --pos-margin 0.0 --sample-size 1000000 --num-negatives 30 \
+        --batch-size 16 --memory-size 1000 --neg-margin 1.1 --lr 0.5 --input-size 512 --epochs 10 --seed 99999 \
+        --weight ./v98/train/checkpoint_0001.pth.tar ../input/training_images/
+
+Evidence: 0.9399 uAP, 0.8964 R@P90 (published, on the very pairs it trains on); 0.6354 uAP on unseen queries, with NES.
+Needs also input/public_ground_truth.csv and input/query_images; writes train/checkpoint_{epoch:04d}.pth.tar.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import timm
+import timm.optim
+import torch
+import torch.distributed as dist
+import torch.distributed.run
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+# ---- recipe ----
+
+PREVIOUS = Path(__file__).with_name("v98") / "train/checkpoint_0001.pth.tar"  # v107
+
+
+def parse_args(argv=None):
+    """The stage as published: its recipe is the defaults. Returns an argparse.Namespace of plain values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", metavar="DATA", help="to train: the folder of training images; to extract: the folder of all sets")
+    add("--mode", choices=["train", "extract"], default="train")
+    add("-a", "--arch", default="tf_efficientnetv2_m_in21ft1k", help="backbone, any name timm knows")
+    add("--input-size", type=int, default=512, help="side of the square input, pixels")
+    add("--gem-p", type=float, default=1.0, help="exponent of GeM pooling in training")
+    add("--gem-eval-p", type=float, default=1.0, help="exponent of GeM pooling in extraction")
+    add("--weight", metavar="FILE", help="checkpoint whose weights training starts from, or extraction uses")
+    add("--amp", choices=["fp16", "bf16", "off"], default="fp16", help="mixed precision on CUDA (never on a CPU)")
+    add("-b", "--batch-size", type=int, default=16, help="samples per step, of all processes")  # v107: 64
+    add("-j", "--workers", type=int, default=os.cpu_count(), help="loader processes per node, divided among its ranks")
+    add("--output", default=str(Path(__file__).with_suffix("")), help="where train/ and extract/ go")
+    add("--epochs", type=int, default=10, help="epoch to end before, counted from 0 over all resumed runs")  # v107: 3
+    add("--start-epoch", type=int, default=0, help="epoch to start at; --resume knows its own")
+    add("--lr", "--learning-rate", type=float, default=0.5, help="learning rate at --reference-world-size")  # v107: 0.1
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--wd", "--weight-decay", type=float, default=1e-6, help="weight decay of all but vectors")
+    add("--pos-margin", type=float, default=0.0, help="distance below which a positive pair costs nothing")
+    add("--neg-margin", type=float, default=1.1, help="distance above which a negative pair costs nothing")  # v107: 1.0
+    add("--memory-size", type=int, default=1000, help="rows of the memory bank")  # v107: 20000
+    add("--num-negatives", type=int, default=30, help="references of no pair that a sample brings")  # v107
+    add("--sample-size", type=int, default=1000000, help="how many pairs to use, the first by query")
+    add("--seed", type=int, default=99999, help="decides every random draw, for any number of processes")  # v107: 999
+    add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
+    add("--no-pretrained", action="store_true", help="start from random weights, not from timm's ImageNet weights")
+    add("--log-every", type=int, default=50, help="steps per line of log.jsonl")
+    add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
+    add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
+    add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
+    add("--tta", action="store_true", help="describe three scales and their mirror images, and average")  # v107
+    add("--dryrun", action="store_true", help="only the first 100 images of each set")
+    add = parser.add_argument_group("processes, unless torchrun starts them").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
+    add("--world-size", type=int, default=1, help="number of nodes")
+    add("--rank", type=int, default=0, help="number of this node")
+    add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
+    add("--dist-backend", default="nccl", help="backend on CUDA (gloo on a CPU)")
+    add("--gpu", type=int, help="use this GPU alone")
+    add("--reference-world-size", type=int, default=16, help="GPUs that the learning rate was tuned on")
+    args = parser.parse_args(argv)
+    if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):
+        args.weight = PREVIOUS
+    return args
+
+
+def learning_rate(args, epoch):
+    """Linear decay, per epoch."""
+    return args.lr * (1 - epoch / args.epochs)
+
+
+def read_pairs(path):
+    """Sorted (query id, reference id) of the rows of a ground truth csv that have a reference."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            pairs = sorted(
+                (row["query_id"], row["reference_id"]) for row in csv.DictReader(file) if row["reference_id"]
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: is no csv with columns query_id and reference_id ({error})") from error
+    if not pairs:
+        raise InputError(f"{path}: has no row with a reference_id, hence no pair to train on")
+    return pairs
+
+
+class TrainDataset(Dataset):  # v107
+    """Sample i: pair i, then references of no pair, float (rows, 3, size, size), and their labels (rows,)."""
+
+    def __init__(self, args, mean, std):
+        root = Path(args.data).parent
+        truth = root / "public_ground_truth.csv"
+        queries = {Path(path).stem: path for path in list_images(root / "query_images")}
+        references = {Path(path).stem: path for path in list_images(root / "reference_images")}
+        pairs = read_pairs(truth)
+        unknown = {query for query, _ in pairs} - queries.keys() | {
+            reference for _, reference in pairs
+        } - references.keys()
+        if unknown:
+            raise InputError(f"{truth}: names {len(unknown)} ids that have no image in {root}, first {min(unknown)}")
+        self.pairs = np.array([(queries[query], references[reference]) for query, reference in pairs])[
+            : args.sample_size
+        ]
+        paired = {reference for _, reference in pairs}
+        self.negatives = np.array([path for name, path in references.items() if name not in paired])
+        if len(self.negatives) < args.num_negatives:
+            raise InputError(
+                f"--num-negatives {args.num_negatives}: {root / 'reference_images'} has {len(self.negatives)}"
+            )
+        self.files, self.rows = [self.pairs.ravel(), self.negatives], 2 + args.num_negatives
+        self.seed, self.epoch = args.seed, 0
+        self.plain = evaluation_transform(args.input_size, mean, std)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        seed_generators(self.seed, self.epoch, index)
+        negatives = random.sample(range(len(self.negatives)), self.rows - 2)
+        views = [self.plain(open_image(path)) for path in (*self.pairs[index], *self.negatives[negatives])]
+        labels = [index, index] + [1000000 + number for number in negatives]
+        return torch.stack(views), torch.tensor(labels)
+
+
+def describe_scales(model, images):  # v107
+    """Descriptors of images (n, 3, size, size): of three scales and their mirror images, averaged, normalised."""
+    scaled = [F.interpolate(images, scale_factor=scale, mode="bilinear") for scale in (1, 0.5**0.5, 2**0.5)]
+    return F.normalize(sum(model(view) for image in scaled for view in (image, image.flip(3))))
+
+
+# ---- model ----
+
+CUDA = torch.cuda.is_available()
+LAYOUT = torch.channels_last if CUDA else torch.contiguous_format  # what is fast there
+
+
+def gem(x, p, eps=1e-6):
+    """Generalised mean pooling (n, c, h, w) -> (n, c); p = 1 is the mean of the activations clipped at eps."""
+    return x.clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p)
+
+
+class ISCNet(nn.Module):
+    """Images (n, 3, h, w) -> L2-normalised descriptors (n, fc_dim). GeM's exponent is p in training, else eval_p."""
+
+    def __init__(self, backbone, fc_dim=256, p=1.0, eval_p=1.0):
+        super().__init__()
+        self.backbone = backbone
+        self.fc = nn.Linear(backbone.feature_info.channels()[-1], fc_dim, bias=False)
+        self.bn = nn.BatchNorm1d(fc_dim)
+        self.p, self.eval_p = p, eval_p
+        nn.init.xavier_normal_(self.fc.weight)
+
+    def forward(self, x):
+        x = gem(self.backbone(x)[-1], self.p if self.training else self.eval_p)
+        return F.normalize(self.bn(self.fc(x)))
+
+
+def create_model(args, device, pretrained=False):
+    """The network of --arch on the device; raises InputError where timm cannot make it or fetch its weights."""
+    try:
+        backbone = timm.create_model(args.arch, features_only=True, pretrained=pretrained)
+    except Exception as error:  # registry, hub, network and cache each fail in their own way
+        what = "cannot fetch ImageNet weights for, give --weight or --no-pretrained" if pretrained else "does not know"
+        raise InputError(f"{args.arch}: is a backbone that timm {what} ({type(error).__name__})") from error
+    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=LAYOUT)
+
+
+# ---- loss ----
+
+
+def gather(x):
+    """The rows of all processes in rank order; only this process's own carry gradient."""
+    rank, world_size = process()
+    if world_size == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[rank] = x
+    return torch.cat(rows)
+
+
+class MemoryBankContrastiveLoss(nn.Module):
+    """Contrastive loss between a batch and the last `memory_size` descriptors (paper section 3.1), all in float32.
+
+    With d the distance of L2-normalised rows: mean of d - pos_margin over equal labels with d > pos_margin, plus mean
+    of neg_margin - d over different labels with d < neg_margin: pytorch-metric-learning 0.9.99's, in CrossBatchMemory.
+    """
+
+    def __init__(self, memory_size, embedding_size=256, pos_margin=0.0, neg_margin=1.0):
+        super().__init__()
+        self.pos_margin, self.neg_margin, self.stats = pos_margin, neg_margin, {}
+        self.register_buffer("bank", torch.zeros(memory_size, embedding_size))
+        self.register_buffer("bank_labels", torch.zeros(memory_size, dtype=torch.long))
+        self.register_buffer("cursor", torch.tensor(0))
+        self.register_buffer("filled", torch.tensor(0))
+
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, embeddings, labels):
+        """Rows (n, d) and labels (n,) of this process -> the loss of all processes' rows; `stats` holds its parts.
+
+        The rows enter the bank, then meet each of its valid rows but their own copy. A row that is not finite makes the
+        loss NaN and keeps the bank as it was, which it would poison for many steps. Nothing waits for the device.
+        """
+        rows, labels = gather(embeddings.float()), gather(labels)
+        finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
+        own = (self.cursor + number[: len(rows)]) % len(self.bank)
+        self.bank[own] = torch.where(finite, rows.detach(), self.bank[own])
+        self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
+        self.cursor.copy_((self.cursor + len(rows) * finite) % len(self.bank))
+        self.filled.add_(len(rows) * finite).clamp_(max=len(self.bank))
+        similarity = F.normalize(rows) @ F.normalize(self.bank).T
+        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # the clamp makes the gradient at distance 0 zero
+        same, valid = labels[:, None] == self.bank_labels, number < self.filled
+        pairs = {"pos": (same & valid).scatter(1, own[:, None], False), "neg": valid & ~same}
+        loss = torch.where(finite, 0.0, torch.nan)
+        for name, costs in {"pos": distance - self.pos_margin, "neg": self.neg_margin - distance}.items():
+            active = pairs[name] & (costs > 0)
+            mean = torch.where(active, costs, 0.0).sum() / active.sum().clamp(min=1)
+            self.stats |= {f"{name}_loss": mean.detach(), f"{name}_pairs": active.sum()}
+            loss = loss + mean
+        return loss * ((pairs["pos"].sum() > 1) | (pairs["neg"].sum() > 1))  # one pair is no loss, there as here
+
+
+# ---- data ----
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; main() prints it as one line."""
+
+
+def list_images(folder):
+    """Sorted paths of the images in `folder`: an array of strings, which loader processes share without copying."""
+    folder = Path(folder)
+    if folder.name == "training_images" and not folder.exists():  # as the published commands call it
+        folder = folder.with_name("train_images")  # as DISC21 calls it
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    paths = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+    if not paths:
+        raise InputError(f"{folder}: is no folder of images; see input/README.md for what belongs where")
+    return np.array(paths)
+
+
+def open_image(path):
+    """The image at `path` as PIL image in mode RGB; raises InputError where there is none."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def evaluation_transform(input_size, mean, std):
+    """Resize to a square, normalise: callable from PIL image to float tensor (3, input_size, input_size)."""
+    resize = transforms.Resize((input_size, input_size))
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def seed_generators(*key):
+    """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next depends on them alone."""
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002  AugLy draws from NumPy's global generator
+    torch.manual_seed(seeds[2])
+
+
+# ---- distributed ----
+
+
+def process():
+    """(rank, world size) of this process; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join(args):
+    """Join the process group that torchrun's environment describes, if any; returns this process's torch device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0))) if CUDA else torch.device("cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        dist.init_process_group(args.dist_backend if CUDA else "gloo")
+    args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
+    return device
+
+
+def check_same_files(*lists):
+    """Labels are positions in lists of files: raise InputError unless all processes have the same lists."""
+    names = "\n".join(Path(path).name for paths in lists for path in paths)
+    digests = [hashlib.sha256(os.fsencode(names)).hexdigest()] * process()[1]
+    if len(digests) > 1:
+        dist.all_gather_object(digests, digests[0])
+    if len(set(digests)) > 1:
+        raise InputError("the processes found different files; give every node the same data")
+
+
+def embed(args, model, images, device):
+    """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
+    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
+    with torch.autocast(device.type, dtype, enabled=CUDA and args.amp != "off"):
+        return model(images.to(device, non_blocking=True, memory_format=LAYOUT))
+
+
+# ---- checkpoint ----
+
+
+def save(path, write):
+    """Call write(path) so that either the old or the whole new file is there at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    write(unfinished)
+    unfinished.replace(path)
+
+
+def load_checkpoint(path, model, **parts):
+    """Load the weights of the checkpoint at `path`, and the states of those `parts` it has; returns its next epoch."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # and no other Python object
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict({key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()})
+        if "optimizer" in parts:  # learning rate and the like are those given now
+            checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+        for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank, which then stays empty
+            parts[name].load_state_dict(checkpoint[name])
+        return checkpoint.get("epoch", 0)
+    except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
+        # Torch names every key that does not fit, a line for each kind: their beginnings tell enough.
+        reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
+        raise InputError(f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch") from error
+
+
+# ---- train ----
+
+
+def parameter_groups(model, weight_decay):
+    """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
+    gains = [name for name, _ in model.named_parameters() if "gain" in name]
+    return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
+
+
+def train(args):
+    """Train the stage: a checkpoint per epoch, and log.jsonl, in <output>/train."""
+    device = join(args)
+    rank, world_size = process()
+    seed_generators(args.seed)
+    # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
+    model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
+    dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
+    check_same_files(*dataset.files)
+    if args.batch_size < 1 or args.batch_size % world_size or args.batch_size > len(dataset):
+        wanted = f"a multiple of the {world_size} processes, at most the {len(dataset)} samples of {args.data}"
+        raise InputError(f"--batch-size {args.batch_size}: must be {wanted}")
+    if args.memory_size < (rows := args.batch_size * dataset.rows):
+        raise InputError(f"--memory-size {args.memory_size}: is less than the {rows} images of a step")
+    if args.weight:
+        load_checkpoint(args.weight, model)
+    loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=True)
+    # In every precision the scaler leaves out a step whose gradients are not finite; only float16 needs a scale.
+    half = CUDA and args.amp == "fp16"
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
+    parts = {"optimizer": optimizer, "memory_bank": loss_function, "scaler": scaler}
+    start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
+    network = model
+    if world_size > 1:
+        if CUDA:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
+            timm.layers.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model)
+    folder = Path(args.output, "train")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
+        git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
+        about = {"args": vars(args), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+        about["versions"] = {module.__name__: module.__version__ for module in (torch, timm, np)}
+        about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "processes": world_size}
+        print(json.dumps(about), file=log, flush=True)
+        for epoch in range(start, args.epochs):
+            train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log)
+            if rank == 0:
+                weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+                checkpoint = {"epoch": epoch + 1, "arch": args.arch, "state_dict": weights, "args": args}
+                checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+                save(folder / f"checkpoint_{epoch:04d}.pth.tar", partial(torch.save, checkpoint))
+
+
+def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log):
+    """One pass over the data; a line of `log` every --log-every steps."""
+    (rank, world_size), size, dataset.epoch = process(), args.batch_size, epoch
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
+    # A process takes consecutive samples: the rows of all processes, in rank order, stand as they do in one.
+    batches = order.reshape(-1, world_size, size // world_size)[:, rank].tolist()
+    # The parameters see 1/N of the gradient of the loss of all rows, as on the N GPUs that the learning rate was tuned
+    # on (where each had its own rows' part of it, averaged by DDP). pytorch-metric-learning >= 1.0 gives N times that.
+    scale = world_size / args.reference_world_size
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, epoch)
+    network.train()
+    losses, started = [], time.time()
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=CUDA)
+    bar = tqdm(loader, desc=f"epoch {epoch}", disable=rank > 0)
+    for step, (images, labels) in enumerate(bar, start=1):
+        seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
+        embeddings = embed(args, network, images.flatten(0, 1), device)
+        loss = loss_function(embeddings, labels.flatten().to(device, non_blocking=True))
+        scaler.scale(loss * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if step % args.log_every and step < len(batches):
+            continue
+        values = torch.stack(losses).cpu()  # the one place where the host waits for the device
+        line = {"step": epoch * len(batches) + step, "epoch": epoch, "loss": values[values.isfinite()].mean().item()}
+        line |= {name: value.item() for name, value in loss_function.stats.items()}
+        line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~values.isfinite()).sum())}
+        line["images_per_second"] = len(losses) * args.batch_size * dataset.rows / (time.time() - started)
+        print(json.dumps(line), file=log, flush=True)
+        bar.set_postfix(loss=line["loss"])
+        losses, started = [], time.time()
+
+
+# ---- extract ----
+
+
+def load_images(transform, paths):
+    """The transformed images of `paths`, stacked."""
+    return torch.stack([transform(open_image(path)) for path in paths])
+
+
+def extraction_sets(args):
+    """The sorted image paths of each set in --target-set, by name: query, reference, train."""
+    root, queries = Path(args.data), "query_images" if args.phase == 1 else "query_images_phase2"
+    folders = {"query": root / queries, "reference": root / "reference_images", "train": root / "training_images"}
+    sets = {name: list_images(folder) for name, folder in folders.items() if name[0] in args.target_set}
+    if not sets or set(args.target_set) - set("qrt"):
+        raise InputError(f"--target-set {args.target_set}: give letters of q, r and t")
+    if args.eval_subset and "reference" in sets:
+        subset = root / args.eval_subset
+        wanted = set(subset.read_text().split() if subset.is_file() else [])
+        sets["reference"] = np.array([path for path in sets["reference"] if Path(path).stem in wanted])
+        if not wanted or len(sets["reference"]) < len(wanted):
+            raise InputError(f"{subset}: must list ids of images in {folders['reference']}, one a line")
+    for name, paths in sets.items():
+        if len({Path(path).stem for path in paths}) < len(paths):
+            raise InputError(f"{folders[name]}: has images that differ in their suffix alone; rename one of each")
+    return {name: paths[: 100 if args.dryrun else None] for name, paths in sets.items()}
+
+
+@torch.inference_mode()
+def describe(args, name, paths, model, device):
+    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; each process computes its share."""
+    rank, world_size = process()
+    config = model.backbone.default_cfg
+    collate = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
+    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
+    # Whole batches for each process: what is computed together, and so every bit, is the same for any number of them.
+    share = batches[rank::world_size]
+    loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=collate, pin_memory=CUDA)
+    bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
+    function = partial(describe_scales, model) if args.tta else model  # v107
+    parts = [[embed(args, function, images, device).float().cpu().numpy() for images in bar]]
+    if world_size > 1:
+        own, parts = parts[0], [None] * world_size if rank == 0 else None
+        dist.gather_object(own, parts)
+    return np.concatenate([parts[i % world_size][i // world_size] for i in range(len(batches))]) if rank == 0 else None
+
+
+def extract(args):
+    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract."""
+    device = join(args)
+    sets = extraction_sets(args)
+    check_same_files(*sets.values())
+    if not args.weight:
+        raise InputError("--mode extract: needs --weight FILE")
+    model = create_model(args, device).eval()
+    load_checkpoint(args.weight, model)
+    rows = {name: describe(args, name, paths, model, device) for name, paths in sets.items()}
+    folder = Path(args.output, "extract")
+    if (train := rows.pop("train", None)) is not None:
+        save(folder / "train_feats.npy", lambda path: np.save(path, train))
+
+    def write_submission(path):
+        with h5py.File(path, "w") as file:
+            for name, descriptors in rows.items():
+                ids = [os.fsencode(Path(path).stem) for path in sets[name]]
+                width = max({"query": 6, "reference": 7}[name], *map(len, ids))  # as in DISC21, unless ids are longer
+                file[name], file[f"{name}_ids"] = descriptors, np.array(ids, f"S{width}")
+
+    if rows and process()[0] == 0:
+        save(folder / f"fb-isc-submission{'-phase2' if args.phase == 2 else ''}.h5", write_submission)
+
+
+# ---- main ----
+
+
+def main(argv=None):
+    """Run the stage; returns the exit code, 2 for input that cannot be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    several = args.world_size > 1 or (torch.cuda.device_count() > 1 and args.gpu is None)
+    if args.multiprocessing_distributed and several and "RANK" not in os.environ:
+        host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
+        node = f"--nnodes={args.world_size} --node-rank={args.rank} --master-addr={host} --master-port={port}"
+        node += f" --nproc-per-node={max(1, torch.cuda.device_count())}"
+        try:  # torchrun, as its own command would start this node's processes
+            return dist.run.main([*node.split(), __file__, *argv]) or 0
+        except dist.elastic.multiprocessing.errors.ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
+    try:
+        (train if args.mode == "train" else extract)(args)
+    except InputError as error:
+        # A loader process puts a traceback before the message.
+        print(f"{Path(__file__).name}: error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        return 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
