@@ -203,6 +203,7 @@ class MemoryBankContrastiveLoss(nn.Module):
         self.register_buffer("filled", torch.tensor(0))
 
     @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(self, embeddings, labels):
         """Rows (n, d) and labels (n,) of this process -> the loss of all processes' rows; `stats` holds its parts.
 
@@ -519,11 +520,12 @@ def describe(args, name, paths, model, device):
     """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; each process computes its share."""
     rank, world_size = process()
     config = model.backbone.default_cfg
-    collate = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
+    load = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
     batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
     # Whole batches for each process: what is computed together, and so every bit, is the same for any number of them.
-    share = batches[rank::world_size]
-    loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=collate, pin_memory=CUDA)
+    loader = DataLoader(
+        batches[rank::world_size], batch_size=None, num_workers=args.workers, collate_fn=load, pin_memory=CUDA
+    )
     bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
     parts = [[embed(args, model, images, device).float().cpu().numpy() for images in bar]]
     if world_size > 1:
