@@ -303,7 +303,7 @@ def overlay_emoji(image):
 # ---- data ----
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class InputError(ValueError):
@@ -442,11 +442,9 @@ def train(args):
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
     parts = {"optimizer": optimizer, "memory_bank": loss_function, "scaler": scaler}
     start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
-    network = model
-    if world_size > 1:
-        if CUDA:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
-            timm.layers.convert_sync_batchnorm(model)
-        network = nn.parallel.DistributedDataParallel(model)
+    if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
+        timm.layers.convert_sync_batchnorm(model)
+    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     folder = Path(args.output, "train")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
@@ -535,9 +533,8 @@ def describe(args, name, paths, model, device):
     load = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
     batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
     # Whole batches for each process: what is computed together, and so every bit, is the same for any number of them.
-    loader = DataLoader(
-        batches[rank::world_size], batch_size=None, num_workers=args.workers, collate_fn=load, pin_memory=CUDA
-    )
+    share = batches[rank::world_size]
+    loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=load, pin_memory=CUDA)
     bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
     parts = [[embed(args, model, images, device).float().cpu().numpy() for images in bar]]
     if world_size > 1:

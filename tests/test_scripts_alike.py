@@ -101,11 +101,12 @@ def without_removed(source, successor):
     spans = [(first, last) for name, first, last in sections(source) if name not in kept_sections]
     spans += [(first, last) for name, (_, first, last) in definitions(source).items() if name not in kept_definitions]
     lines = source.splitlines()
-    for first, last in sorted(spans, reverse=True):
+    removed = set()
+    for first, last in spans:
         while last < len(lines) and not lines[last]:
             last += 1
-        del lines[first - 1 : last]
-    return "\n".join(lines) + "\n"
+        removed |= set(range(first, last + 1))
+    return "\n".join(line for number, line in enumerate(lines, 1) if number not in removed) + "\n"
 
 
 def changed_lines(old, new, folder):
