@@ -1,4 +1,4 @@
-"""v107: v98 fine-tuned on the ground truth of the public queries (stage 4 of 4).
+r"""v107: v98 fine-tuned on the ground truth of the public queries (stage 4 of 4).
 
 - A sample is a query with its reference, the one positive pair, and 30 references of no pair, without augmentation.
 - Starts from the weights of v98; five times its learning rate, a smaller memory bank, a larger negative margin.
@@ -27,7 +27,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import timm
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 # ---- recipe ----
 
-PREVIOUS = Path(__file__).with_name("v98") / "train/checkpoint_0001.pth.tar"  # v107
+PREVIOUS = str(Path(__file__).with_name("v98") / "train/checkpoint_0001.pth.tar")  # v107
 
 
 def parse_args(argv=None):
@@ -363,8 +362,10 @@ def load_checkpoint(path, model, **parts):
 
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
-    gains = [name for name, _ in model.named_parameters() if "gain" in name]
-    return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith(".bias") and "gain" not in name]["params"].append(parameter)
+    return groups
 
 
 def train(args):

@@ -1,4 +1,4 @@
-"""v83: a descriptor of copied images from ImageNet weights, by contrast with a large memory bank (stage 1 of 4).
+r"""v83: a descriptor of copied images from ImageNet weights, by contrast with a large memory bank (stage 1 of 4).
 
 Each training image gives a moderate and a hard view. Views of one image attract each other; everything else in the
 batch and in a bank of past descriptors repels them (paper: arXiv 2112.04323). In exp/:
@@ -27,7 +27,6 @@ import h5py
 import numpy as np
 import pylibmagic  # noqa: F401  libmagic for AugLy, where the system has none
 import timm
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -405,8 +404,10 @@ def load_checkpoint(path, model, **parts):
 
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
-    gains = [name for name, _ in model.named_parameters() if "gain" in name]
-    return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith(".bias") and "gain" not in name]["params"].append(parameter)
+    return groups
 
 
 def train(args):

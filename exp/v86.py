@@ -1,4 +1,4 @@
-"""v86: v83 continued at 384 pixels, with stronger augmentation (stage 2 of 4).
+r"""v86: v83 continued at 384 pixels, with stronger augmentation (stage 2 of 4).
 
 - Starts from the weights of v83; the input grows from 256 to 384 pixels.
 - Rotation, JPEG, perspective, text, emoji and edges more often, stronger colour jitter, bolder overlays.
@@ -27,7 +27,6 @@ import h5py
 import numpy as np
 import pylibmagic  # noqa: F401  libmagic for AugLy, where the system has none
 import timm
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 # ---- recipe ----
 
-PREVIOUS = Path(__file__).with_name("v83") / "train/checkpoint_0005.pth.tar"  # v86
+PREVIOUS = str(Path(__file__).with_name("v83") / "train/checkpoint_0005.pth.tar")  # v86
 
 
 def parse_args(argv=None):
@@ -405,8 +404,10 @@ def load_checkpoint(path, model, **parts):
 
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
-    gains = [name for name, _ in model.named_parameters() if "gain" in name]
-    return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith(".bias") and "gain" not in name]["params"].append(parameter)
+    return groups
 
 
 def train(args):

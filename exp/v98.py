@@ -1,4 +1,4 @@
-"""v98: v86 continued at 512 pixels, with reference images as negatives (stage 3 of 4).
+r"""v98: v86 continued at 512 pixels, with reference images as negatives (stage 3 of 4).
 
 - Each sample brings two random reference images, as they are: rows that only ever repel the training images.
 - Starts from the weights of v86; stronger augmentation again; the learning rate decays linearly.
@@ -27,7 +27,6 @@ import h5py
 import numpy as np
 import pylibmagic  # noqa: F401  libmagic for AugLy, where the system has none
 import timm
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 # ---- recipe ----
 
-PREVIOUS = Path(__file__).with_name("v86") / "train/checkpoint_0005.pth.tar"  # v98
+PREVIOUS = str(Path(__file__).with_name("v86") / "train/checkpoint_0005.pth.tar")  # v98
 
 
 def parse_args(argv=None):
@@ -415,8 +414,10 @@ def load_checkpoint(path, model, **parts):
 
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
-    gains = [name for name, _ in model.named_parameters() if "gain" in name]
-    return timm.optim.param_groups_weight_decay(model, weight_decay, gains)
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith(".bias") and "gain" not in name]["params"].append(parameter)
+    return groups
 
 
 def train(args):

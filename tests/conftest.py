@@ -24,7 +24,7 @@ def run(*command, cwd=ROOT, timeout=300, **env):
 
 
 def assert_refused(result, *words):
-    """Bad input: exit code 2, nothing on stdout but progress, one line on stderr that holds all `words`, no traceback."""
+    """Bad input: exit code 2, one line of error on stderr that holds all `words`, no traceback."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, result.stderr
