@@ -1,0 +1,476 @@
+"""The augmentations: geometry against the golden values, statistics over 2,000 draws, and images that are a trap."""
+
+import inspect
+import json
+import random
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+import v83
+import v86
+import v98
+from conftest import GOLDEN
+from PIL import Image, ImageDraw, ImageFilter
+from scipy.stats import binom, kstest
+
+imaugs = v83.imaugs  # AugLy, as the scripts import it: with its C library
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+STAGES = {"v83": v83, "v86": v86, "v98": v98}
+
+# SPEC 4's table: the published recipe of each stage.
+RECIPES = {
+    "v83": {"J": 0.7, "p": 0.25, "edge_p": 0.25, "overlay_p": 0.05, "opacity": 0.6, "size": (0.4, 0.6)},
+    "v86": {"J": 0.75, "p": 0.30, "edge_p": 0.30, "overlay_p": 0.075, "opacity": 0.5, "size": (0.3, 0.7)},
+    "v98": {"J": 0.8, "p": 0.35, "edge_p": 0.30, "overlay_p": 0.10, "opacity": 0.4, "size": (0.2, 0.8)},
+}
+SHUFFLED = ("jitter", "pixelization", "shuffle_pixels", "encoding_quality", "rgb_to_grayscale", "blur", "perspective",
+            "hflip", "vflip", "overlay_text", "overlay_emoji", "apply_pil_filter")  # fmt: skip
+AUGLY = ("rotate", "overlay_image", "overlay_text", "overlay_emoji", "pixelization", "shuffle_pixels",
+         "encoding_quality", "blur", "apply_pil_filter")  # fmt: skip
+TORCHVISION = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "rgb_to_grayscale",
+               "perspective", "hflip", "vflip")  # fmt: skip
+WIDTH, HEIGHT, SIZE, DRAWS = 80, 72, 64, 2000
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 AugLy draws from the global generator
+    torch.manual_seed(seed)
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def piece(hard, name):
+    """One operation of a hard augmentation, made certain; SPEC 4 gives their order."""
+    outer = ("rotation", "overlay")
+    found = hard.transforms[outer.index(name)] if name in outer else hard.transforms[2].transforms[SHUFFLED.index(name)]
+    if name == "overlay":  # a function with its recipe
+        found.keywords["overlay_p"] = 1.0
+    else:
+        found.p = 1.0
+    return found
+
+
+@pytest.fixture
+def overlay_path(tmp_path):
+    path = tmp_path / "overlay.png"
+    picture(40, 50, seed=1).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def hard(overlay_path):
+    return v83.hard_augmentation(SIZE, MEAN, STD, [overlay_path])
+
+
+# ---- geometry ----
+
+GEOMETRY = json.loads((GOLDEN / "augment_geometry.json").read_text())
+
+
+@pytest.mark.parametrize("row", GEOMETRY["rotate"]["rows"], ids=lambda row: "{}x{}-{}".format(*row))
+def test_rotation_keeps_the_published_rectangle(hard, monkeypatch, row):
+    width, height, degrees, *expected = row
+    rotation = piece(hard, "rotation")
+    monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
+    assert list(rotation(picture(width, height)).size) == expected
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_rotation_pixels(hard, monkeypatch, case):
+    """Nearest neighbour, counter-clockwise: all but a few pixels at rounding edges are the published ones."""
+    arrays = np.load(GOLDEN / "augment_geometry.npz")
+    degrees, expected = float(arrays[f"rotate_{case}_degrees"]), arrays[f"rotate_{case}"]
+    monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
+    result = np.asarray(piece(hard, "rotation")(Image.fromarray(arrays["image"])))
+    assert result.shape == expected.shape
+    assert (result == expected).all(axis=2).mean() > 0.98
+
+
+def test_pixelization_sizes(hard, monkeypatch):
+    transform, sizes = piece(hard, "pixelization"), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size: sizes.append(list(size)) or resize(self, size))
+    for width, height, ratio, *small in GEOMETRY["pixelization"]["rows"]:
+        monkeypatch.setattr(random, "random", lambda ratio=ratio: (ratio - 0.1) / 0.9)
+        sizes.clear()
+        assert transform(picture(width, height)).size == (width, height)
+        assert sizes == [small, [width, height]]
+
+
+@pytest.mark.parametrize("case", GEOMETRY["overlay"])
+def test_overlay_box_and_opacity(tmp_path, monkeypatch, case):
+    Image.new("RGB", case["overlay"], (200, 100, 50)).save(tmp_path / "overlay.png")
+    black = Image.new("RGB", case["background"])
+    transform = piece(v83.hard_augmentation(SIZE, MEAN, STD, [str(tmp_path / "overlay.png")]), "overlay")
+    places, resized = [], []
+
+    def uniform(low, high):
+        if low == 0:
+            places.append((case["x_pos"], case["y_pos"])[len(places) % 2])
+            return places[-1]
+        return case["opacity"] if high == 1 else case["overlay_size"]
+
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *args, **kwargs: resized.append(size) or resize(self, size, *args)
+    )
+    monkeypatch.setattr(random, "uniform", uniform)
+    monkeypatch.setattr(TF, "resized_crop", lambda image, *args, **kwargs: image)
+    for seed in range(40):  # until this image is the background
+        seed_all(seed)
+        resized.clear()
+        merged = transform(black)
+        if merged.size == black.size and merged.getpixel((0, 0)) == (0, 0, 0):
+            break
+    left, top, right, bottom = case["visible_box"]
+    assert merged.mode == "RGB"
+    assert resized == [tuple(case["resized"])]
+    assert merged.getbbox() == (left, top, right, bottom)
+    pixel = merged.getpixel(((left + right) // 2, (top + bottom) // 2))
+    np.testing.assert_allclose(pixel, case["pixel"], atol=1)
+
+
+def numbered(side):
+    """An image whose pixels tell their flat index."""
+    index = np.arange(side * side).reshape(side, side)
+    return Image.fromarray(np.stack([index // 256, index % 256, index * 0], axis=2).astype(np.uint8))
+
+
+def source_index(image):
+    pixels = np.asarray(image).astype(int)
+    return pixels[..., 0] * 256 + pixels[..., 1]
+
+
+def test_shuffling_moves_a_tenth_and_never_the_same(hard):
+    transform, index = piece(hard, "shuffle_pixels"), np.arange(1024).reshape(32, 32)
+    seed_all(0)
+    patterns = [source_index(transform(numbered(32))) for _ in range(20)]
+    for pattern in patterns:
+        assert sorted(pattern.ravel()) == list(range(1024))
+        assert 90 <= (pattern != index).sum() <= 102
+    assert len({pattern.tobytes() for pattern in patterns}) == 20
+
+
+def test_shuffling_with_the_published_seed(hard, monkeypatch):
+    expected = np.load(GOLDEN / "augment_geometry.npz")["shuffle_source_index"]
+    seed = np.random.seed
+    monkeypatch.setattr(np.random, "seed", lambda *_: seed(10))
+    np.testing.assert_array_equal(source_index(piece(hard, "shuffle_pixels")(numbered(32))), expected)
+
+
+# ---- statistics ----
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def draws(request, tmp_path_factory):
+    """What 2,000 hard augmentations of a stage ask of AugLy and torchvision: a list of calls for each draw.
+
+    The functions are replaced by stubs that note their arguments and return the image, so that a draw costs little.
+    """
+    path = tmp_path_factory.mktemp("overlay") / "overlay.png"
+    picture(20, 30, seed=1).save(path)
+    calls = []
+
+    def stub(module, name, result=lambda image, call: image):
+        signature = inspect.signature(getattr(module, name))
+
+        def note(image, *args, **kwargs):
+            arguments = signature.bind(image, *args, **kwargs).arguments
+            call = SimpleNamespace(**arguments | {"name": name, "image": image})
+            calls[-1].append(call)
+            return result(image, call)
+
+        return note
+
+    resized = {"resized_crop": lambda image, call: image.resize((SIZE, SIZE)), "erase": lambda image, call: image}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in AUGLY:
+            replacement = stub(imaugs.functional, name)
+            patch.setattr(imaugs.functional, name, replacement)
+            patch.setattr(imaugs, name, replacement)
+        for name in TORCHVISION:
+            patch.setattr(TF, name, stub(TF, name))
+        for name, result in resized.items():
+            patch.setattr(TF, name, stub(TF, name, result))
+        hard = STAGES[request.param].hard_augmentation(SIZE, MEAN, STD, [str(path)])
+        image = picture(WIDTH, HEIGHT)
+        seed_all(2021)
+        for _ in range(DRAWS):
+            calls.append([])
+            assert hard(image).shape == (3, SIZE, SIZE)
+    return SimpleNamespace(calls=calls, **RECIPES[request.param])
+
+
+def of(draws, name):
+    return [call for calls in draws.calls for call in calls if call.name == name]
+
+
+def assert_probability(count, total, p, what=None, confidence=0.999):
+    """`count` of `total` lies within the binomial interval around `p`."""
+    low, high = binom.interval(confidence, total, p)
+    assert low <= count <= high, (what, count, total, p)
+
+
+def assert_uniform(values, low, high):
+    """Within the range, and spread over it evenly."""
+    assert low <= min(values)
+    assert max(values) <= high
+    assert kstest(values, "uniform", args=(low, high - low)).pvalue > 1e-4
+
+
+def test_probabilities(draws):
+    expected = dict.fromkeys(("pixelization", "shuffle_pixels", "rgb_to_grayscale", "blur", "erase"), 0.25)
+    expected |= dict.fromkeys(("rotate", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p)
+    expected |= {"hflip": 0.5, "vflip": 0.1, "apply_pil_filter": draws.edge_p, "overlay_image": draws.overlay_p}
+    for name, p in expected.items():
+        count = sum(any(call.name == name for call in calls) for calls in draws.calls)
+        assert_probability(count, DRAWS, p, name)
+    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "resized_crop"):
+        assert len(of(draws, name)) == DRAWS, name
+
+
+def test_fixed_order_around_the_shuffled_list(draws):
+    for calls in draws.calls:
+        names = [call.name for call in calls]
+        crop = names.index("resized_crop")
+        assert [name for name in names[:crop] if name != "rotate"] in ([], ["overlay_image"])
+        assert names[0] == "rotate" or "rotate" not in names
+        assert "erase" not in names[:-1]
+
+
+def test_the_list_is_shuffled_uniformly(draws):
+    """Of any two operations that happen in a draw, either comes first equally often; each takes every place."""
+    before, places = {pair: [] for pair in combinations(SHUFFLED, 2)}, []
+    for calls in draws.calls:
+        names = [call.name for call in calls]
+        names = names[names.index("resized_crop") + 1 :]
+        order = list(dict.fromkeys("jitter" if name.startswith("adjust") else name for name in names))
+        order = [name for name in order if name in SHUFFLED]
+        for pair in combinations(order, 2):
+            known = pair in before
+            before[pair if known else pair[::-1]].append(known)
+        places.append((order.index("jitter") + random.random()) / len(order))
+    for pair, firsts in before.items():
+        assert_probability(sum(firsts), len(firsts), 0.5, pair, confidence=1 - 1e-5)
+    assert_uniform(places, 0, 1)
+
+
+def test_rotation_and_colour_ranges(draws):
+    assert_uniform([call.degrees for call in of(draws, "rotate")], 0, 180)
+    for kind in ("brightness", "contrast", "saturation"):
+        factors = [getattr(call, f"{kind}_factor") for call in of(draws, f"adjust_{kind}")]
+        assert_uniform(factors, 1 - draws.J, 1 + draws.J)
+    assert_uniform([call.hue_factor for call in of(draws, "adjust_hue")], -0.2, 0.2)
+
+
+def test_overlay_ranges(draws):
+    overlays = of(draws, "overlay_image")
+    low, high = draws.size
+    assert_uniform([call.opacity for call in overlays], draws.opacity, 1)
+    assert_uniform([call.overlay_size for call in overlays], low, high)
+    assert_uniform([call.x_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
+    assert_uniform([call.y_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
+    own = [call.image.size == (WIDTH, HEIGHT) for call in overlays]
+    assert [call.overlay.size == (WIDTH, HEIGHT) for call in overlays] == [not background for background in own]
+    assert_probability(sum(own), len(own), 0.5)
+
+
+def test_crop_ranges(draws):
+    """Gentle after an overlay, strong otherwise; the side ratio is that of RandomResizedCrop, 3/4 to 4/3."""
+    strong = []
+    for calls in draws.calls:
+        crop = next(call for call in calls if call.name == "resized_crop")
+        overlaid = any(call.name == "overlay_image" for call in calls)
+        width, height = crop.img.size
+        area = crop.height * crop.width / (width * height)
+        assert (0.68 if overlaid else 0.14) <= area <= 1
+        assert 3 / 4 - 0.05 <= crop.width / crop.height <= 4 / 3 + 0.05
+        strong += [] if overlaid else [area]
+    assert min(strong) < 0.2
+    assert np.mean(np.array(strong) < 0.5) > 0.3
+
+
+def test_shuffled_operations_ranges(draws):
+    assert_uniform([call.ratio for call in of(draws, "pixelization")], 0.1, 1)
+    assert_uniform([call.radius for call in of(draws, "blur")], 0, 10)
+    assert {call.factor for call in of(draws, "shuffle_pixels")} == {0.1}
+    qualities = [call.quality for call in of(draws, "encoding_quality")]
+    filters = [call.filter_type for call in of(draws, "apply_pil_filter")]
+    for choices, drawn in (
+        ((10, 20, 30, 50), qualities),
+        ((ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE), filters),
+    ):
+        assert set(drawn) == set(choices)
+        for choice in choices:
+            assert_probability(drawn.count(choice), len(drawn), 1 / len(choices))
+    for call in of(draws, "perspective"):
+        moves = np.abs(np.array(call.startpoints) - np.array(call.endpoints))
+        assert moves.max() <= 0.5 * SIZE / 2
+    assert max(np.abs(np.subtract(c.startpoints, c.endpoints)).max() for c in of(draws, "perspective")) > 0.4 * SIZE / 2
+
+
+def test_text(draws):
+    texts, lines = [[c for c in calls if c.name == "overlay_text"] for calls in draws.calls], []
+    texts = [text for text in texts if text]
+    for first, *more in texts:
+        glyphs = [first.text, *(call.text for call in more)]
+        if isinstance(first.text[0], list):  # both lines in one call
+            glyphs = first.text
+        assert all(5 <= len(line) <= 9 for line in glyphs)
+        lines.append(len(glyphs))
+        assert all(call.y_pos == pytest.approx(first.y_pos + first.font_size) for call in more)
+        assert all((call.font_file, call.x_pos, call.font_size) == (first.font_file, first.x_pos, first.font_size)
+                   for call in more)  # fmt: skip
+        assert not {"TypeMyMusic", "PainttheSky"} & {Path(first.font_file).stem.split("_")[0].split("-")[0]}
+        assert len(first.color) == 3
+        assert all(isinstance(value, int) and 0 <= value <= 255 for value in first.color)
+    assert_uniform([text[0].font_size for text in texts], 0.1, 0.3)
+    assert_uniform([text[0].x_pos for text in texts], 0, 0.5)
+    assert_uniform([text[0].y_pos for text in texts], 0, 0.5)
+    assert set(lines) == {1, 2}
+    assert_probability(lines.count(1), len(lines), 0.5)
+    lengths = [len(text[0].text) for text in texts]
+    assert set(lengths) == {5, 6, 7, 8, 9}
+    # 363 fonts with equal chance: about 363 x (1 - exp(-n / 363)) different ones in n draws
+    fonts = len({text[0].font_file for text in texts})
+    assert fonts == pytest.approx(363 * (1 - np.exp(-len(texts) / 363)), rel=0.1)
+
+
+def test_emoji(draws):
+    emojis = of(draws, "overlay_emoji")
+    assert_uniform([call.emoji_size for call in emojis], 0.1, 0.3)
+    assert_uniform([call.x_pos for call in emojis], 0, 1)
+    assert_uniform([call.y_pos for call in emojis], 0, 1)
+    assert {call.opacity for call in emojis} == {1.0} or not hasattr(emojis[0], "opacity")
+    names = {Path(call.emoji_path).name for call in emojis}
+    assert {Path(call.emoji_path).parent.name for call in emojis} == {"smileys"}
+    assert 80 <= len(names) <= 92
+
+
+def test_erasing(draws):
+    """Noise over 2% to 33% of an image that is not normalised yet."""
+    erased, ratios = of(draws, "erase"), []
+    for call in erased:
+        assert call.img.min() >= 0
+        assert (call.h - 0.5) * (call.w - 0.5) <= 0.33 * SIZE**2
+        assert (call.h + 0.5) * (call.w + 0.5) >= 0.02 * SIZE**2
+        assert (call.h + 0.5) / (call.w - 0.5) >= 0.3
+        assert (call.h - 0.5) / (call.w + 0.5) <= 3.3
+        assert call.v.shape == (3, call.h, call.w)
+        ratios.append(np.log(call.h / call.w))
+    noise = torch.cat([call.v.flatten() for call in erased])
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert np.mean(np.array(ratios) > 0) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_moderate_statistics(monkeypatch, stage):
+    crops, flips, image = [], [], picture(WIDTH, HEIGHT)
+    crop, flip = TF.resized_crop, TF.hflip
+    monkeypatch.setattr(TF, "resized_crop", lambda *args, **kwargs: crops.append(args) or crop(*args, **kwargs))
+    monkeypatch.setattr(TF, "hflip", lambda image: flips.append(1) or flip(image))
+    moderate = STAGES[stage].moderate_augmentation(SIZE, MEAN, STD)
+    seed_all(0)
+    views = [moderate(image) for _ in range(500)]
+    assert all(view.shape == (3, SIZE, SIZE) and view.abs().max() <= 1 for view in views)
+    areas = [height * width / (WIDTH * HEIGHT) for _, _, _, height, width, *_ in crops]
+    assert 0.68 <= min(areas) < 0.75
+    assert max(areas) <= 1
+    assert_probability(len(flips), 500, 0.5)
+
+
+# ---- traps ----
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_glyph_that_cannot_be_laid_out_leaves_the_image(hard, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error("raster overflow")
+
+    transform, image = piece(hard, "overlay_text"), picture(SIZE, SIZE)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", fail)
+    for seed in range(5):
+        seed_all(seed)
+        result = transform(image)
+        assert result.mode == "RGB"
+        assert result.tobytes() == image.tobytes()
+
+
+def certain(hard):
+    """A hard augmentation whose every operation happens."""
+    for name in ("rotation", "overlay", *SHUFFLED):
+        piece(hard, name)
+    return hard
+
+
+THIN = [(1, 1), (1, 500), (500, 1), (2, 2), (3, 400), (90, 70)]
+
+
+@pytest.mark.parametrize("size", THIN, ids=lambda size: "{}x{}".format(*size))
+def test_thin_images(tmp_path, size):
+    """As the image and as the overlay, with the published probabilities and with every operation happening."""
+    paths = []
+    for width, height in THIN:
+        paths.append(str(tmp_path / f"{width}x{height}.png"))
+        picture(width, height).save(paths[-1])
+    image = picture(*size)
+    usual = v98.hard_augmentation(SIZE, MEAN, STD, paths)
+    every = certain(v98.hard_augmentation(SIZE, MEAN, STD, paths))
+    seed_all(0)
+    for transform in [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD)] * 5:
+        view = transform(image)
+        assert view.shape == (3, SIZE, SIZE)
+        assert view.dtype == torch.float32
+        assert view.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
+def test_an_image_too_thin_to_be_cut_passes_unrotated(hard, size):
+    rotation, image = piece(hard, "rotation"), picture(*size)
+    for seed in range(20):
+        seed_all(seed)
+        result = rotation(image)
+        assert min(result.size) >= 1
+        assert sorted(result.size) == sorted(size)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_any_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    picture(60, 50).convert(mode).save(path)
+    opened = v83.open_image(str(path))
+    assert opened.mode == "RGB"
+    assert opened.size == (60, 50)
+    hard = certain(v83.hard_augmentation(SIZE, MEAN, STD, [str(path)]))
+    seed_all(0)
+    for transform in [hard] * 5 + [v83.moderate_augmentation(SIZE, MEAN, STD)]:
+        assert transform(opened).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_seed_gives_the_same_view(stage, overlay_path):
+    module, image = STAGES[stage], picture(WIDTH, HEIGHT)
+    first, second = (module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]) for _ in range(2))
+    views = []
+    for seed in range(20):
+        for transform in (first, second):
+            seed_all(seed)
+            views.append(transform(image))
+        assert torch.equal(views[-1], views[-2])
+    assert len({view.numpy().tobytes() for view in views}) == 20
+
+
+def test_the_view_is_normalised(overlay_path):
+    """Erasing aside, mean and std map [0, 1] to the range that they say."""
+    black = Image.new("RGB", (WIDTH, HEIGHT))
+    view = v83.moderate_augmentation(SIZE, (0.25, 0.5, 0.75), (0.5, 0.25, 0.125))(black)
+    np.testing.assert_allclose(view[:, 0, 0], [-0.5, -2, -6], rtol=1e-6)
