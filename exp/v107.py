@@ -185,9 +185,7 @@ def create_model(args, device, pretrained=False):
     try:
         backbone = timm.create_model(args.arch, features_only=True, pretrained=pretrained)
     except Exception as error:  # registry, hub, network and cache each fail in their own way
-        what = (
-            "cannot fetch its ImageNet weights, give --weight or --no-pretrained" if pretrained else "does not know it"
-        )
+        what = "cannot fetch its weights, give --weight or --no-pretrained" if pretrained else "has no such backbone"
         raise InputError(f"{args.arch}: timm {what} ({type(error).__name__})") from error
     return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=LAYOUT)
 
