@@ -35,7 +35,6 @@ from augly import image as imaugs
 from augly import utils as augly_utils
 from augly.image.utils import rotated_rect_with_max_area
 from PIL import Image, ImageFilter
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
@@ -78,7 +77,6 @@ def parse_args(argv=None):
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
-    add = parser.add_argument_group("processes, unless torchrun starts them").add_argument
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
     add("--world-size", type=int, default=1, help="number of nodes")
     add("--rank", type=int, default=0, help="number of this node")
@@ -146,16 +144,16 @@ def gem(x, p, eps=1e-6):
     return x.clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p)
 
 
-class ISCNet(nn.Module):
+class ISCNet(torch.nn.Module):
     """Images (n, 3, h, w) -> L2-normalised descriptors (n, fc_dim). GeM's exponent is p in training, else eval_p."""
 
     def __init__(self, backbone, fc_dim=256, p=1.0, eval_p=1.0):
         super().__init__()
         self.backbone = backbone
-        self.fc = nn.Linear(backbone.feature_info.channels()[-1], fc_dim, bias=False)
-        self.bn = nn.BatchNorm1d(fc_dim)
+        self.fc = torch.nn.Linear(backbone.feature_info.channels()[-1], fc_dim, bias=False)
+        self.bn = torch.nn.BatchNorm1d(fc_dim)
         self.p, self.eval_p = p, eval_p
-        nn.init.xavier_normal_(self.fc.weight)
+        torch.nn.init.xavier_normal_(self.fc.weight)
 
     def forward(self, x):
         x = gem(self.backbone(x)[-1], self.p if self.training else self.eval_p)
@@ -186,7 +184,7 @@ def gather(x):
     return torch.cat(rows)
 
 
-class MemoryBankContrastiveLoss(nn.Module):
+class MemoryBankContrastiveLoss(torch.nn.Module):
     """Contrastive loss between a batch and the last `memory_size` descriptors (paper section 3.1), all in float32.
 
     With d the distance of L2-normalised rows: mean of d - pos_margin over equal labels with d > pos_margin, plus mean
@@ -204,10 +202,9 @@ class MemoryBankContrastiveLoss(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, embeddings, labels):
-        """Rows (n, d) and labels (n,) of this process -> the loss of all processes' rows; `stats` holds its parts.
+        """This process's rows (n, d) and labels (n,) -> the loss of all processes' rows; `stats` holds its parts.
 
-        The rows enter the bank, then meet each of its valid rows but their own copy. A row that is not finite makes the
-        loss NaN and keeps the bank as it was, which it would poison for many steps. Nothing waits for the device.
+        Rows enter the bank, then meet all of it but their own copy. If one is not finite, none does and the loss is NaN.
         """
         rows, labels = gather(embeddings.float()), gather(labels)
         finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
@@ -286,7 +283,7 @@ def overlay_emoji(image):
     """Paste a random smiley of random size at a random place."""
     emoji, size = random.choice(EMOJIS), random.uniform(0.1, 0.3)
     x, y = random.uniform(0, 1), random.uniform(0, 1)
-    return imaugs.overlay_emoji(image, None, emoji, 1.0, size, x, y).convert("RGB")
+    return imaugs.overlay_image(image, Image.open(emoji), None, 1.0, size, x, y).convert("RGB")
 
 
 # ---- data ----
@@ -392,6 +389,9 @@ def load_checkpoint(path, model, **parts):
             checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank, which then stays empty
             parts[name].load_state_dict(checkpoint[name])
+        momenta = parts["optimizer"].state.items() if "optimizer" in parts else ()
+        if any(parameter.shape != state["momentum_buffer"].shape for parameter, state in momenta):
+            raise ValueError("its optimizer has parameters in another order")
         return checkpoint.get("epoch", 0)
     except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
         # Torch names every key that does not fit, a line for each kind: their beginnings tell enough.
@@ -435,11 +435,11 @@ def train(args):
     start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
     if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
         timm.layers.convert_sync_batchnorm(model)
-    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     folder = Path(args.output, "train")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
-        git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
+        git = ["/usr/bin/env", "git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
         about = {"args": vars(args), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
         about["versions"] = {module.__name__: module.__version__ for module in (torch, timm, np)}
         about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "processes": world_size}
@@ -482,7 +482,7 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
         line |= {name: value.item() for name, value in loss_function.stats.items()}
         line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~values.isfinite()).sum())}
         line["images_per_second"] = len(losses) * args.batch_size * dataset.rows / (time.time() - started)
-        print(json.dumps(line), file=log, flush=True)
+        print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
         bar.set_postfix(loss=line["loss"])
         losses, started = [], time.time()
 
