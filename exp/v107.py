@@ -222,7 +222,7 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
     def forward(self, embeddings, labels):
         """This process's rows (n, d) and labels (n,) -> the loss of all processes' rows; `stats` holds its parts.
 
-        Rows enter the bank, then meet all of it but their own copy. If one is not finite, none does and the loss is NaN.
+        Rows enter the bank, then meet all of it but themselves. If one is not finite, none do and the loss is NaN.
         """
         rows, labels = gather(embeddings.float()), gather(labels)
         finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)

@@ -204,7 +204,7 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
     def forward(self, embeddings, labels):
         """This process's rows (n, d) and labels (n,) -> the loss of all processes' rows; `stats` holds its parts.
 
-        Rows enter the bank, then meet all of it but their own copy. If one is not finite, none does and the loss is NaN.
+        Rows enter the bank, then meet all of it but themselves. If one is not finite, none do and the loss is NaN.
         """
         rows, labels = gather(embeddings.float()), gather(labels)
         finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
@@ -283,7 +283,7 @@ def overlay_emoji(image):
     """Paste a random smiley of random size at a random place."""
     emoji, size = random.choice(EMOJIS), random.uniform(0.1, 0.3)
     x, y = random.uniform(0, 1), random.uniform(0, 1)
-    return imaugs.overlay_image(image, Image.open(emoji), None, 1.0, size, x, y).convert("RGB")
+    return imaugs.overlay_emoji(image, None, emoji, 1.0, size, x, y).convert("RGB")
 
 
 # ---- data ----
