@@ -1,0 +1,69 @@
+"""scripts/demo.py: its commands parse, its yardstick and table are right, and it keeps its hands off other folders."""
+
+import importlib
+
+import demo
+import numpy as np
+import pytest
+from conftest import ROOT, assert_refused, run
+
+
+@pytest.mark.parametrize("stage", demo.STAGES)
+def test_commands_parse_and_chain(stage):
+    for command in demo.train_command(stage, "demo"), demo.extract_command(stage, "demo"):
+        script, *flags = command
+        assert (ROOT / script).is_file()
+        args = importlib.import_module(script.removeprefix("exp/").removesuffix(".py")).parse_args(flags)
+        assert args.arch == demo.ARCH
+        assert args.output == f"demo/exp/{stage}"
+    # what an extraction loads is what the training before it wrote last
+    args = importlib.import_module(demo.STAGES[stage].split()[0]).parse_args(demo.train_command(stage, "demo")[1:])
+    assert demo.checkpoint(stage, "demo") == f"demo/exp/{stage}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
+    previous = {"v86": "v83", "v98": "v86", "v107": "v98"}.get(stage)
+    assert args.weight == (demo.checkpoint(previous, "demo") if previous else None)
+    assert args.no_pretrained == (previous is None)
+
+
+def test_match_hashes_ranks_by_differing_bits():
+    reference = np.random.default_rng(0).random((40, 256)) < 0.5
+    query = reference[[7, 30]]
+    query[1, :3] ^= True
+    matches = demo.match_hashes(query, reference, k=10)
+    assert len(matches) == 20
+    assert matches[0] == (0, 7, 0) and matches[10] == (1, 30, -3)
+    for rows in matches[:10], matches[10:]:
+        scores = [score for _, _, score in rows]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == [-int((query[q] != reference[r]).sum()) for q, r, _ in rows]
+
+
+def test_table():
+    lines = demo.table([demo.Score("v83", 0.51234, 0.3, 61.7), demo.Score("dHash, 256 bits", 1, 0, 2)]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2:] == ["| v83 | 0.5123 | 0.3000 | 62 |", "| dHash, 256 bits | 1.0000 | 0.0000 | 2 |"]
+
+
+def test_replaces_its_own_files_and_no_others(tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    demo.prepare(mine)
+    (mine / "exp" / "v83").mkdir(parents=True)
+    demo.prepare(mine)
+    assert not (mine / "exp").exists()
+    (theirs / "input").mkdir(parents=True)
+    (theirs / "input" / "photo.jpg").touch()
+    assert_refused(run("scripts/demo.py", "--folder", theirs), theirs, "--folder")
+    assert (theirs / "input" / "photo.jpg").exists()
+
+
+def test_stops_at_the_first_failure(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "demo"
+    monkeypatch.setitem(demo.STAGES, "untrained", demo.STAGES["untrained"] + " --batch-size 7777777")
+    real = demo.run
+    small = ["--references", "6", "--queries", "3", "--training", "4", "--size", "128"]
+    monkeypatch.setattr(demo, "run", lambda command: real(command + small if "make_dataset" in command[0] else command))
+    assert demo.main(["--folder", str(folder)]) == 2
+    output = capfd.readouterr()
+    assert f"$ python scripts/make_dataset.py {folder}/input" in output.out
+    assert output.out.count("$ python") == 2  # nothing ran after the training that failed
+    errors = [line for line in output.err.splitlines() if "error:" in line]
+    assert "v83.py: error:" in errors[0] and "demo.py: error: exp/v83.py ended with code 2" in errors[1]
