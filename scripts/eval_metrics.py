@@ -17,12 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from postprocess import BLOCK, InputError, as_float32, atomic, flat_search, pair_scores, read_submission
+from postprocess import BLOCK, as_float32, atomic, flat_search, pair_scores
 from tqdm import tqdm
+from validate_submission import (
+    MAX_DIMENSIONS,
+    InputError,
+    add_track_flags,
+    read_csv,
+    read_matches,
+    read_submission,
+    track_of,
+)
 
 CANDIDATES = 10  # per query of the ground truth, the challenge's allowance
 PAIRS = 2**20  # pairs that one call of the search may return
-TRACKS = {".h5": "descriptor", ".hdf5": "descriptor", ".csv": "matching"}
 
 
 # ---- candidates ----
@@ -122,25 +130,6 @@ def warn(message):
     print(f"eval_metrics.py: warning: {message}", file=sys.stderr)
 
 
-def read_csv(path, columns):
-    """The named columns of a csv as text, empty where there is nothing. Raises InputError with what is wrong."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False).fillna("")
-    except ValueError as error:  # not text, not a table, empty
-        raise InputError(f"{path}: not a readable csv ({error})".replace("\n", " ")) from None
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{path}: no column {', '.join(missing)}; its first line must name {','.join(columns)}")
-    if not len(table):
-        raise InputError(f"{path}: no rows below the header; nothing to evaluate")
-    if (table[columns[0]] == "").any():
-        row = int((table[columns[0]] == "").argmax()) + 2
-        raise InputError(f"{path}: no {columns[0]} in line {row}; give every row one")
-    return table[list(columns)]
-
-
 def read_ground_truth(path):
     """`query_id`, `reference_id` (empty: a distractor), each row once; at least one row has a reference."""
     truth = read_csv(path, ("query_id", "reference_id")).drop_duplicates(ignore_index=True)
@@ -149,16 +138,6 @@ def read_ground_truth(path):
             f"{path}: no query has a reference, so there is nothing to find; use the labelled ground truth"
         )
     return truth
-
-
-def read_matches(path):
-    """A matching-track file: `query_id`, `reference_id`, `score` (float64)."""
-    matches = read_csv(path, ("query_id", "reference_id", "score"))
-    score = pd.to_numeric(matches["score"], errors="coerce").to_numpy(np.float64)
-    if not np.isfinite(score).all():
-        row = int((~np.isfinite(score)).argmax())
-        raise InputError(f"{path}: score '{matches['score'][row]}' in line {row + 2} is not a finite number")
-    return matches.assign(score=score)
 
 
 def check_spread(submission, path):
@@ -182,16 +161,6 @@ def known_queries(ids, truth, path, ground_truth_path):
     return known
 
 
-def track_of(path, track=None):
-    """ "descriptor" or "matching", from the suffix; raises InputError where it contradicts `track`."""
-    expected = TRACKS.get(path.suffix.lower())
-    if expected is None and track is None:
-        raise InputError(f"{path}: neither .h5 nor .csv; say --descriptor or --matching")
-    if expected and track and expected != track:
-        raise InputError(f"{path}: a {path.suffix} is for the {expected} track; use --{expected}, or another file")
-    return track or expected
-
-
 def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1):
     """Candidates of the queries that the ground truth lists: a table with `query_id`, `reference_id`, `score`."""
     if track_of(path, track) == "matching":
@@ -204,6 +173,8 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1):
 
     submission = read_submission(path)
     check_spread(submission, path)
+    if (dims := submission["query"].shape[1]) > MAX_DIMENSIONS:
+        warn(f"{path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}")
     known = known_queries(as_text(submission["query_ids"]), truth, path, ground_truth_path)
     absent = np.setdiff1d(truth["reference_id"].to_numpy(str), np.append(as_text(submission["reference_ids"]), ""))
     if len(absent):
@@ -257,16 +228,7 @@ def parse_args(argv=None):
         "submission", type=Path, metavar="SUBMISSION", help=".h5 with descriptors, or .csv with matches"
     )
     parser.add_argument("ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
-    track = parser.add_mutually_exclusive_group()
-    for name in ("matching", "descriptor"):
-        track.add_argument(
-            f"-{name[0]}",
-            f"--{name}",
-            dest="track",
-            action="store_const",
-            const=name,
-            help=f"SUBMISSION is for the {name} track (default: by its suffix)",
-        )
+    add_track_flags(parser)
     parser.add_argument(
         "--ngpu", type=int, default=-1, help="GPUs that faiss may use; -1: all it sees (default), 0: none"
     )

@@ -23,20 +23,24 @@ import h5py
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
+from validate_submission import (
+    DATASETS,
+    MAX_DIMENSIONS,
+    InputError,
+    check_descriptors,
+    check_submission,
+    read_matches,
+    read_submission,
+)
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
 SUBMISSION = {1: "fb-isc-submission.h5", 2: "fb-isc-submission-phase2.h5"}
-DATASETS = ("query", "reference", "query_ids", "reference_ids")
 SUFFIX = {1: "", 2: "_phase2"}
 MATCHES = 10  # references per query in the csv, the challenge's allowance
 BLOCK = 4096  # queries per call of faiss
 CHUNK = 1024  # rows whose neighbours are held at once: (CHUNK, k, dim)
 MARGIN = 6  # neighbours fetched beyond k, so that rounding inside faiss does not decide who is the k-th
 GPU_MAX_K = 2048  # faiss's limit on GPUs
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line: FILE: what is wrong; the remedy."""
 
 
 # ---- search ----
@@ -132,12 +136,14 @@ def database_augmentation(train, k=10, alpha=3.0):
     """Each training descriptor becomes the normalised sum of its k nearest (itself included), weighted by similarity.
 
     train (n, dim) -> (n, dim) float32, unit length; the weight is the inner product to the power alpha, with its sign.
-    Fewer than k descriptors: all of them are used. The input is left as it is.
+    Fewer than k descriptors: all of them are used. A zero row stays zero. The input is left as it is.
     """
     train = as_float32(train)
     similarity, indices = nearest(train, train, k, "ip")
     weights = np.copysign(np.abs(similarity) ** np.float32(alpha), similarity)
-    return normalise(neighbour_sum(train, indices, weights))
+    result = normalise(neighbour_sum(train, indices, weights))
+    result[~train.any(axis=1)] = 0
+    return result
 
 
 def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, beta=0.35):
@@ -145,14 +151,16 @@ def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, bet
 
     descriptors (n, dim), negatives (m, dim), e.g. database-augmented training descriptors -> (n, dim) float32, unit
     length; every iteration searches with the result of the one before. Fewer than k negatives: all of them are used.
-    The inputs are left as they are. Paper: arXiv 2112.04323.
+    A zero row, an image that could not be read, stays zero. The inputs are left as they are. Paper: arXiv 2112.04323.
     """
     result, negatives = as_float32(descriptors).copy(), as_float32(negatives)
+    unread = ~result.any(axis=1)
     for _ in range(num_iter):
         _, indices = nearest(result, negatives, k, "ip")
         weights = np.full(indices.shape, beta / indices.shape[1], np.float32)
         result -= neighbour_sum(negatives, indices, weights)
         normalise(result)
+        result[unread] = 0
     return result
 
 
@@ -168,80 +176,6 @@ def atomic(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_descriptors(descriptors, where):
-    """Raises InputError unless `descriptors` is a non-empty (rows, dimensions) array of finite numbers."""
-    if descriptors.ndim != 2 or not descriptors.size:
-        raise InputError(f"{where} is empty or not (rows, dimensions): {descriptors.shape}; extract again")
-    if not np.isfinite([descriptors.min(), descriptors.max()]).all():
-        row = next(i for i, values in enumerate(descriptors) if not np.isfinite(values).all())
-        raise InputError(f"{where} has NaN or infinity, first in row {row}; extract again, or check the checkpoint")
-
-
-def read_dataset(file, name, path):
-    """One dataset of an h5 file as an array; nothing is followed out of the file, nor read if it is larger than it."""
-    if name not in file:
-        raise InputError(f"{path}: there is no dataset '{name}'; a submission has {', '.join(DATASETS)}")
-    dataset = file.get(name)
-    inside = isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(dataset, h5py.Dataset)
-    if not inside or dataset.is_virtual or dataset.external:
-        raise InputError(f"{path}: '{name}' is not a plain dataset of this file; copy the data into it")
-    if dataset.size * dataset.dtype.itemsize > 100 * path.stat().st_size:
-        raise InputError(f"{path}: '{name}' claims {dataset.shape} values, more than the file can hold; extract again")
-    return dataset[()]
-
-
-def read_descriptors(file, name, path):
-    """Descriptors as (n, dim) float32; they are floating point numbers, finite, at least one row."""
-    descriptors = read_dataset(file, name, path)
-    if descriptors.dtype.kind != "f":
-        raise InputError(f"{path}: '{name}' holds {descriptors.dtype}, not floating point numbers; extract again")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        descriptors = descriptors.astype(np.float32, copy=False)
-    check_descriptors(descriptors, f"{path}: '{name}'")
-    return descriptors
-
-
-def read_ids(file, name, path):
-    """Ids as fixed-width bytes (n,), whatever string type they are stored as; no id may appear twice."""
-    ids = read_dataset(file, name, path)
-    if h5py.check_string_dtype(file[name].dtype) is None or ids.ndim != 1:
-        raise InputError(f"{path}: '{name}' must be one string per row, such as Q00000; extract again")
-    ids = ids.astype("S") if ids.dtype.kind == "O" else ids
-    try:
-        np.char.decode(ids, "utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: '{name}' is not UTF-8 text; extract again") from None
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) < len(ids):
-        twice = unique[counts.argmax()].decode(errors="replace")
-        raise InputError(f"{path}: '{name}' holds {twice} more than once; ids must be unique, extract again")
-    return ids
-
-
-def read_submission(path):
-    """Reads and checks a descriptor-track file; a dict with `query`, `reference` (n, dim) float32, `query_ids`,
-    `reference_ids` (n,) fixed-width bytes. Raises InputError with what is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; extract first: python vNN.py --mode extract --target-set qrt ...")
-    try:
-        with h5py.File(path) as file:
-            data = {name: read_descriptors(file, name, path) for name in DATASETS[:2]}
-            ids = {name: read_ids(file, name, path) for name in DATASETS[2:]}
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error}); extract again".replace("\n", " ")) from None
-    for name, descriptors in data.items():
-        count = len(ids[f"{name}_ids"])
-        if len(descriptors) != count:
-            raise InputError(f"{path}: {len(descriptors)} rows in '{name}' but {count} ids; extract again")
-    if data["query"].shape[1] != data["reference"].shape[1]:
-        dims = f"{data['query'].shape[1]} and {data['reference'].shape[1]}"
-        raise InputError(
-            f"{path}: queries and references have different dimensions, {dims}; extract both with one model"
-        )
-    return data | ids
 
 
 def read_train(path):
@@ -267,7 +201,7 @@ def concatenated(parts):
 
 
 def write_submission(h5_path, csv_path, data, scores, indices):
-    """Writes both tracks; neither file changes before both are complete."""
+    """Writes both tracks; neither file changes before both are complete and read back well."""
     query_ids, reference_ids = data["query_ids"], data["reference_ids"]
     matches = pd.DataFrame(
         {
@@ -281,6 +215,8 @@ def write_submission(h5_path, csv_path, data, scores, indices):
         with h5py.File(h5_file, "w") as file:
             for name in DATASETS:
                 file.create_dataset(name, data=data[name])
+        read_matches(csv_file)
+        check_submission(h5_file)
 
 
 # ---- main ----
@@ -312,6 +248,9 @@ def postprocess(args):
     stem = "_".join(folder.parent.name for folder in folders) + "_iso" + SUFFIX[args.phase]
     h5_path, csv_path = folders[-1] / f"{stem}.h5", folders[-1] / f"{stem}.csv"
     write_submission(h5_path, csv_path, data, -distance, indices)
+    if (dims := data["query"].shape[1]) > MAX_DIMENSIONS:
+        message = f"{h5_path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}"
+        print(f"postprocess.py: warning: {message}", file=sys.stderr)
     return h5_path, csv_path
 
 
