@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import h5py
@@ -32,16 +33,14 @@ import torch.distributed as dist
 import torch.distributed.run
 import torch.nn.functional as F
 from augly import image as imaugs
-from augly import utils as augly_utils
 from augly.image.utils import rotated_rect_with_max_area
+from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
 # ---- recipe ----
-
-PREVIOUS = str(Path(__file__).with_name("v83") / "train/checkpoint_0005.pth.tar")  # v86
 
 
 def parse_args(argv=None):
@@ -85,8 +84,13 @@ def parse_args(argv=None):
     add("--gpu", type=int, help="use this GPU alone")
     add("--reference-world-size", type=int, default=8, help="GPUs that the learning rate was tuned on")  # v86: 4
     args = parser.parse_args(argv)
-    if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):
-        args.weight = PREVIOUS
+    if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):  # v86
+        args.weight = str(Path(__file__).with_name("v83") / "train/checkpoint_0005.pth.tar")
+    may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
+    for name in (
+        name for name, value in vars(args).items() if type(value) is int and value < (name not in may_be_zero)
+    ):
+        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: is too small")
     return args
 
 
@@ -176,10 +180,9 @@ def create_model(args, device, pretrained=False):
 def gather(x):
     """The rows of all processes in rank order; only this process's own carry gradient."""
     rank, world_size = process()
-    if world_size == 1:
-        return x
     rows = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(rows, x.detach().contiguous())
+    if world_size > 1:
+        dist.all_gather(rows, x.detach().contiguous())
     rows[rank] = x
     return torch.cat(rows)
 
@@ -229,9 +232,10 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 # ---- augmentation ----
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-SYMBOL_FONTS = ("TypeMyMusic_1.1", "PainttheSky-Regular")
-FONTS = sorted(str(path) for path in Path(augly_utils.FONTS_DIR).glob("*.[ot]tf") if path.stem not in SYMBOL_FONTS)
-EMOJIS = sorted(str(path) for path in Path(augly_utils.SMILEY_EMOJI_DIR).iterdir())
+FONTS = sorted(
+    str(p) for p in Path(FONTS_DIR).glob("*.[ot]tf") if not p.name.startswith(("TypeMyMusic", "PainttheSky"))
+)
+EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
 
 
 def moderate_augmentation(input_size, mean, std):
@@ -311,8 +315,7 @@ def list_images(folder):
 def open_image(path):
     """The image at `path` as PIL image in mode RGB; raises InputError where there is none."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.convert("RGB")
+        return Image.open(str(path), formats=IMAGE_FORMATS).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
@@ -326,9 +329,8 @@ def evaluation_transform(input_size, mean, std):
 def seed_generators(*key):
     """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next depends on them alone."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])  # noqa: NPY002  AugLy draws from NumPy's global generator
-    torch.manual_seed(seeds[2])
+    for seed, value in zip((random.seed, np.random.seed, torch.manual_seed), seeds, strict=True):
+        seed(value)
 
 
 # ---- distributed ----
@@ -389,12 +391,8 @@ def load_checkpoint(path, model, **parts):
             checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank, which then stays empty
             parts[name].load_state_dict(checkpoint[name])
-        momenta = parts["optimizer"].state.items() if "optimizer" in parts else ()
-        if any(parameter.shape != state["momentum_buffer"].shape for parameter, state in momenta):
-            raise ValueError("its optimizer has parameters in another order")
         return checkpoint.get("epoch", 0)
     except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
-        # Torch names every key that does not fit, a line for each kind: their beginnings tell enough.
         reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
         raise InputError(f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch") from error
 
@@ -419,19 +417,18 @@ def train(args):
     model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
     dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
     check_same_files(*dataset.files)
-    if args.batch_size < 1 or args.batch_size % world_size or args.batch_size > len(dataset):
-        wanted = f"a multiple of the {world_size} processes, at most the {len(dataset)} samples of {args.data}"
-        raise InputError(f"--batch-size {args.batch_size}: must be {wanted}")
-    if args.memory_size < (rows := args.batch_size * dataset.rows):
-        raise InputError(f"--memory-size {args.memory_size}: is less than the {rows} images of a step")
+    rows = args.batch_size * dataset.rows
+    if args.batch_size % world_size or args.batch_size > len(dataset) or rows > args.memory_size:
+        limits = f"{world_size} processes and fit the {len(dataset)} samples, its {rows} images --memory-size"
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {limits}")
     if args.weight:
         load_checkpoint(args.weight, model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
-    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=True)
-    # In every precision the scaler leaves out a step whose gradients are not finite; only float16 needs a scale.
+    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum)
+    # In every precision the scaler leaves out a step whose gradients are not finite; but for float16 it stays at 1.
     half = CUDA and args.amp == "fp16"
-    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
-    parts = {"optimizer": optimizer, "memory_bank": loss_function, "scaler": scaler}
+    scaler = torch.amp.GradScaler(device.type, *(() if half else (1.0, 1 + 1e-9, 1 - 1e-9)))
+    parts = {"optimizer": optimizer, "memory_bank": loss_function} | ({"scaler": scaler} if half else {})
     start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
     if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
         timm.layers.convert_sync_batchnorm(model)
@@ -441,7 +438,7 @@ def train(args):
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
         git = ["/usr/bin/env", "git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
         about = {"args": vars(args), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
-        about["versions"] = {module.__name__: module.__version__ for module in (torch, timm, np)}
+        about["versions"] = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
         about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "processes": world_size}
         print(json.dumps(about), file=log, flush=True)
         for epoch in range(start, args.epochs):
@@ -463,28 +460,34 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
     # on (where each had its own rows' part of it, averaged by DDP). pytorch-metric-learning >= 1.0 gives N times that.
     scale = world_size / args.reference_world_size
     network.train()
-    losses, started = [], time.time()
+    history, rows, started = [], size * dataset.rows, time.time()
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=CUDA)
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=rank > 0)
     for step, (images, labels) in enumerate(bar, start=1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
+        before = [buffer.clone() for buffer in network.buffers()]
         embeddings = embed(args, network, images.flatten(0, 1), device)
         loss = loss_function(embeddings, labels.flatten().to(device, non_blocking=True))
         scaler.scale(loss * scale).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        for buffer, kept in zip(network.buffers(), before, strict=True):  # BatchNorm's statistics of a step left out
+            buffer.copy_(torch.where(loss.isfinite(), buffer, kept))
+        history.append(torch.stack([loss.detach(), *loss_function.stats.values()]))
         if step % args.log_every and step < len(batches):
             continue
-        values = torch.stack(losses).cpu()  # the one place where the host waits for the device
-        line = {"step": epoch * len(batches) + step, "epoch": epoch, "loss": values[values.isfinite()].mean().item()}
-        line |= {name: value.item() for name, value in loss_function.stats.items()}
-        line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~values.isfinite()).sum())}
-        line["images_per_second"] = len(losses) * args.batch_size * dataset.rows / (time.time() - started)
+        values = torch.stack(history).cpu()
+        finite = values[values.isfinite().all(dim=1)]
+        line = {"step": epoch * len(batches) + step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+        line |= dict(zip(("loss", *loss_function.stats), finite.mean(dim=0).tolist(), strict=True))
+        line["skipped"], line["images_per_second"] = (
+            len(values) - len(finite),
+            len(values) * rows / (time.time() - started),
+        )
         print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
         bar.set_postfix(loss=line["loss"])
-        losses, started = [], time.time()
+        history, started = [], time.time()
 
 
 # ---- extract ----
@@ -504,24 +507,22 @@ def extraction_sets(args):
         raise InputError(f"--target-set {args.target_set}: give letters of q, r and t")
     if args.eval_subset and "reference" in sets:
         subset = root / args.eval_subset
-        wanted = set(subset.read_text().split() if subset.is_file() else [])
+        wanted = set(subset.read_text(errors="replace").split() if subset.is_file() else [])
         sets["reference"] = np.array([path for path in sets["reference"] if Path(path).stem in wanted])
         if not wanted or len(sets["reference"]) < len(wanted):
             raise InputError(f"{subset}: must list ids of images in {folders['reference']}, one a line")
-    for name, paths in sets.items():
-        if len({Path(path).stem for path in paths}) < len(paths):
-            raise InputError(f"{folders[name]}: has images that differ in their suffix alone; rename one of each")
+    if any(len({Path(path).stem for path in paths}) < len(paths) for paths in sets.values()):
+        raise InputError(f"{root}: has images whose names differ in their suffix alone; rename one of each")
     return {name: paths[: 100 if args.dryrun else None] for name, paths in sets.items()}
 
 
 @torch.inference_mode()
 def describe(args, name, paths, model, device):
-    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; each process computes its share."""
+    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; the same bits for any number of processes."""
     rank, world_size = process()
     config = model.backbone.default_cfg
     load = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
     batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
-    # Whole batches for each process: what is computed together, and so every bit, is the same for any number of them.
     share = batches[rank::world_size]
     loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=load, pin_memory=CUDA)
     bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
@@ -564,18 +565,18 @@ def main(argv=None):
     """Run the stage; returns the exit code, 2 for input that cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    several = args.world_size > 1 or (torch.cuda.device_count() > 1 and args.gpu is None)
-    if args.multiprocessing_distributed and several and "RANK" not in os.environ:
+    gpus = torch.cuda.device_count() if args.multiprocessing_distributed and args.gpu is None else 1
+    if "RANK" not in os.environ and (args.world_size > 1 or gpus > 1):
         host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
-        node = f"--nnodes={args.world_size} --node-rank={args.rank} --master-addr={host} --master-port={port}"
-        node += f" --nproc-per-node={max(1, torch.cuda.device_count())}"
+        node = f"--nnodes={args.world_size} --node-rank={args.rank} --nproc-per-node={max(1, gpus)}"
+        node += f" --master-addr={host} --master-port={port}"
         try:  # torchrun, as its own command would start this node's processes
             return dist.run.main([*node.split(), __file__, *argv]) or 0
         except dist.elastic.multiprocessing.errors.ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
     try:
         (train if args.mode == "train" else extract)(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         # A loader process puts a traceback before the message.
         print(f"{Path(__file__).name}: error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         return 2

@@ -163,7 +163,8 @@ def test_log(house, published, stage):
     first, *lines = log_lines(house / "exp" / stage)
     assert {"args", "versions", "commit", "device"} <= first.keys()
     assert first["args"]["arch"] == "test_efficientnet"
-    assert first["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(first["versions"]["torch"])
+    assert {"torchvision", "timm", "augly", "pillow"} <= first["versions"].keys()
     lines = [line for line in lines if "args" not in line]  # a resumed run adds its own
     epochs = {"v83": 7, "v86": 6, "v98": 2, "v107": 10}[stage]
     assert [line["step"] for line in lines] == list(range(1, 2 * epochs + 1))
@@ -189,6 +190,40 @@ def test_resuming_continues_the_run(house, published):
     kept[16:32] = False
     assert torch.equal(before["memory_bank"]["bank"][kept], after["memory_bank"]["bank"][kept])
     assert not torch.equal(before["memory_bank"]["bank"], after["memory_bank"]["bank"])
+
+
+def test_resuming_is_exact(house, tmp_path, call):
+    """Two epochs in one run, and one and another in two: the same weights, momenta, bank and log, bit for bit."""
+    flags, training = [*SMALL, "--lr", 0.01, "--output"], house / "input" / "training_images"
+    assert call("v83", *flags, tmp_path / "one", "--no-pretrained", "--epochs", 2, training).returncode == 0
+    assert call("v83", *flags, tmp_path / "two", "--no-pretrained", "--epochs", 1, training).returncode == 0
+    first = tmp_path / "two" / "train" / "checkpoint_0000.pth.tar"
+    assert call("v83", *flags, tmp_path / "two", "--resume", first, "--epochs", 2, training).returncode == 0
+    one, two = (load(tmp_path / name / "train" / "checkpoint_0001.pth.tar") for name in ("one", "two"))
+    for part in ("state_dict", "optimizer", "memory_bank"):
+        assert_same_tensors(two[part], one[part])
+    one, two = ([line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert two == one
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_step_that_is_not_finite_is_left_out(house, tmp_path, call, monkeypatch, step):
+    """It reaches neither weights, momenta, BatchNorm's statistics nor the bank, and the log counts it."""
+    calls, gem = [], v83.gem
+
+    def overflow_once(x, p):
+        calls.append(p)
+        return gem(x, p) * (torch.inf if len(calls) == step else 1)
+
+    monkeypatch.setattr(v83, "gem", overflow_once)
+    flags = [*SMALL, "--no-pretrained", "--sample-size", 16, "--epochs", 1, "--log-every", 2, "--output", tmp_path]
+    assert call("v83", *flags, house / "input" / "training_images").returncode == 0
+    checkpoint = load(tmp_path / "train" / "checkpoint_0000.pth.tar")
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    momenta = [state["momentum_buffer"] for state in checkpoint["optimizer"]["state"].values()]
+    assert all(momentum.isfinite().all() for momentum in momenta)
+    assert checkpoint["memory_bank"]["filled"].item() == 3 * 8
+    assert [line["skipped"] for line in log_lines(tmp_path)[1:]] == [1, 0]
 
 
 def read(output, phase=""):
@@ -374,9 +409,6 @@ def test_a_published_checkpoint_serves_everywhere(house, tmp_path, call):
     assert checkpoint["memory_bank"]["filled"].item() == 16  # the bank started empty
     for name, _ in model.named_parameters():  # at learning rate 0
         assert torch.equal(checkpoint["state_dict"][f"module.{name}"], start[f"module.{name}"])
-    momentum = checkpoint["optimizer"]["state"][0]["momentum_buffer"]
-    assert (momentum - 0.25 * 0.9**2).abs().max() < 1  # it went on from the stored one
-    assert momentum.mean().item() != 0
 
     weight = [*SMALL, "--epochs", 1, "--lr", 0, "--output", tmp_path / "weight", "--weight", path]
     assert call("v86", *weight, training).returncode == 0
@@ -435,14 +467,10 @@ def test_extraction_in_two_processes(house, checkpoint, tmp_path, call):
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6, "--target-set", "qrt"]
     for result in on_two_nodes(ROOT / "exp" / "v83.py", *flags, house / "input", output=tmp_path / "two"):
         assert result.returncode == 0, result.stderr
-    assert call("v83", *flags, "--output", tmp_path / "one", house / "input").returncode == 0
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    for name in ("query_ids", "reference_ids"):
-        np.testing.assert_array_equal(two[name], one[name])
-    for name in ("query", "reference"):
-        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-6)
-    one, two = (np.load(tmp_path / name / "extract" / "train_feats.npy") for name in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+    assert run(ROOT / "exp" / "v83.py", *flags, "--output", tmp_path / "one", house / "input").returncode == 0
+    for name in ("fb-isc-submission.h5", "train_feats.npy"):
+        one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
+        assert two.read_bytes() == one.read_bytes()
 
 
 def test_a_batch_that_does_not_divide(house, tmp_path):
@@ -493,7 +521,14 @@ def test_fewer_images_than_a_batch(house, tmp_path, call):
 
 def test_a_bank_smaller_than_a_step(house, tmp_path, call):
     flags = [*training_flags(tmp_path), "--memory-size", 7, house / "input" / "training_images"]
-    refused(call("v83", *flags), tmp_path, "--memory-size 7", "8")
+    refused(call("v83", *flags), tmp_path, "--memory-size", "8 images")
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--log-every", "--ncrops", "--input-size", "--reference-world-size"])
+def test_a_number_too_small(house, tmp_path, flag):
+    flags = [*training_flags(tmp_path), flag, 0, house / "input" / "training_images"]
+    with pytest.raises(SystemExit, match="2"):
+        v83.main(list(map(str, flags)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -594,7 +629,7 @@ def test_duplicate_ids_in_extraction(house, tmp_path, checkpoint, call):
     for name in ("Q00000.jpg", "Q00001.jpg", "Q00001.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--target-set", "q", "--output", tmp_path / "out"]
-    refused(call("v83", *flags, tmp_path), tmp_path / "out", folder)
+    refused(call("v83", *flags, tmp_path), tmp_path / "out", tmp_path, "suffix")
 
 
 @pytest.mark.parametrize("subset", [None, "", "R000001\nR999999\n"])
