@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from postprocess import BLOCK, as_float32, atomic, flat_search, pair_scores
 from tqdm import tqdm
+
+from postprocess import BLOCK, as_float32, atomic, flat_search, pair_scores
 from validate_submission import (
     MAX_DIMENSIONS,
     InputError,

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
+
 from validate_submission import (
     DATASETS,
     MAX_DIMENSIONS,

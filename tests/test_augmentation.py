@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw, ImageFilter
+from scipy.stats import binom, kstest
+
 import v83
 import v86
 import v98
 from conftest import GOLDEN
-from PIL import Image, ImageDraw, ImageFilter
-from scipy.stats import binom, kstest
 
 imaugs = v83.imaugs  # AugLy, as the scripts import it: with its C library
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -2,9 +2,10 @@
 
 import importlib
 
-import demo
 import numpy as np
 import pytest
+
+import demo
 from conftest import ROOT, assert_refused, run
 
 

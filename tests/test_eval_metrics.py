@@ -4,15 +4,16 @@ import csv
 import json
 import shutil
 
-import eval_metrics
 import h5py
 import numpy as np
 import pandas as pd
-import postprocess
 import pytest
-from conftest import GOLDEN, ROOT, assert_refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import eval_metrics
+import postprocess
+from conftest import GOLDEN, ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "eval_metrics.py"
 EXPECTED = json.loads((GOLDEN / "eval_expected.json").read_text())

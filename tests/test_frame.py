@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
+
+from conftest import ROOT
 
 PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("exp/*.py"), *ROOT.glob("scripts/*.py")])
 DOCS = [path for path in [ROOT / "README.md", ROOT / "input" / "README.md", ROOT / ".ci" / "run"] if path.exists()]

@@ -6,8 +6,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
 from PIL import Image
+
+from conftest import ROOT, run
 
 pytestmark = [
     pytest.mark.gpu,

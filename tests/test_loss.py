@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from conftest import GOLDEN
 from v83 import MemoryBankContrastiveLoss
 
 SINGLE_PROCESS_CASES = ["pairs", "nondivisor", "unfilled", "varying", "edge"]

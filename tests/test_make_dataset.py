@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+
 from conftest import assert_refused, run
 from make_dataset import EDITS, apply_edits, dead_leaves, embedded_tiles, generator, open_embedded
-from PIL import Image
 
 SCRIPT = "scripts/make_dataset.py"
 SMALL = "--queries", 30, "--references", 40, "--training", 12, "--size", 128

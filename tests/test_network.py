@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
+
 import v83
 import v98
 import v107
 from conftest import GOLDEN
-from timm.layers import convert_sync_batchnorm
 from v83 import ISCNet, gem, parameter_groups
 
 

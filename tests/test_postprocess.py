@@ -4,11 +4,12 @@ import csv
 
 import h5py
 import numpy as np
-import postprocess
 import pytest
-from conftest import GOLDEN, ROOT, assert_refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import postprocess
+from conftest import GOLDEN, ROOT, assert_refused, run
 
 CASES = ("float32", "float16", "duplicates")
 COMMAND = ROOT / "scripts" / "postprocess.py"

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+
 import v83
 import v98
 import v107
 from conftest import ROOT, assert_refused, run
 from frozen_batchnorm import stay_in_evaluation_mode
-from PIL import Image
 
 STAGES = ["v83", "v86", "v98", "v107"]
 SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jpg", 12),

@@ -5,11 +5,12 @@ import time
 import zlib
 from functools import cache
 
-import eval_metrics
 import h5py
 import numpy as np
-import postprocess
 import pytest
+
+import eval_metrics
+import postprocess
 import validate_submission
 from conftest import ROOT, assert_refused, run
 

@@ -3,13 +3,14 @@
 import tempfile
 from pathlib import Path
 
-import eval_metrics
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import eval_metrics
 
 MONOTONE = {
     "affine": lambda score: 0.25 * score - 7,
