@@ -43,7 +43,9 @@ def imported_modules(path):
 
 
 def make(*arguments, cwd=ROOT):
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    """`make` as a user types it, also where `make test` runs this: without the outer make's variables."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def make_targets():
