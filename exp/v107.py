@@ -85,10 +85,9 @@ def parse_args(argv=None):
     if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):
         args.weight = str(Path(__file__).with_name("v98") / "train/checkpoint_0001.pth.tar")  # v107
     may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
-    for name in (
-        name for name, value in vars(args).items() if type(value) is int and value < (name not in may_be_zero)
-    ):
-        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: is too small")
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name not in may_be_zero):
+            parser.error(f"--{name.replace('_', '-')} {value}: is too small")
     return args
 
 
@@ -332,8 +331,11 @@ def save(path, write):
     """Call write(path) so that either the old or the whole new file is there at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"unfinished-{path.name}")
-    write(unfinished)
-    unfinished.replace(path)
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, model, **parts):

@@ -85,10 +85,9 @@ def parse_args(argv=None):
     add("--reference-world-size", type=int, default=4, help="GPUs that the learning rate was tuned on")
     args = parser.parse_args(argv)
     may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
-    for name in (
-        name for name, value in vars(args).items() if type(value) is int and value < (name not in may_be_zero)
-    ):
-        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: is too small")
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name not in may_be_zero):
+            parser.error(f"--{name.replace('_', '-')} {value}: is too small")
     return args
 
 
@@ -230,9 +229,7 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 # ---- augmentation ----
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-FONTS = sorted(
-    str(p) for p in Path(FONTS_DIR).glob("*.[ot]tf") if not p.name.startswith(("TypeMyMusic", "PainttheSky"))
-)
+FONTS = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1")
 EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
 
 
@@ -375,8 +372,11 @@ def save(path, write):
     """Call write(path) so that either the old or the whole new file is there at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"unfinished-{path.name}")
-    write(unfinished)
-    unfinished.replace(path)
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, model, **parts):

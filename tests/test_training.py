@@ -525,6 +525,20 @@ def test_a_bank_smaller_than_a_step(house, tmp_path, call):
     refused(call("v83", *flags), tmp_path, "--memory-size", "8 images")
 
 
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    path.write_text("old")
+
+    def write_half(unfinished):
+        unfinished.write_text("ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        v83.save(path, write_half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("flag", ["--epochs", "--log-every", "--ncrops", "--input-size", "--reference-world-size"])
 def test_a_number_too_small(house, tmp_path, flag):
     flags = [*training_flags(tmp_path), flag, 0, house / "input" / "training_images"]
