@@ -7,6 +7,7 @@ Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the
 nearest over all queries together; they are also written beside it, as <stem>_candidates.csv.
 
 Queries that the ground truth does not list, with a reference or without, are left out. Equal scores count worst first.
+A row of zeros, of an image that could not be read, matches nothing.
 Paper of the challenge: arXiv 2106.09672.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from postprocess import BLOCK, as_float32, atomic, flat_search, pair_scores
+from postprocess import BLOCK, as_float32, atomic, described, flat_search, pair_scores
 from validate_submission import (
     MAX_DIMENSIONS,
     InputError,
@@ -180,12 +181,15 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1):
     absent = np.setdiff1d(truth["reference_id"].to_numpy(str), np.append(as_text(submission["reference_ids"]), ""))
     if len(absent):
         warn(f"{path}: {len(absent)} references of {ground_truth_path} are not in it, such as {absent[0]}: never found")
+    max_results = CANDIDATES * int(known.sum())
+    known &= submission["query"].any(axis=1)
+    read = described(submission["reference"])
     return match(
         submission["query"][known],
-        submission["reference"],
+        submission["reference"][read],
         submission["query_ids"][known],
-        submission["reference_ids"],
-        CANDIDATES * int(known.sum()),
+        submission["reference_ids"][read],
+        max_results,
         num_gpus,
     )
 

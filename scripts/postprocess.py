@@ -124,6 +124,12 @@ def normalise(rows):
     return rows
 
 
+def described(descriptors):
+    """Which rows of (n, dim) are descriptors, as an index: not those of zeros, of images that could not be read."""
+    read = descriptors.any(axis=1)
+    return slice(None) if read.all() else np.flatnonzero(read)  # a slice copies nothing
+
+
 def neighbour_sum(base, indices, weights):
     """sum_j weights[i, j] * base[indices[i, j]] as (n, dim) float32, in chunks: (n, k, dim) is 10 GB for a million."""
     result = np.empty((len(indices), base.shape[1]), np.float32)
@@ -201,16 +207,21 @@ def concatenated(parts):
     return parts[0] if len(parts) == 1 else normalise(np.concatenate(parts, axis=1))
 
 
-def write_submission(h5_path, csv_path, data, scores, indices):
-    """Writes both tracks; neither file changes before both are complete and read back well."""
-    query_ids, reference_ids = data["query_ids"], data["reference_ids"]
-    matches = pd.DataFrame(
+def find_matches(data):
+    """The 10 nearest references of each query: `query_id`, `reference_id`, `score`; nothing matches a row of zeros."""
+    queries, references = described(data["query"]), described(data["reference"])
+    distance, indices = nearest(data["query"][queries], data["reference"][references], MATCHES, "l2")
+    return pd.DataFrame(
         {
-            "query_id": np.repeat(np.char.decode(query_ids), indices.shape[1]),
-            "reference_id": np.char.decode(reference_ids)[indices.ravel()],
-            "score": scores.ravel(),
+            "query_id": np.repeat(np.char.decode(data["query_ids"][queries]), indices.shape[1]),
+            "reference_id": np.char.decode(data["reference_ids"][references])[indices.ravel()],
+            "score": -distance.ravel(),
         }
     )
+
+
+def write_submission(h5_path, csv_path, data, matches):
+    """Writes both tracks; neither file changes before both are complete and read back well."""
     with atomic(csv_path) as csv_file, atomic(h5_path) as h5_file:
         matches.to_csv(csv_file, index=False)
         with h5py.File(h5_file, "w") as file:
@@ -238,17 +249,18 @@ def postprocess(args):
         ):
             raise InputError(f"{folder}: its images are not those of {folders[0]}; extract both from the same input")
 
-    train = database_augmentation(concatenated(trains), args.k, args.alpha)
+    train = concatenated(trains)
     del trains
+    train = database_augmentation(train[described(train)], args.k, args.alpha)
     for name in ("query", "reference"):
         data[name] = negative_embedding_subtraction(
             concatenated([submission.pop(name) for submission in submissions]), train, args.num_iter, args.k, args.beta
         )
-    distance, indices = nearest(data["query"], data["reference"], MATCHES, "l2")
+    matches = find_matches(data)
 
     stem = "_".join(folder.parent.name for folder in folders) + "_iso" + SUFFIX[args.phase]
     h5_path, csv_path = folders[-1] / f"{stem}.h5", folders[-1] / f"{stem}.csv"
-    write_submission(h5_path, csv_path, data, -distance, indices)
+    write_submission(h5_path, csv_path, data, matches)
     if (dims := data["query"].shape[1]) > MAX_DIMENSIONS:
         message = f"{h5_path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}"
         print(f"postprocess.py: warning: {message}", file=sys.stderr)
