@@ -32,8 +32,8 @@ MAX_MATCHES = 10 * ROWS["query"]
 MAX_LINE = 64  # bytes of a csv's line; Q00000,R000000 and a score in full take half of it
 MAX_ID = 255  # bytes, as a file name's
 
-GZIP, SHUFFLE, LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF
-PIPELINES = ([], [SHUFFLE], [GZIP], [LZF], [SHUFFLE, GZIP], [SHUFFLE, LZF])
+GZIP, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
+PIPELINES = ([], [SHUFFLE], [GZIP], [SHUFFLE, GZIP])  # lzf takes long to inflate what was made to grow
 COMPRESSION = 20  # descriptors of few distinct values shrink to a sixth, those of a network hardly at all
 SMALL = 2**24  # bytes that may come from however few: consecutive ids shrink to a 400th
 BLOCK = 16384  # rows read at once
@@ -78,7 +78,7 @@ def plain_dataset(file, name, path):
     if not inside or file[name].is_virtual or file[name].external:
         raise InputError(f"{path}: '{name}' is not a plain dataset of this file; copy the data into it")
     if filters_of(file[name]) not in PIPELINES:
-        raise InputError(f"{path}: '{name}' is stored with filters other than gzip, lzf, shuffle; write it without")
+        raise InputError(f"{path}: '{name}' is stored with filters other than gzip and shuffle; write it without")
     return file[name]
 
 
@@ -112,7 +112,7 @@ def check_storage(dataset, name, path):
         chunk = dataset.chunks
         count = math.prod(-(-rows // size) for rows, size in zip(dataset.shape, chunk, strict=True))
     size, stored = math.prod(chunk) * width, dataset.id.get_storage_size()
-    most = max(COMPRESSION * stored, SMALL) if GZIP in filters or LZF in filters else stored
+    most = max(COMPRESSION * stored, SMALL) if GZIP in filters else stored
     written = not dataset.chunks or dataset.id.get_num_chunks() == count
     if stored > path.stat().st_size or count * size > most or not written:
         raise InputError(f"{path}: '{name}' claims {dataset.shape} values, more than the file can hold; extract again")
