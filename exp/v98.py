@@ -13,12 +13,17 @@ Needs also input/reference_images; writes train/checkpoint_{epoch:04d}.pth.tar, 
 
 import argparse
 import hashlib
+import io
 import json
+import math
 import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import time
+import zipfile
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +40,7 @@ from augly import image as imaugs
 from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -68,22 +73,31 @@ def parse_args(argv=None):
     add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
     add("--sample-size", type=int, default=1000000, help="how many training images to use, the first by name")
     add("--seed", type=int, default=999, help="decides every random draw, for any number of processes")  # v98: 99
-    add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
+    add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint; auto: the newest in --output")
+    add("--checkpoint-every", type=int, default=1000, help="steps between two last.pth.tar, which auto resumes")
+    add("--max-skipped", type=int, default=10, help="how many steps in a row may lack a finite loss")
+    add("--bad-images", choices=["skip", "error", "zero"], help="to train: skip or error; to extract: error or zero")
+    add("--max-bad", type=float, default=0.001, help="share of the images that skip may skip; one it always may")
     add("--no-pretrained", action="store_true", help="start from random weights, not from timm's ImageNet weights")
     add("--log-every", type=int, default=50, help="steps per line of log.jsonl")
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
+    add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
     add("--world-size", type=int, default=1, help="number of nodes")
     add("--rank", type=int, default=0, help="number of this node")
     add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
     add("--dist-backend", default="nccl", help="backend on CUDA (gloo on a CPU)")
+    add("--timeout", type=int, default=10, help="minutes after which a silent process counts as lost")
     add("--gpu", type=int, help="use this GPU alone")
     add("--reference-world-size", type=int, default=16, help="GPUs that the learning rate was tuned on")  # v98: 8
     args = parser.parse_args(argv)
-    if args.mode == "train" and not (args.weight or args.resume or args.no_pretrained):
+    args.bad_images = args.bad_images or {"train": "skip", "extract": "error"}[args.mode]
+    if args.bad_images == {"train": "zero", "extract": "skip"}[args.mode]:
+        parser.error(f"--bad-images {args.bad_images}: does not go with --mode {args.mode}")
+    if args.mode == "train" and not (args.weight or args.no_pretrained or args.resume not in (None, "auto")):
         args.weight = str(Path(__file__).with_name("v86") / "train/checkpoint_0005.pth.tar")  # v98
     may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
     for name, value in vars(args).items():
@@ -120,7 +134,7 @@ def hard_augmentation(input_size, mean, std, overlay_paths):
     return transforms.Compose([transforms.RandomApply([rotate], p=p), crop, transforms.RandomOrder(shuffled), *finish])
 
 
-class TrainDataset(Dataset):
+class TrainDataset:
     """Sample i: views of training image i, float (rows, 3, size, size), and their labels (rows,); 2 are references."""
 
     def __init__(self, args, mean, std):
@@ -148,6 +162,7 @@ class TrainDataset(Dataset):
 # ---- model ----
 
 CUDA = torch.cuda.is_available()
+VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
 LAYOUT = torch.channels_last if CUDA else torch.contiguous_format  # what is fast there
 
 
@@ -251,10 +266,12 @@ def moderate_augmentation(input_size, mean, std):
 
 
 def rotate(image):
-    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin for that stays as it is."""
-    degrees = random.uniform(0, 180)
-    thin = min(rotated_rect_with_max_area(*image.size, degrees)) < 2
-    return image if thin else imaugs.rotate(image, degrees=degrees)
+    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin or large stays as it is."""
+    degrees, (width, height) = random.uniform(0, 180), image.size
+    sine, cosine = abs(math.sin(math.radians(degrees))), abs(math.cos(math.radians(degrees)))
+    large = (width * cosine + height * sine) * (width * sine + height * cosine) > MAX_PIXELS  # with its empty corners
+    thin = min(rotated_rect_with_max_area(width, height, degrees)) < 2
+    return image if thin or large else imaugs.rotate(image, degrees=degrees)
 
 
 def overlay_and_crop(image, input_size, overlay_paths, overlay_p, opacity_lower, sizes):
@@ -266,7 +283,8 @@ def overlay_and_crop(image, input_size, overlay_paths, overlay_p, opacity_lower,
     background, overlay = pair
     size, opacity = random.uniform(*sizes), random.uniform(opacity_lower, 1)
     x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
-    if overlay.width * int(background.height * size) >= overlay.height:  # else it is not one pixel wide
+    height = int(background.height * size)
+    if 0 < overlay.width * height // overlay.height * height < MAX_PIXELS // 4:  # else one of the two is too thin
         background = imaugs.overlay_image(background, overlay, None, opacity, size, x, y).convert("RGB")
     return transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0))(background)
 
@@ -300,6 +318,7 @@ def overlay_emoji(image):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 
 
 class InputError(ValueError):
@@ -319,17 +338,52 @@ def list_images(folder):
 
 
 def open_image(path):
-    """The image at `path` as PIL image in mode RGB; raises InputError where there is none."""
+    """The image at `path`, the first of an animation, in mode RGB; raises InputError where there is none."""
     try:
-        return Image.open(str(path), formats=IMAGE_FORMATS).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise OSError("there is no such file")
+        image = Image.open(str(path), formats=IMAGE_FORMATS)
+        tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
+        if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
+        if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # file system, formats and decoders each fail in their own way
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image to float tensor (3, input_size, input_size)."""
     resize = transforms.Resize((input_size, input_size))
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def load(get, items, blank, indices):
+    """get(items[i]) for each i of `indices`, collated, and {position: why} for what cannot be read.
+
+    There stands `blank` or, where that is None, another item, which the index alone decides.
+    """
+    samples, bad = [], {}
+    for position, index in enumerate(indices):
+        others = np.random.default_rng(index).integers(len(items), size=100) if blank is None else []
+        for other in (index, *others):
+            try:
+                samples.append(get(items[other]))
+                break
+            except InputError as error:
+                bad.setdefault(position, str(error))
+        else:
+            if blank is None:
+                raise InputError(bad[position])
+            samples.append(blank)
+    return default_collate(samples), bad
+
+
+def create_loader(args, get, items, blank, batches):
+    """A loader of load(get, items, blank, indices) for the indices of each batch."""
+    collate = partial(load, get, items, blank)
+    return DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
 
 
 def seed_generators(*key):
@@ -340,6 +394,8 @@ def seed_generators(*key):
 
 
 # ---- distributed ----
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def process():
@@ -352,21 +408,34 @@ def join(args):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0))) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = args.mode == "train"  # a choice by time, while extraction keeps to its bits
     if "RANK" in os.environ:
-        dist.init_process_group(args.dist_backend if CUDA else "gloo")
+        # Ranks of an extraction meet at its end only; a process that dies is noticed at once by the others anyway.
+        timeout = timedelta(minutes=args.timeout) if args.mode == "train" else timedelta(days=30)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store still has the addresses of a failed attempt
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = f"cpu:gloo,cuda:{args.dist_backend}" if CUDA else "gloo"  # share() must not wait for the GPU
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
     args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
     return device
 
 
-def check_same_files(*lists):
-    """Labels are positions in lists of files: raise InputError unless all processes have the same lists."""
+def share(value):
+    """The values of all processes, in rank order."""
+    values = [value] * process()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def hash_files(*lists):
+    """SHA-256 of the names in lists of files, by whose positions images are known: the same on all processes."""
     names = "\n".join(Path(path).name for paths in lists for path in paths)
-    digests = [hashlib.sha256(os.fsencode(names)).hexdigest()] * process()[1]
-    if len(digests) > 1:
-        dist.all_gather_object(digests, digests[0])
-    if len(set(digests)) > 1:
+    digest = hashlib.sha256(os.fsencode(names)).hexdigest()
+    if len(set(share(digest))) > 1:
         raise InputError("the processes found different files; give every node the same data")
+    return digest
 
 
 def embed(args, model, images, device):
@@ -379,31 +448,44 @@ def embed(args, model, images, device):
 # ---- checkpoint ----
 
 
-def save(path, write):
-    """Call write(path) so that either the old or the whole new file is there at any time."""
+def save(path, write, size):
+    """Call write(path), of `size` bytes, so that either the old or the whole new file is there at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished, folder = path.with_name(f"unfinished{path.suffix}"), os.open(path.parent, os.O_RDONLY)
     try:
         write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file)
         unfinished.replace(path)
+        os.fsync(folder)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: its {size} bytes cannot be written ({error}); make room and go on") from error
     finally:
+        os.close(folder)
         unfinished.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, model, **parts):
-    """Load the weights of the checkpoint at `path`, and the states of those `parts` it has; returns its next epoch."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # and no other Python object
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict({key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()})
-        if "optimizer" in parts:  # learning rate and the like are those given now
-            checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
-        for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank, which then stays empty
-            parts[name].load_state_dict(checkpoint[name])
-        return checkpoint.get("epoch", 0)
-    except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
-        reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
-        raise InputError(f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch") from error
+def load_checkpoint(paths, model, **parts):
+    """Load weights, and the states of those `parts` it has, from the first readable of `paths`; returns all it has."""
+    for path in paths:
+        try:
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+                raise ValueError("damaged")
+            with torch.serialization.safe_globals([argparse.Namespace]):  # and no other Python object
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            weights = {key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()}
+            model.load_state_dict(weights)
+            if "optimizer" in parts:  # learning rate and the like are those given now
+                checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+            for name in parts.keys() & checkpoint.keys():  # published ones have no memory bank: it stays empty
+                parts[name].load_state_dict(checkpoint[name])
+            return checkpoint
+        except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
+            reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
+            message = f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch"
+            if path == paths[-1]:
+                raise InputError(message) from error
+            print(f"warning: {message}; using the one before", file=sys.stderr)
 
 
 # ---- train ----
@@ -418,50 +500,89 @@ def parameter_groups(model, weight_decay):
 
 
 def train(args):
-    """Train the stage: a checkpoint per epoch, and log.jsonl, in <output>/train."""
-    device = join(args)
+    """Train the stage in <output>/train: checkpoint_{epoch:04d}.pth.tar, last.pth.tar more often, log.jsonl.
+
+    Returns the exit code: 75 (EX_TEMPFAIL) where a signal ended it early, for --resume auto to go on.
+    """
+    device, folder, stopping = join(args), Path(args.output, "train"), []
     rank, world_size = process()
+    newest = sorted(folder.glob("*.pth.tar"), reverse=True)  # last.pth.tar, then the epochs' from the last one on
+    resumed = newest if args.resume == "auto" else [args.resume] * bool(args.resume)
     seed_generators(args.seed)
     # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
-    model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or args.resume))
+    model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or resumed))
     dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
-    check_same_files(*dataset.files)
-    rows = args.batch_size * dataset.rows
-    if args.batch_size % world_size or args.batch_size > len(dataset) or rows > args.memory_size:
+    about = {"files": hash_files(*dataset.files), "seed": args.seed, "batch_size": args.batch_size}
+    rows, steps = args.batch_size * dataset.rows, len(dataset) // args.batch_size
+    if args.batch_size % world_size or not steps or rows > args.memory_size:
         limits = f"{world_size} processes and fit the {len(dataset)} samples, its {rows} images --memory-size"
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {limits}")
-    if args.weight:
-        load_checkpoint(args.weight, model)
+    if args.weight and not resumed:
+        load_checkpoint([args.weight], model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
     optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum)
     # In every precision the scaler leaves out a step whose gradients are not finite; but for float16 it stays at 1.
     half = CUDA and args.amp == "fp16"
     scaler = torch.amp.GradScaler(device.type, *(() if half else (1.0, 1 + 1e-9, 1 - 1e-9)))
     parts = {"optimizer": optimizer, "memory_bank": loss_function} | ({"scaler": scaler} if half else {})
-    start = load_checkpoint(args.resume, model, **parts) if args.resume else args.start_epoch
+    state = {"epoch": args.start_epoch, "step": 0, "skipped": 0, "history": torch.zeros(0, 5), "bad": [], "log": []}
+    changed = []
+    if resumed:
+        checkpoint = load_checkpoint(resumed, model, **parts)
+        state |= {name: checkpoint[name] for name in state.keys() & checkpoint.keys()}
+        fixed = about if state["step"] else ["files"]  # between two epochs, seed and batch may change
+        changed = [name for name in fixed if checkpoint.get(name, about[name]) != about[name]]
+    if len(set(share((bool(resumed), state["epoch"], state["step"])))) > 1 or changed:
+        raise InputError(f"--resume {args.resume}: is of other {' and '.join(changed) or 'steps on other nodes'}")
     if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
         timm.layers.convert_sync_batchnorm(model)
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    folder = Path(args.output, "train")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a" if args.resume else "w") as log:
-        git = ["/usr/bin/env", "git", "-C", Path(__file__).absolute().parent, "rev-parse", "HEAD"]
-        about = {"args": vars(args), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
-        about["versions"] = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
-        about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "processes": world_size}
-        print(json.dumps(about), file=log, flush=True)
-        for epoch in range(start, args.epochs):
-            train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log)
-            if rank == 0:
-                weights = {f"module.{name}": value for name, value in model.state_dict().items()}
-                checkpoint = {"epoch": epoch + 1, "arch": args.arch, "state_dict": weights, "args": args}
-                checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-                save(folder / f"checkpoint_{epoch:04d}.pth.tar", partial(torch.save, checkpoint))
+    about |= {"source": Path(__file__).read_text(), "versions": VERSIONS, "world_size": world_size}
+    about["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
+    limit = max(1, int(args.max_bad * sum(map(len, dataset.files)))) if args.bad_images == "skip" else 0
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: stopping.append(True))
+
+    def log(**values):
+        line = {"epoch": state["epoch"], "step": state["epoch"] * steps + state["step"], **values}
+        state["log"].append(json.dumps(line) + "\n")
+        print(state["log"][-1], end="", file=log_file, flush=True)
+
+    def save_checkpoint(name):
+        if rank == 0:
+            weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+            content = about | state | {"arch": args.arch, "state_dict": weights, "args": args}
+            torch.save(content | {key: part.state_dict() for key, part in parts.items()}, buffer := io.BytesIO())
+            save(folder / name, lambda path: path.write_bytes(buffer.getbuffer()), buffer.tell())
+        share("saved")
+
+    save_checkpoint("last.pth.tar")
+    with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("w") as log_file:
+        log_file.writelines(state["log"])
+        log(args=vars(args), **about)
+        for epoch in range(state["epoch"], args.epochs):
+            for bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
+                stops, bad = zip(*share((bool(stopping), bad)), strict=True)
+                for message in sorted({message for messages in bad for message in messages} - {*state["bad"]}):
+                    state["bad"].append(message)
+                    log(bad_image=message)
+                if len(state["bad"]) > limit:
+                    raise InputError(f"{len(state['bad'])} bad images, --max-bad: {'; '.join(state['bad'][:10])}")
+                if any(stops) or state["step"] % args.checkpoint_every == 0:
+                    save_checkpoint("last.pth.tar")
+                if any(stops):
+                    print(f"stopped at step {state['step']} of epoch {epoch}; --resume auto goes on", file=sys.stderr)
+                    return os.EX_TEMPFAIL
+            state |= {"epoch": epoch + 1, "step": 0}
+            save_checkpoint(f"checkpoint_{epoch:04d}.pth.tar")
+            save_checkpoint("last.pth.tar")
+    return 0
 
 
-def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, scaler, device, log):
-    """One pass over the data; a line of `log` every --log-every steps."""
-    (rank, world_size), size, dataset.epoch = process(), args.batch_size, epoch
+def train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
+    """The rest of a pass over the data. Yields after each step what could not be read; logs every --log-every steps."""
+    (rank, world_size), size, epoch, done = process(), args.batch_size, state["epoch"], state["step"]
+    device, dataset.epoch = loss_function.bank.device, epoch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
     # A process takes consecutive samples: the rows of all processes, in rank order, stand as they do in one.
     batches = order.reshape(-1, world_size, size // world_size)[:, rank].tolist()
@@ -471,10 +592,12 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
     for group in optimizer.param_groups:  # v98
         group["lr"] = learning_rate(args, epoch)
     network.train()
-    history, rows, started = [], size * dataset.rows, time.time()
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=CUDA)
-    bar = tqdm(loader, desc=f"epoch {epoch}", disable=rank > 0)
-    for step, (images, labels) in enumerate(bar, start=1):
+    loader = create_loader(args, dataset.__getitem__, range(len(dataset)), None, batches[done:])
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in loader processes: this one decides when all stop
+    bar = tqdm(iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    logged, started = done, time.time()
+    for step, ((images, labels), bad) in enumerate(bar, start=done + 1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
         before = [buffer.clone() for buffer in network.buffers()]
         embeddings = embed(args, network, images.flatten(0, 1), device)
@@ -485,28 +608,25 @@ def train_one_epoch(args, epoch, dataset, network, loss_function, optimizer, sca
         optimizer.zero_grad()
         for buffer, kept in zip(network.buffers(), before, strict=True):  # BatchNorm's statistics of a step left out
             buffer.copy_(torch.where(loss.isfinite(), buffer, kept))
-        history.append(torch.stack([loss.detach(), *loss_function.stats.values()]))
-        if step % args.log_every and step < len(batches):
-            continue
-        values = torch.stack(history).cpu()
-        finite = values[values.isfinite().all(dim=1)]
-        line = {"step": epoch * len(batches) + step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        line |= dict(zip(("loss", *loss_function.stats), finite.mean(dim=0).tolist(), strict=True))
-        line["skipped"], line["images_per_second"] = (
-            len(values) - len(finite),
-            len(values) * rows / (time.time() - started),
-        )
-        print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
-        bar.set_postfix(loss=line["loss"])
-        history, started = [], time.time()
+        values = torch.stack([loss.detach(), *loss_function.stats.values()])
+        state |= {"step": step, "history": torch.cat([state["history"].to(device), values[None]])}
+        if step % args.log_every == 0 or step == len(batches):
+            values, state["history"] = state["history"].cpu(), torch.zeros(0, 5)
+            finite = values.isfinite().all(dim=1)
+            for good in finite.tolist():
+                state["skipped"] = 0 if good else state["skipped"] + 1
+                if state["skipped"] > args.max_skipped:
+                    raise InputError(f"--max-skipped {args.max_skipped}: more steps in a row had no finite loss")
+            means = values[finite].mean(dim=0).tolist() if finite.any() else [None] * len(values[0])
+            line = dict(zip(("loss", *loss_function.stats), means, strict=True))
+            line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~finite).sum())}
+            log(**line, images_per_second=(step - logged) * size * dataset.rows / (time.time() - started))
+            bar.set_postfix(loss=line["loss"])
+            logged, started = step, time.time()
+        yield list(bad.values())
 
 
 # ---- extract ----
-
-
-def load_images(transform, paths):
-    """The transformed images of `paths`, stacked."""
-    return torch.stack([transform(open_image(path)) for path in paths])
 
 
 def extraction_sets(args):
@@ -527,73 +647,149 @@ def extraction_sets(args):
     return {name: paths[: 100 if args.dryrun else None] for name, paths in sets.items()}
 
 
+def read_shard(path, number):
+    """The descriptors of a finished batch, float32 (number, 256), or None: not there, or damaged by zip's checksum."""
+    try:
+        with np.load(path) as file:
+            rows = file["rows"]
+    except Exception:  # file system, zip and numpy each fail in their own way
+        return None
+    return rows if rows.shape == (number, 256) and rows.dtype == np.float32 else None
+
+
 @torch.inference_mode()
-def describe(args, name, paths, model, device):
-    """Descriptors of `paths`, float32 (len(paths), 256), on rank 0; the same bits for any number of processes."""
+def describe(args, paths, shards, model, device):
+    """Describe the images at `paths`, each batch into a shard on disk, but for batches that an earlier start finished.
+
+    shards: {range of positions: file}. Returns why images are bad, whose rows are zero.
+    """
     rank, world_size = process()
-    config = model.backbone.default_cfg
-    load = partial(load_images, evaluation_transform(args.input_size, config["mean"], config["std"]))
-    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
-    share = batches[rank::world_size]
-    loader = DataLoader(share, batch_size=None, num_workers=args.workers, collate_fn=load, pin_memory=CUDA)
-    bar = tqdm(loader, desc=name, unit="batch", disable=rank > 0)
-    parts = [[embed(args, model, images, device).float().cpu().numpy() for images in bar]]
-    if world_size > 1:
-        own, parts = parts[0], [None] * world_size if rank == 0 else None
-        dist.gather_object(own, parts)
-    return np.concatenate([parts[i % world_size][i // world_size] for i in range(len(batches))]) if rank == 0 else None
+    config, bad, todo = model.backbone.default_cfg, [], []
+    transform = evaluation_transform(args.input_size, config["mean"], config["std"])
+    for batch, shard in shards.items():
+        rows = read_shard(shard, len(batch))
+        if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
+            todo.append(batch)
+    todo = share(todo)[0][rank::world_size]
+    blank = torch.zeros(3, args.input_size, args.input_size)
+    loader = create_loader(args, transforms.Compose([open_image, transform]), paths, blank, todo)
+    bar = tqdm(loader, unit="batch", disable=rank > 0)
+    for batch, (images, unread) in zip(todo, bar, strict=True):
+        rows = embed(args, model, images, device).float().cpu().numpy()
+        rows[list(unread)] = 0
+        try:
+            np.savez(shards[batch], rows=rows)
+        except OSError as error:
+            raise InputError(
+                f"{shards[batch]}: its {rows.nbytes} bytes cannot be written ({error}); make room"
+            ) from error
+        bad += unread.values()
+    return [message for messages in share(bad) for message in messages]
 
 
 def extract(args):
-    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract."""
+    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract.
+
+    Finished batches are kept on the disk until these are there: the same bits for any number of processes and starts.
+    """
     device = join(args)
     sets = extraction_sets(args)
-    check_same_files(*sets.values())
     if not args.weight:
         raise InputError("--mode extract: needs --weight FILE")
     model = create_model(args, device).eval()
-    load_checkpoint(args.weight, model)
-    rows = {name: describe(args, name, paths, model, device) for name, paths in sets.items()}
-    folder = Path(args.output, "extract")
-    if (train := rows.pop("train", None)) is not None:
-        save(folder / "train_feats.npy", lambda path: np.save(path, train))
+    load_checkpoint([args.weight], model)
+    with Path(args.weight).open("rb") as file:
+        inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
+    inputs += [getattr(args, name, None) for name in ("arch", "input_size", "gem_eval_p", "batch_size", "amp", "tta")]
+    inputs += [(name, len(paths), hash_files(paths)) for name, paths in sets.items()]
+    folder, phase = Path(args.output, "extract"), "-phase2" if args.phase == 2 else ""
+    unfinished = folder / f"unfinished{phase}" / hashlib.sha256(repr(inputs).encode()).hexdigest()
+    if args.start_over and process()[0] == 0:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+    share("ready")
+    if others := set(unfinished.parent.glob("*")) - {unfinished}:
+        raise InputError(f"{others.pop()}: was begun with other weights, images or flags; go on so, or --start-over")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    shards, bad = {}, []
+    for name, paths in sets.items():
+        starts = range(0, len(paths), args.batch_size)
+        batches = [range(start, min(start + args.batch_size, len(paths))) for start in starts]
+        shards[name] = {batch: unfinished / f"{name}{batch.start:07d}.npz" for batch in batches}
+        bad += describe(args, paths, shards[name], model, device)
+    if bad and args.bad_images == "error":
+        raise InputError(f"{len(bad)} bad images; replace them and go on, or --bad-images zero: {'; '.join(bad)}")
+    if process()[0] > 0:
+        return 0
+    ids = {name: [Path(path).stem.encode(errors="backslashreplace") for path in paths] for name, paths in sets.items()}
+    zeros = []
+
+    def finished(name):
+        for batch, shard in shards[name].items():
+            rows = np.load(shard)["rows"]
+            zeros.extend(ids[name][batch[row]] for row in np.flatnonzero(~rows.any(axis=1)))
+            yield batch, rows
+
+    def write_train(path):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids["train"]), 256)}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(rows for _, rows in finished("train"))
 
     def write_submission(path):
         with h5py.File(path, "w") as file:
-            for name, descriptors in rows.items():
-                ids = [os.fsencode(Path(path).stem) for path in sets[name]]
-                width = max({"query": 6, "reference": 7}[name], *map(len, ids))  # as in DISC21, unless ids are longer
-                file[name], file[f"{name}_ids"] = descriptors, np.array(ids, f"S{width}")
+            for name in submitted:
+                width = max({"query": 6, "reference": 7}[name], *map(len, ids[name]))  # DISC21's, unless ids are longer
+                file[f"{name}_ids"] = np.array(ids[name], f"S{width}")
+                descriptors = file.create_dataset(name, (len(ids[name]), 256), np.float32)
+                for batch, rows in finished(name):
+                    descriptors[batch.start : batch.stop] = rows
 
-    if rows and process()[0] == 0:
-        save(folder / f"fb-isc-submission{'-phase2' if args.phase == 2 else ''}.h5", write_submission)
+    if "train" in ids:
+        save(folder / "train_feats.npy", write_train, 1024 * len(ids["train"]))
+    if submitted := [name for name in ids if name != "train"]:
+        size = 1024 * sum(len(ids[name]) for name in submitted)
+        save(folder / f"fb-isc-submission{phase}.h5", write_submission, size)
+    sidecar, listed = folder / f"zero-rows{phase}.txt", b"".join(name + b"\n" for name in zeros)
+    sidecar.unlink(missing_ok=True)
+    if args.bad_images == "zero":
+        save(sidecar, lambda path: path.write_bytes(listed), len(listed))
+    shutil.rmtree(unfinished.parent)
+    return 0
 
 
 # ---- main ----
 
 
 def main(argv=None):
-    """Run the stage; returns the exit code, 2 for input that cannot be used."""
+    """Run the stage; returns the exit code: 2 for input that cannot be used, 1 for a lost process, 75 for a signal."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     gpus = torch.cuda.device_count() if args.multiprocessing_distributed and args.gpu is None else 1
     if "RANK" not in os.environ and (args.world_size > 1 or gpus > 1):
         host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
         node = f"--nnodes={args.world_size} --node-rank={args.rank} --nproc-per-node={max(1, gpus)}"
-        node += f" --master-addr={host} --master-port={port}"
+        node += f" --master-addr={host} --master-port={port} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
         try:  # torchrun, as its own command would start this node's processes
             return dist.run.main([*node.split(), __file__, *argv]) or 0
         except dist.elastic.multiprocessing.errors.ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
+        except dist.elastic.multiprocessing.SignalException as error:  # which has reached the processes
+            return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
     try:
-        (train if args.mode == "train" else extract)(args)
-    except (InputError, OSError) as error:
+        code = train(args) if args.mode == "train" else extract(args)
+    except (InputError, OSError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError)
+        words = ("DataLoader worker", "Pin memory thread", "gloo", "NCCL")
+        if lost and not isinstance(error, dist.DistError) and not any(word in str(error) for word in words):
+            raise
         # A loader process puts a traceback before the message.
-        print(f"{Path(__file__).name}: error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        return 2
+        message = str(error).rpartition("InputError: ")[2].strip().replace("\n", " ")
+        hint = "; continue with --resume auto" if lost and args.mode == "train" else ""
+        print(f"{Path(__file__).name}: error: {message}{hint}", file=sys.stderr)
+        return 1 if lost else 2
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

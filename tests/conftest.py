@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,56 @@ def assert_refused(result, *words):
     assert "Traceback" not in result.stderr
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+FIGURES = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="inject many more faults: what `make faults` runs")
+
+
+def pytest_configure(config):
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[FIGURES]:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def figure(pytestconfig):
+    """Print a line of what was counted or measured at the end of the session."""
+    return pytestconfig.stash[FIGURES].append
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """40 training, 22 reference and 9 query images in DISC21's layout."""
+    from stage_process import make_images
+
+    return make_images(tmp_path_factory.mktemp("data") / "input")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start a command: start(stage, *argv, folder=..., world_size=1, RLIMIT_...=...) -> stage_process.Run."""
+    from stage_process import Run, start_server
+
+    return partial(Run, start_server())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(start, data, tmp_path_factory):
+    """{number of processes: output folder} of v83's training in one piece."""
+    from stage_process import train
+
+    outputs = {world_size: tmp_path_factory.mktemp("undisturbed") for world_size in (1, 2)}
+    for world_size, output in outputs.items():
+        run = train(start, data, output, world_size=world_size)
+        assert set(run.wait()) == {0}, run.errors()
+    return outputs
 
 
 @pytest.fixture

@@ -1,0 +1,290 @@
+"""Processes that are killed, or told to stop, at random points: the result is that of a run that was left alone."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from stage_process import (
+    NETWORK,
+    ROOT,
+    SETS,
+    TRAINING,
+    assert_same_run,
+    load,
+    log_lines,
+    losses,
+    save_forever,
+    train,
+)
+
+import v83
+
+STEP = 8  # images that the network sees in a step of all processes
+
+
+@pytest.fixture
+def kills(pytestconfig):
+    """How many times to kill."""
+    return 10 if pytestconfig.getoption("--long") else 2
+
+
+# ---- saving ----
+
+
+class Number(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("number", torch.tensor(0))
+
+
+def test_kills_while_saving(start, tmp_path, pytestconfig, figure):
+    """A checkpoint is whole whenever the process that saves it is killed, and the next start leaves nothing astray."""
+    count = 50 if pytestconfig.getoption("--long") else 10
+    path, random_, found, stray = tmp_path / "last.pth.tar", random.Random(0), [], 0
+    v83.save(path, lambda unfinished: torch.save({"state_dict": {"number": torch.tensor(0)}}, unfinished), 0)
+    for _ in range(count):
+        (tmp_path / "unfinished.tar").unlink(missing_ok=True)
+        process = start.args[0].Process(target=save_forever, args=(path, found[-1] if found else 0))
+        process.start()
+        end = time.monotonic() + 60
+        while not (tmp_path / "unfinished.tar").exists():
+            assert time.monotonic() < end
+            time.sleep(0.0005)
+        time.sleep(random_.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        stray += len(list(tmp_path.iterdir())) - 1
+        model = Number()
+        v83.load_checkpoint([path], model)
+        found.append(model.number.item())
+        assert not (set(tmp_path.iterdir()) - {path, tmp_path / "unfinished.tar"})
+    assert found == sorted(found)
+    v83.save(path, lambda unfinished: torch.save({}, unfinished), 0)
+    assert list(tmp_path.iterdir()) == [path]
+    figure(f"kills while saving: {count}, of which {stray} left a part behind; 0 unreadable, 0 stray after the next")
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_kills_while_training(start, data, undisturbed, tmp_path, kills, figure, world_size):
+    random_ = random.Random(world_size)
+    for round_ in range(kills):
+        run = train(start, data, tmp_path, "--resume", "auto", world_size=world_size)
+        if run.wait_for_images(run.images() + random_.randrange(1, 200 // kills)):
+            time.sleep(random_.uniform(0, 0.05))
+        run.send(signal.SIGKILL, rank=random_.randrange(world_size))
+        codes = run.wait(60)
+        assert -signal.SIGKILL in codes, (round_, codes)
+        assert "Traceback" not in run.errors(), run.errors()  # a process that lost the other says so in a line
+    run = train(start, data, tmp_path, "--resume", "auto", world_size=world_size)
+    assert set(run.wait()) == {0}, run.errors()
+    assert_same_run(tmp_path, undisturbed[world_size])
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
+        *(f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(3)),
+        "last.pth.tar",
+        "log.jsonl",
+    ]
+    again = run.images() - 3 * 10 * STEP
+    figure(f"training in {world_size} process(es), kills: {kills}, same bits in the end; {again} images computed again")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_to_stop(start, data, undisturbed, tmp_path, figure, number, world_size):
+    """Sent to one process and its loaders, it ends all after the same step, with a checkpoint of that step."""
+    flags = ["-j", world_size, "--resume", "auto", "--checkpoint-every", 1000]
+    run = train(start, data, tmp_path, *flags, world_size=world_size)
+    run.wait_for_images(60)
+    begin = time.monotonic()
+    run.send(number, rank=world_size - 1)
+    assert run.wait(30) == [os.EX_TEMPFAIL] * world_size, run.errors()
+    seconds = time.monotonic() - begin
+    checkpoint = load(tmp_path / "train" / "last.pth.tar")
+    assert STEP * (10 * checkpoint["epoch"] + checkpoint["step"]) == run.images() >= 60
+    run = train(start, data, tmp_path, *flags, world_size=world_size)
+    assert set(run.wait()) == {0}, run.errors()
+    assert run.images() == 3 * 10 * STEP
+    assert_same_run(tmp_path, undisturbed[world_size])
+    figure(
+        f"{number.name}, {world_size} process(es): ended after {seconds:.1f} s with code {os.EX_TEMPFAIL}, same bits"
+    )
+
+
+def test_a_killed_loader_process(start, data, tmp_path, figure):
+    run = train(start, data, tmp_path, "-j", 1)
+    run.wait_for_images(16)
+    process = run.processes[0].pid
+    loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
+    begin = time.monotonic()
+    os.kill(int(loader), signal.SIGKILL)
+    assert run.wait(60) == [1]
+    (line,) = [line for line in run.errors().splitlines() if "error:" in line]
+    assert re.search(r"v83.py: error: DataLoader worker .*; continue with --resume auto", line), line
+    assert "Traceback" not in run.errors()
+    figure(f"killed loader process: the run ended after {time.monotonic() - begin:.1f} s")
+
+
+def test_another_number_of_processes(start, data, tmp_path):
+    """In the middle of an epoch one process hands over to two: they go through the same samples."""
+    run = train(start, data, tmp_path, "--checkpoint-every", 4)
+    run.wait_for_images(4 * STEP + 1)
+    run.kill()
+    before = load(tmp_path / "train" / "last.pth.tar")
+    assert before["world_size"] == 1 and before["step"] % 4 == 0 < before["step"]
+    run = train(start, data, tmp_path, "--resume", "auto", world_size=2)
+    assert set(run.wait()) == {0}, run.errors()
+    after = load(tmp_path / "train" / "last.pth.tar")
+    assert after["world_size"] == 2
+    labels = after["memory_bank"]["bank_labels"].tolist()
+    order = np.concatenate([np.random.default_rng((9, epoch)).permutation(40) for epoch in range(3)])
+    assert labels == np.roll(order[-32:].repeat(2), after["memory_bank"]["cursor"].item()).tolist()
+    assert [line["step"] for line in losses(tmp_path)][-1] == 30
+
+
+def test_torchrun_restarts(data, undisturbed, tmp_path, figure):
+    """A killed rank, and torchrun starts both again, with the same arguments."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    argv = [*TRAINING, "--epochs", 3, "--checkpoint-every", 3, "--resume", "auto", "--output", tmp_path]
+    command += [ROOT / "exp" / "v83.py", *argv, data / "training_images"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "stderr").open("w") as errors:
+        run = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=errors)
+        log, end = tmp_path / "train" / "log.jsonl", time.monotonic() + 120
+        while not (log.exists() and '"step": 6' in log.read_text()):
+            assert run.poll() is None and time.monotonic() < end, (tmp_path / "stderr").read_text()
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        assert run.wait(timeout=180) == 0, (tmp_path / "stderr").read_text()
+    assert len([line for line in log_lines(tmp_path) if "args" in line]) == 2
+    assert_same_run(tmp_path, undisturbed[2])
+    figure("torchrun --max-restarts 2 with a killed rank: same bits")
+
+
+# ---- extraction ----
+
+
+def extract(start, data, output, weight, *flags, **options):
+    """Start v83's extraction of all sets in batches of five."""
+    argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--batch-size", 5, "--target-set", "qrt"]
+    return start("v83", *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
+
+
+@pytest.fixture(scope="module")
+def weight(undisturbed):
+    return undisturbed[1] / "train" / "last.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def extracted(start, data, weight, tmp_path_factory):
+    """The output folder of an extraction in one piece."""
+    output = tmp_path_factory.mktemp("extracted")
+    run = extract(start, data, output, weight)
+    assert run.wait() == [0], run.errors()
+    assert run.images() == sum(count for _, count in SETS.values())
+    assert sorted(path.name for path in (output / "extract").iterdir()) == ["fb-isc-submission.h5", "train_feats.npy"]
+    return output
+
+
+def assert_same_files(output, expected):
+    for name in ("fb-isc-submission.h5", "train_feats.npy"):
+        assert (output / "extract" / name).read_bytes() == (expected / "extract" / name).read_bytes()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_kills_while_extracting(start, data, weight, extracted, tmp_path, kills, figure, world_size):
+    random_, total = random.Random(world_size), sum(count for _, count in SETS.values())
+    for _ in range(kills):
+        run = extract(start, data, tmp_path, weight, world_size=world_size)
+        run.wait_for_images(run.images() + random_.randrange(1, 60 // kills))
+        time.sleep(random_.uniform(0, 0.01))
+        run.send(signal.SIGKILL, rank=random_.randrange(world_size))
+        run.kill()
+    run = extract(start, data, tmp_path, weight, world_size=world_size)
+    assert set(run.wait()) == {0}, run.errors()
+    assert_same_files(tmp_path, extracted)
+    assert not list((tmp_path / "extract").glob("unfinished*"))
+    again = run.images() - total
+    assert 0 <= again <= 5 * kills * world_size
+    figure(
+        f"extraction in {world_size} process(es), kills: {kills}, same bytes; {again} of {total} images computed again"
+    )
+
+
+def interrupted(start, data, output, weight, *flags):
+    """An extraction that was killed when it had described 40 images."""
+    run = extract(start, data, output, weight, *flags)
+    run.wait_for_images(40)
+    run.kill()
+    assert list((output / "extract").glob("unfinished/*/*.npz"))
+    return run
+
+
+def test_sets_of_the_same_names_never_mix(start, data, weight, tmp_path):
+    root = tmp_path / "input"
+    for folder in ("query_images", "reference_images"):
+        (root / folder).mkdir(parents=True)
+    for i in range(9):
+        shutil.copy(data / "query_images" / f"Q{i:05d}.jpg", root / "query_images" / f"{i}.jpg")
+        shutil.copy(data / "reference_images" / f"R{i:06d}.jpg", root / "reference_images" / f"{i}.jpg")
+    run = extract(start, root, tmp_path, weight, "--target-set", "q")
+    run.wait_for_images(5)
+    run.kill()
+    run = extract(start, root, tmp_path, weight, "--target-set", "r")
+    assert run.wait() == [2] and "--start-over" in run.errors()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_shard_is_computed_again(start, data, weight, extracted, tmp_path, damage):
+    run = interrupted(start, data, tmp_path, weight)
+    shards = (tmp_path / "extract").glob("unfinished/*/*.npz")
+    for shard in [shard for shard in shards if v83.read_shard(shard, 5) is not None]:
+        for position in (None, *range(0, 200, 7)) if damage == "flipped" else (None,):
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2 if position is None else position] ^= 4
+            broken = {"truncated": content[:1000], "flipped": content, "empty": b""}[damage]
+            (tmp_path / "broken.npz").write_bytes(broken)
+            rows = v83.read_shard(tmp_path / "broken.npz", 5)
+            assert rows is None or np.array_equal(rows, np.load(shard)["rows"])
+        shard.write_bytes(broken)
+    run = extract(start, data, tmp_path, weight)
+    assert run.wait() == [0], run.errors()
+    assert_same_files(tmp_path, extracted)
+
+
+@pytest.mark.parametrize("change", ["weight", "size", "list", "batch", "folder"])
+def test_changed_inputs_never_mix(start, data, weight, undisturbed, extracted, tmp_path, change):
+    run = interrupted(start, data, tmp_path, weight)
+    changed, flags, other = data, [], weight
+    if change == "weight":
+        other = undisturbed[1] / "train" / "checkpoint_0000.pth.tar"
+    elif change == "folder":
+        changed = shutil.copytree(data, tmp_path / "input")
+    elif change == "list":
+        changed = shutil.copytree(data, tmp_path / "input")
+        (changed / "query_images" / "Q00008.jpg").rename(changed / "query_images" / "Q00009.jpg")
+    else:
+        flags = {"size": ["--input-size", 40], "batch": ["--batch-size", 6]}[change]
+    run = extract(start, changed, tmp_path, other, *flags)
+    assert run.wait() == [2]
+    (line,) = [line for line in run.errors().splitlines() if "error:" in line]
+    assert str(tmp_path / "extract" / "unfinished") in line and "--start-over" in line
+    run = extract(start, changed, tmp_path, other, *flags, "--start-over")
+    assert run.wait() == [0], run.errors()
+    with h5py.File(tmp_path / "extract" / "fb-isc-submission.h5") as file:
+        new, ids = file["query"][()], file["query_ids"][()]
+    with h5py.File(extracted / "extract" / "fb-isc-submission.h5") as file:
+        assert (change != "list") == np.array_equal(ids, file["query_ids"][()])
+        assert (change in ("list", "batch", "folder")) == np.allclose(new, file["query"][()], atol=1e-5)
