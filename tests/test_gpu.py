@@ -57,3 +57,18 @@ def test_precisions_agree_with_the_cpu(data, tmp_path, amp, tolerance):
     cpu = extract(data, tmp_path / "cpu", checkpoint, "off", "")
     gpu = extract(data, tmp_path / amp, checkpoint, amp, "0")
     assert (cpu * gpu).sum(axis=1).min() > 1 - tolerance
+
+
+def test_resuming_stays_close(data, tmp_path):
+    """Two epochs in one run, and one and another in two: losses within 1e-3."""
+    flags = [*FLAGS, "--no-pretrained", "--memory-size", 64, "--log-every", 1, "--lr", 0.01, "--resume", "auto"]
+    for output, epochs in (("one", [2]), ("two", [1, 2])):
+        for number in epochs:
+            command = [ROOT / "exp" / "v83.py", *flags, "--epochs", number, "--output", tmp_path / output]
+            result = run(*command, data / "training_images", CUDA_VISIBLE_DEVICES="0")
+            assert result.returncode == 0, result.stderr
+    one, two = (
+        [line["loss"] for line in map(json.loads, (tmp_path / output / "train" / "log.jsonl").open()) if "loss" in line]
+        for output in ("one", "two")
+    )
+    assert len(one) == 8 and two == pytest.approx(one, abs=1e-3)
