@@ -3,13 +3,16 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint clean help
+.PHONY: demo test faults lint clean help
 
 demo: .venv/ready  ## the whole solution on a small data set, on any machine, in some minutes
 	.venv/bin/python scripts/demo.py
 
 test: .venv/ready  ## all tests
 	.venv/bin/python -m pytest
+
+faults: .venv/ready  ## many more faults than the tests inject: kills, full disks, damaged files; at most 15 minutes
+	.venv/bin/python -m pytest tests/faults --long
 
 lint: .venv/ready  ## style and common mistakes
 	.venv/bin/ruff check

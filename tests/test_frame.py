@@ -125,7 +125,7 @@ def test_nothing_runs_text_as_code(path):
 
 def test_the_documents_name_existing_targets():
     targets = make_targets()
-    assert targets >= {"demo", "test", "lint", "clean", "help"}
+    assert targets >= {"demo", "test", "faults", "lint", "clean", "help"}
     for document in DOCS:
         text = document.read_text()
         commands = re.findall(r"`make ([a-z ]+)`", text) + re.findall(r"^(?:\$ )?make ([a-z ]+)$", text, re.MULTILINE)
@@ -139,7 +139,7 @@ def test_make_alone_lists_the_targets():
     assert set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE)) == make_targets()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "faults", "lint"])
 def test_targets_install_once_and_again_after_a_change(target, tmp_path):
     for name in ["Makefile", "requirements-base.txt", "requirements.txt", "requirements-dev.txt"]:
         shutil.copy(ROOT / name, tmp_path)
