@@ -136,6 +136,22 @@ def test_a_killed_loader_process(start, data, tmp_path, figure):
     figure(f"killed loader process: the run ended after {time.monotonic() - begin:.1f} s")
 
 
+def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
+    """The others give up after --timeout minutes."""
+    if not pytestconfig.getoption("--long"):
+        pytest.skip("takes more than a minute: make faults")
+    run = train(start, data, tmp_path, "--timeout", 1, world_size=2)
+    run.wait_for_images(16)
+    run.send(signal.SIGSTOP, rank=1)
+    begin = time.monotonic()
+    run.processes[0].join(120)
+    seconds, code = time.monotonic() - begin, run.processes[0].exitcode
+    run.kill()
+    assert code == 1, run.errors()
+    assert "v83.py: error: " in run.errors() and "Traceback" not in run.errors()
+    figure(f"a rank that hangs, --timeout 1: the other ended after {seconds:.0f} s")
+
+
 def test_another_number_of_processes(start, data, tmp_path):
     """In the middle of an epoch one process hands over to two: they go through the same samples."""
     run = train(start, data, tmp_path, "--checkpoint-every", 4)
