@@ -6,7 +6,6 @@ import importlib
 import json
 import shlex
 import shutil
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from stage_process import assert_same, free_port, load, log_lines
 
 import v83
 import v98
@@ -60,12 +60,6 @@ SCALED = {  # what makes them small: 2 steps per epoch
 }
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
 def write_ground_truth(path, pairs=PAIRS, header=("query_id", "reference_id")):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *pairs])
@@ -103,31 +97,6 @@ def checkpoint(house, published):
     return house / "exp" / "v83" / "train" / "checkpoint_0005.pth.tar"
 
 
-def load(path):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
-
-
-def log_lines(output):
-    return [json.loads(line) for line in (output / "train" / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_tensors(first, second):
-    """Bit for bit, all the way down."""
-    assert type(first) is type(second)
-    if torch.is_tensor(first):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same_tensors(first[key], second[key])
-    elif isinstance(first, list):
-        for one, other in zip(first, second, strict=True):
-            assert_same_tensors(one, other)
-    else:
-        assert first == second
-
-
 # ---- the published commands ----
 
 
@@ -147,7 +116,7 @@ def test_checkpoint_layout(house, published, stage):
     assert {"epoch", "arch", "state_dict", "optimizer", "args"} <= checkpoint.keys()
     assert {"step", "memory_bank", "seed", "world_size", "files", "versions", "source", "log"} <= checkpoint.keys()
     assert checkpoint["memory_bank"].keys() == {"bank", "bank_labels", "cursor", "filled"}
-    assert_same_tensors(load(last.with_name("last.pth.tar")), checkpoint)
+    assert_same(load(last.with_name("last.pth.tar")), checkpoint)
     assert checkpoint["epoch"] == int(last.name[11:15]) + 1  # the epoch at which to continue, as published
     assert checkpoint["arch"] == "test_efficientnet"
     model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True))
@@ -208,7 +177,7 @@ def test_resuming_is_exact(house, tmp_path, call):
     assert call("v83", *flags, tmp_path / "two", "--resume", first, "--epochs", 2, training).returncode == 0
     one, two = (load(tmp_path / name / "train" / "checkpoint_0001.pth.tar") for name in ("one", "two"))
     for part in ("state_dict", "optimizer", "memory_bank"):
-        assert_same_tensors(two[part], one[part])
+        assert_same(two[part], one[part])
     one, two = ([line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     assert two == one
 
@@ -369,7 +338,7 @@ def test_reruns_are_bit_identical(house, published, tmp_path, call, stage):
         log = [json.loads(line) for line in runs[-1].pop("log")]
         runs[-1]["losses"] = [line["loss"] for line in log if "loss" in line]
     for other in runs[1:]:
-        assert_same_tensors(other, runs[0])
+        assert_same(other, runs[0])
 
 
 def test_the_seed_matters(house, published, tmp_path, call):

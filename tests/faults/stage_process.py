@@ -196,6 +196,7 @@ def assert_same_run(output, expected):
 
 def assert_same(one, other):
     """Bit for bit, all the way down."""
+    assert type(one) is type(other)
     if torch.is_tensor(one):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
