@@ -45,9 +45,8 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from tqdm import tqdm
 
+
 # ---- recipe ----
-
-
 def parse_args(argv=None):
     """The stage as published: its recipe is the defaults. Returns an argparse.Namespace of plain values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +97,8 @@ def parse_args(argv=None):
     args.bad_images = args.bad_images or {"train": "skip", "extract": "error"}[args.mode]
     if args.bad_images == {"train": "zero", "extract": "skip"}[args.mode]:
         parser.error(f"--bad-images {args.bad_images}: does not go with --mode {args.mode}")
+    if args.mode == "extract" and not args.weight:
+        parser.error("--mode extract: needs --weight FILE")
     may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
     for name, value in vars(args).items():
         if type(value) is int and value < (name not in may_be_zero):
@@ -149,7 +150,6 @@ class TrainDataset:
 
 
 # ---- model ----
-
 CUDA = torch.cuda.is_available()
 VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
 LAYOUT = torch.channels_last if CUDA else torch.contiguous_format  # what is fast there
@@ -187,8 +187,6 @@ def create_model(args, device, pretrained=False):
 
 
 # ---- loss ----
-
-
 def gather(x):
     """The rows of all processes in rank order; only this process's own carry gradient."""
     rank, world_size = process()
@@ -242,7 +240,6 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 
 
 # ---- augmentation ----
-
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 FONTS = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1")
 EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
@@ -304,7 +301,6 @@ def overlay_emoji(image):
 
 
 # ---- data ----
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
@@ -349,10 +345,7 @@ def evaluation_transform(input_size, mean, std):
 
 
 def load(get, items, blank, indices):
-    """get(items[i]) for each i of `indices`, collated, and {position: why} for what cannot be read.
-
-    There stands `blank` or, where that is None, another item, which the index alone decides.
-    """
+    """Collated get(items[i]) for i in indices, and {position: why} where instead stands blank or, if None, another."""
     samples, bad = [], {}
     for position, index in enumerate(indices):
         others = np.random.default_rng(index).integers(len(items), size=100) if blank is None else []
@@ -369,12 +362,6 @@ def load(get, items, blank, indices):
     return default_collate(samples), bad
 
 
-def create_loader(args, get, items, blank, batches):
-    """A loader of load(get, items, blank, indices) for the indices of each batch."""
-    collate = partial(load, get, items, blank)
-    return DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
-
-
 def seed_generators(*key):
     """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next depends on them alone."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
@@ -383,7 +370,6 @@ def seed_generators(*key):
 
 
 # ---- distributed ----
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -435,13 +421,13 @@ def embed(args, model, images, device):
 
 
 # ---- checkpoint ----
-
-
 def save(path, write, size):
     """Call write(path), of `size` bytes, so that either the old or the whole new file is there at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished, folder = path.with_name(f"unfinished{path.suffix}"), os.open(path.parent, os.O_RDONLY)
     try:
+        if size > shutil.disk_usage(path.parent).free:  # HDF5 would crash
+            raise OSError("no space left on device")
         write(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file)
@@ -478,8 +464,6 @@ def load_checkpoint(paths, model, **parts):
 
 
 # ---- train ----
-
-
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
@@ -489,10 +473,7 @@ def parameter_groups(model, weight_decay):
 
 
 def train(args):
-    """Train the stage in <output>/train: checkpoint_{epoch:04d}.pth.tar, last.pth.tar more often, log.jsonl.
-
-    Returns the exit code: 75 (EX_TEMPFAIL) where a signal ended it early, for --resume auto to go on.
-    """
+    """Train the stage, with checkpoints and log.jsonl in <output>/train; returns the exit code."""
     device, folder, stopping = join(args), Path(args.output, "train"), []
     rank, world_size = process()
     newest = sorted(folder.glob("*.pth.tar"), reverse=True)  # last.pth.tar, then the epochs' from the last one on
@@ -527,7 +508,6 @@ def train(args):
         timm.layers.convert_sync_batchnorm(model)
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     about |= {"source": Path(__file__).read_text(), "versions": VERSIONS, "world_size": world_size}
-    about["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
     limit = max(1, int(args.max_bad * sum(map(len, dataset.files)))) if args.bad_images == "skip" else 0
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stopping.append(True))
@@ -537,18 +517,19 @@ def train(args):
         state["log"].append(json.dumps(line) + "\n")
         print(state["log"][-1], end="", file=log_file, flush=True)
 
-    def save_checkpoint(name):
+    def save_checkpoint(*names):
         if rank == 0:
-            weights = {f"module.{key}": value for key, value in model.state_dict().items()}
-            content = about | state | {"arch": args.arch, "state_dict": weights, "args": args}
-            torch.save(content | {key: part.state_dict() for key, part in parts.items()}, buffer := io.BytesIO())
-            save(folder / name, lambda path: path.write_bytes(buffer.getbuffer()), buffer.tell())
+            weights = {"state_dict": model.state_dict(prefix="module."), "arch": args.arch, "args": args}
+            content = about | state | weights | {name: part.state_dict() for name, part in parts.items()}
+            torch.save(content, buffer := io.BytesIO())
+            for name in names:
+                save(folder / name, lambda path: path.write_bytes(buffer.getbuffer()), buffer.tell())
         share("saved")
 
     save_checkpoint("last.pth.tar")
     with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("w") as log_file:
         log_file.writelines(state["log"])
-        log(args=vars(args), **about)
+        log(args=vars(args), device=torch.cuda.get_device_name() if CUDA else "cpu", **about)
         for epoch in range(state["epoch"], args.epochs):
             for bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
                 stops, bad = zip(*share((bool(stopping), bad)), strict=True)
@@ -563,8 +544,7 @@ def train(args):
                     print(f"stopped at step {state['step']} of epoch {epoch}; --resume auto goes on", file=sys.stderr)
                     return os.EX_TEMPFAIL
             state |= {"epoch": epoch + 1, "step": 0}
-            save_checkpoint(f"checkpoint_{epoch:04d}.pth.tar")
-            save_checkpoint("last.pth.tar")
+            save_checkpoint(f"checkpoint_{epoch:04d}.pth.tar", "last.pth.tar")
     return 0
 
 
@@ -579,7 +559,8 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
     # on (where each had its own rows' part of it, averaged by DDP). pytorch-metric-learning >= 1.0 gives N times that.
     scale = world_size / args.reference_world_size
     network.train()
-    loader = create_loader(args, dataset.__getitem__, range(len(dataset)), None, batches[done:])
+    collate = partial(load, dataset.__getitem__, range(len(dataset)), None)
+    loader = DataLoader(batches[done:], None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in loader processes: this one decides when all stop
     bar = tqdm(iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -614,8 +595,6 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
 
 
 # ---- extract ----
-
-
 def extraction_sets(args):
     """The sorted image paths of each set in --target-set, by name: query, reference, train."""
     root, queries = Path(args.data), "query_images" if args.phase == 1 else "query_images_phase2"
@@ -625,7 +604,7 @@ def extraction_sets(args):
         raise InputError(f"--target-set {args.target_set}: give letters of q, r and t")
     if args.eval_subset and "reference" in sets:
         subset = root / args.eval_subset
-        wanted = set(subset.read_text(errors="replace").split() if subset.is_file() else [])
+        wanted = set(subset.read_text(errors="replace").split())
         sets["reference"] = np.array([path for path in sets["reference"] if Path(path).stem in wanted])
         if not wanted or len(sets["reference"]) < len(wanted):
             raise InputError(f"{subset}: must list ids of images in {folders['reference']}, one a line")
@@ -645,111 +624,76 @@ def read_shard(path, number):
 
 
 @torch.inference_mode()
-def describe(args, paths, shards, model, device):
-    """Describe the images at `paths`, each batch into a shard on disk, but for batches that an earlier start finished.
-
-    shards: {range of positions: file}. Returns why images are bad, whose rows are zero.
-    """
-    rank, world_size = process()
-    config, bad, todo = model.backbone.default_cfg, [], []
+def extract(args):
+    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract."""
+    device, sets = join(args), extraction_sets(args)
+    (rank, world_size), paths, bad, zeros = process(), np.concatenate([*sets.values()]), [], []
+    model = create_model(args, device).eval()
+    load_checkpoint([args.weight], model)
+    config = model.backbone.default_cfg
     transform = evaluation_transform(args.input_size, config["mean"], config["std"])
+    with Path(args.weight).open("rb") as file:
+        inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
+    inputs += [getattr(args, name, None) for name in ("arch", "input_size", "gem_eval_p", "batch_size", "amp", "tta")]
+    inputs += [[(name, len(part)) for name, part in sets.items()], hash_files(*sets.values())]
+    folder, phase = Path(args.output, "extract"), "-phase2" if args.phase == 2 else ""
+    unfinished = folder / f"unfinished{phase}" / hashlib.sha256(repr(inputs).encode()).hexdigest()
+    if args.start_over and rank == 0:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+    share("ready")
+    if others := set(unfinished.parent.glob("*")) - {unfinished}:
+        raise InputError(f"{others.pop()}: was begun with other weights, images or flags; go on so, or --start-over")
+    unfinished.mkdir(parents=True, exist_ok=True)  # for finished batches, until all are
+    starts = range(0, len(paths), args.batch_size)
+    batches = [range(start, min(start + args.batch_size, len(paths))) for start in starts]
+    shards, todo = {batch: unfinished / f"{batch.start:07d}.npz" for batch in batches}, []
     for batch, shard in shards.items():
         rows = read_shard(shard, len(batch))
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
     todo = share(todo)[0][rank::world_size]
-    blank = torch.zeros(3, args.input_size, args.input_size)
-    loader = create_loader(args, transforms.Compose([open_image, transform]), paths, blank, todo)
-    bar = tqdm(loader, unit="batch", disable=rank > 0)
-    for batch, (images, unread) in zip(todo, bar, strict=True):
+    collate = partial(load, transforms.Compose([open_image, transform]), paths, torch.zeros(3, *[args.input_size] * 2))
+    loader = DataLoader(todo, None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
+    for batch, (images, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
         rows = embed(args, model, images, device).float().cpu().numpy()
         rows[list(unread)] = 0
-        try:
-            np.savez(shards[batch], rows=rows)
-        except OSError as error:
-            raise InputError(
-                f"{shards[batch]}: its {rows.nbytes} bytes cannot be written ({error}); make room"
-            ) from error
+        np.savez(shards[batch], rows=rows)
         bad += unread.values()
-    return [message for messages in share(bad) for message in messages]
-
-
-def extract(args):
-    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract.
-
-    Finished batches are kept on the disk until these are there: the same bits for any number of processes and starts.
-    """
-    device = join(args)
-    sets = extraction_sets(args)
-    if not args.weight:
-        raise InputError("--mode extract: needs --weight FILE")
-    model = create_model(args, device).eval()
-    load_checkpoint([args.weight], model)
-    with Path(args.weight).open("rb") as file:
-        inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
-    inputs += [getattr(args, name, None) for name in ("arch", "input_size", "gem_eval_p", "batch_size", "amp", "tta")]
-    inputs += [(name, len(paths), hash_files(paths)) for name, paths in sets.items()]
-    folder, phase = Path(args.output, "extract"), "-phase2" if args.phase == 2 else ""
-    unfinished = folder / f"unfinished{phase}" / hashlib.sha256(repr(inputs).encode()).hexdigest()
-    if args.start_over and process()[0] == 0:
-        shutil.rmtree(unfinished.parent, ignore_errors=True)
-    share("ready")
-    if others := set(unfinished.parent.glob("*")) - {unfinished}:
-        raise InputError(f"{others.pop()}: was begun with other weights, images or flags; go on so, or --start-over")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    shards, bad = {}, []
-    for name, paths in sets.items():
-        starts = range(0, len(paths), args.batch_size)
-        batches = [range(start, min(start + args.batch_size, len(paths))) for start in starts]
-        shards[name] = {batch: unfinished / f"{name}{batch.start:07d}.npz" for batch in batches}
-        bad += describe(args, paths, shards[name], model, device)
+    bad = [message for messages in share(bad) for message in messages]
     if bad and args.bad_images == "error":
         raise InputError(f"{len(bad)} bad images; replace them and go on, or --bad-images zero: {'; '.join(bad)}")
-    if process()[0] > 0:
+    if rank > 0:
         return 0
-    ids = {name: [Path(path).stem.encode(errors="backslashreplace") for path in paths] for name, paths in sets.items()}
-    zeros = []
+    rows = (row for batch, shard in shards.items() for row in read_shard(shard, len(batch)))
 
-    def finished(name):
-        for batch, shard in shards[name].items():
-            rows = np.load(shard)["rows"]
-            zeros.extend(ids[name][batch[row]] for row in np.flatnonzero(~rows.any(axis=1)))
-            yield batch, rows
-
-    def write_train(path):
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids["train"]), 256)}
-        with path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.writelines(rows for _, rows in finished("train"))
+    def collect(name):
+        ids = [Path(path).stem.encode(errors="backslashreplace") for path in sets[name]]
+        descriptors = np.fromiter(rows, np.dtype((np.float32, 256)), len(ids))
+        zeros.extend(ids[row] + b"\n" for row in np.flatnonzero(~descriptors.any(axis=1)))
+        return ids, descriptors
 
     def write_submission(path):
         with h5py.File(path, "w") as file:
             for name in submitted:
-                width = max({"query": 6, "reference": 7}[name], *map(len, ids[name]))  # DISC21's, unless ids are longer
-                file[f"{name}_ids"] = np.array(ids[name], f"S{width}")
-                descriptors = file.create_dataset(name, (len(ids[name]), 256), np.float32)
-                for batch, rows in finished(name):
-                    descriptors[batch.start : batch.stop] = rows
+                ids, file[name] = collect(name)
+                width = max({"query": 6, "reference": 7}[name], *map(len, ids))  # DISC21's, unless ids are longer
+                file[f"{name}_ids"] = np.array(ids, f"S{width}")
 
-    if "train" in ids:
-        save(folder / "train_feats.npy", write_train, 1024 * len(ids["train"]))
-    if submitted := [name for name in ids if name != "train"]:
-        size = 1024 * sum(len(ids[name]) for name in submitted)
+    if submitted := [name for name in sets if name != "train"]:
+        size = 1024 * sum(len(sets[name]) for name in submitted)
         save(folder / f"fb-isc-submission{phase}.h5", write_submission, size)
-    sidecar, listed = folder / f"zero-rows{phase}.txt", b"".join(name + b"\n" for name in zeros)
-    sidecar.unlink(missing_ok=True)
+    if "train" in sets:
+        save(folder / "train_feats.npy", lambda path: np.save(path, collect("train")[1]), 1024 * len(sets["train"]))
+    (sidecar := folder / f"zero-rows{phase}.txt").unlink(missing_ok=True)
     if args.bad_images == "zero":
-        save(sidecar, lambda path: path.write_bytes(listed), len(listed))
+        save(sidecar, lambda path: path.write_bytes(b"".join(zeros)), sum(map(len, zeros)))
     shutil.rmtree(unfinished.parent)
     return 0
 
 
 # ---- main ----
-
-
 def main(argv=None):
     """Run the stage; returns the exit code: 2 for input that cannot be used, 1 for a lost process, 75 for a signal."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     gpus = torch.cuda.device_count() if args.multiprocessing_distributed and args.gpu is None else 1
     if "RANK" not in os.environ and (args.world_size > 1 or gpus > 1):
@@ -757,22 +701,22 @@ def main(argv=None):
         node = f"--nnodes={args.world_size} --node-rank={args.rank} --nproc-per-node={max(1, gpus)}"
         node += f" --master-addr={host} --master-port={port} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
         try:  # torchrun, as its own command would start this node's processes
-            return dist.run.main([*node.split(), __file__, *argv]) or 0
+            return dist.run.main([*node.split(), __file__, *(sys.argv[1:] if argv is None else argv)]) or 0
         except dist.elastic.multiprocessing.errors.ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
         except dist.elastic.multiprocessing.SignalException as error:  # which has reached the processes
             return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
     try:
         code = train(args) if args.mode == "train" else extract(args)
-    except (InputError, OSError, RuntimeError) as error:
-        lost = isinstance(error, RuntimeError)
+    except (InputError, OSError, EOFError, RuntimeError) as error:
         words = ("DataLoader worker", "Pin memory thread", "gloo", "NCCL")
-        if lost and not isinstance(error, dist.DistError) and not any(word in str(error) for word in words):
+        lost = isinstance(error, ConnectionError | EOFError | dist.DistError)
+        if isinstance(error, RuntimeError) and not lost and not (lost := any(word in str(error) for word in words)):
             raise
-        # A loader process puts a traceback before the message.
-        message = str(error).rpartition("InputError: ")[2].strip().replace("\n", " ")
+        place = f"{args.output}: " if isinstance(error, OSError) and not error.filename else ""  # as of a full disk
+        message = str(error).rpartition("InputError: ")[2].strip().replace("\n", " ")  # after a loader's traceback
         hint = "; continue with --resume auto" if lost and args.mode == "train" else ""
-        print(f"{Path(__file__).name}: error: {message}{hint}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {'lost a process: ' if lost else place}{message}{hint}", file=sys.stderr)
         return 1 if lost else 2
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,7 +13,9 @@ Paper: arXiv 2112.04323.
 """
 
 import argparse
+import errno
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,6 +224,8 @@ def find_matches(data):
 
 def write_submission(h5_path, csv_path, data, matches):
     """Writes both tracks; neither file changes before both are complete and read back well."""
+    if sum(data[name].nbytes for name in DATASETS) > shutil.disk_usage(h5_path.parent).free:  # HDF5 would crash
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(h5_path))
     with atomic(csv_path) as csv_file, atomic(h5_path) as h5_file:
         matches.to_csv(csv_file, index=False)
         with h5py.File(h5_file, "w") as file:

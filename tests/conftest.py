@@ -34,26 +34,20 @@ def assert_refused(result, *words):
         assert str(word) in lines[0], lines[0]
 
 
-FIGURES = pytest.StashKey()
-
-
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="inject many more faults: what `make faults` runs")
 
 
-def pytest_configure(config):
-    config.stash[FIGURES] = []
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash[FIGURES]:
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for _, line in report.user_properties:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture
-def figure(pytestconfig):
+def figure(record_property):
     """Print a line of what was counted or measured at the end of the session."""
-    return pytestconfig.stash[FIGURES].append
+    return partial(record_property, "figure")
 
 
 @pytest.fixture(scope="session")

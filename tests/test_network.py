@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -172,14 +171,26 @@ def test_a_gain_is_not_decayed():
     assert [q is model["weight"] for q in decay["params"]] == [True]
 
 
+class NoSamples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        raise IndexError
+
+
 def test_linear_schedule():
     schedules = json.loads((GOLDEN / "optimizer.json").read_text())["schedule"]["linear"]
     for stage, schedule in zip((v98, v107), schedules, strict=True):
-        args = Namespace(lr=schedule["lr"], epochs=schedule["epochs"])
-        rates = [stage.learning_rate(args, epoch) for epoch in range(args.epochs)]
+        args = stage.parse_args(["data", "-j", "0"])
+        assert (args.lr, args.epochs) == (schedule["lr"], schedule["epochs"])
+        network, loss = torch.nn.Linear(1, 1), stage.MemoryBankContrastiveLoss(1)
+        optimizer, rates = torch.optim.SGD(network.parameters()), []
+        for epoch in range(args.epochs):
+            state = {"epoch": epoch, "step": 0}
+            assert not list(stage.train_one_epoch(args, state, NoSamples(), network, loss, optimizer, None, None))
+            rates.append(optimizer.param_groups[0]["lr"])
         assert rates == pytest.approx(schedule["values"], rel=1e-12)
-        published = stage.parse_args(["data"])
-        assert (published.lr, published.epochs) == (args.lr, args.epochs)
 
 
 @torch.no_grad()

@@ -134,12 +134,12 @@ def test_imports_nothing_of_the_project(stage):
     assert "sys.path" not in text(stage)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_importing_has_no_side_effects(stage, tmp_path):
-    """Alone in an empty folder, the script imports silently and makes no file."""
-    shutil.copy(ROOT / "exp" / f"{stage}.py", tmp_path)
+def test_importing_has_no_side_effects(tmp_path):
+    """Alone in an empty folder, the scripts import silently and make no file."""
+    for stage in STAGES:
+        shutil.copy(ROOT / "exp" / f"{stage}.py", tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", f"import {stage}"],
+        [sys.executable, "-c", f"import {', '.join(STAGES)}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""},
         capture_output=True,
@@ -147,7 +147,7 @@ def test_importing_has_no_side_effects(stage, tmp_path):
         timeout=120,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert [path.name for path in tmp_path.iterdir()] == [f"{stage}.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stage}.py" for stage in STAGES}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -171,7 +171,7 @@ def test_has_the_stable_names(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_is_short(stage):
     """The aim is 600 lines; surviving kills, bad images and full disks took the scripts beyond it."""
-    assert len(text(stage).splitlines()) <= 800
+    assert len(text(stage).splitlines()) <= 740
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.pairwise(STAGES)))

@@ -584,8 +584,8 @@ def test_an_unknown_target_set(house, tmp_path, checkpoint, call, target_set):
 
 
 def test_extraction_without_weights(house, tmp_path, call):
-    flags = [*TINY, "--mode", "extract", "--output", tmp_path, house / "input"]
-    refused(call("v83", *flags), tmp_path, "--weight")
+    result = call("v83", *TINY, "--mode", "extract", "--output", tmp_path, house / "input")
+    assert_refused(result, "--weight")
 
 
 def test_duplicate_ids_in_extraction(house, tmp_path, checkpoint, call):

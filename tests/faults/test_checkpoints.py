@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -76,16 +77,27 @@ def test_a_full_disk_leaves_the_checkpoint(start, data, trained):
 def test_a_full_disk_leaves_what_is_extracted(start, data, trained):
     argv = [*NETWORK, "--mode", "extract", "--weight", trained / "train" / "last.pth.tar", "--batch-size", 3]
     argv += ["--target-set", "qrt", "--output", trained, data]
-    run = start("v83", *argv, folder=trained / "ranks", RLIMIT_FSIZE=30_000)
+    line = error_line(start("v83", *argv, folder=trained / "ranks", RLIMIT_FSIZE=2_000))
+    assert str(trained) in line and "File too large" in line
+    run = start("v83", *argv, folder=trained / "ranks", RLIMIT_FSIZE=40_000)
     line = error_line(run)
     assert str(trained / "extract" / "train_feats.npy") in line and str(40 * 1024) in line
-    assert not list((trained / "extract").glob("*.*"))
-    assert run.images() == 71
+    assert [path.name for path in (trained / "extract").glob("*.*")] == ["fb-isc-submission.h5"]
+    images = run.images()
     again = start("v83", *argv, folder=trained / "ranks")
     assert again.wait() == [0]
-    assert again.images() == 71  # not one was computed again
+    assert again.images() == images  # not one was computed again
     with h5py.File(trained / "extract" / "fb-isc-submission.h5") as file:
         assert file["query"].shape == (9, 256)
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    """HDF5 ends the process by a segmentation fault where it meets a full disk."""
+    (tmp_path / "old.h5").write_bytes(b"old")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=99))
+    with pytest.raises(v83.InputError, match=r"old\.h5: its 100 bytes cannot be written"):
+        v83.save(tmp_path / "old.h5", None, 100)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 # ---- damage ----

@@ -129,9 +129,9 @@ def test_a_killed_loader_process(start, data, tmp_path, figure):
     loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
     begin = time.monotonic()
     os.kill(int(loader), signal.SIGKILL)
-    assert run.wait(60) == [1]
+    assert run.wait(60) == [1], run.errors()
     (line,) = [line for line in run.errors().splitlines() if "error:" in line]
-    assert re.search(r"v83.py: error: DataLoader worker .*; continue with --resume auto", line), line
+    assert re.search(r"v83.py: error: lost a process: .*; continue with --resume auto", line), line
     assert "Traceback" not in run.errors()
     figure(f"killed loader process: the run ended after {time.monotonic() - begin:.1f} s")
 

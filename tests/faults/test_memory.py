@@ -3,27 +3,29 @@
 from conftest import ROOT, run
 
 PROGRAM = """
-import resource, sys
+import argparse, sys
 from pathlib import Path
 import numpy as np, torch, v83
 number, output = int(sys.argv[1]), Path(sys.argv[2])
 paths = np.array([f"../input/reference_images/R{i:07d}.jpg" for i in range(number)])
 v83.extraction_sets = lambda args: {"reference": paths}
-v83.create_model = lambda args, device: torch.nn.Identity()
 v83.load_checkpoint = lambda paths, model: None
+v83.load = lambda get, paths, blank, batch: (torch.zeros(len(batch), 1), {})
+rows = torch.randn(128, 256)
+v83.embed = lambda args, model, images, device: rows[: len(images)]
 
-def describe(args, paths, shards, model, device):
-    rows = np.random.default_rng(0).standard_normal((args.batch_size, 256)).astype(np.float32)
-    for batch, shard in shards.items():
-        np.savez(shard, rows=rows[: len(batch)])
-    return []
+def create_model(args, device):
+    model = torch.nn.Identity()
+    model.backbone = argparse.Namespace(default_cfg={"mean": 0.5, "std": 0.5})
+    return model
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage's, which begins with what the process that started this one has.
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
-v83.describe, before = describe, peak()
+v83.create_model, before = create_model, peak()
 (output / "weight").touch()
-flags = ["--mode", "extract", "--batch-size", "128", "--weight", str(output / "weight"), "--output", str(output)]
+flags = ["--mode", "extract", "--batch-size", "128", "-j", "0", "--weight", f"{output}/weight", "--output", f"{output}"]
 assert v83.main([*flags, "data"]) == 0
 print((peak() - before) / 1024, peak() / 1024)
 """
@@ -35,7 +37,7 @@ def test_assembling(tmp_path, pytestconfig, figure):
     assert result.returncode == 0, result.stderr
     more, all_ = map(float, result.stdout.split())
     rows = number * 1024 / 2**20
-    assert more <= 0.5 * rows
+    assert more <= 1.25 * rows
     figure(
         f"putting {number} descriptors ({rows:.0f} MB) together: {more:.0f} MB more, {all_:.0f} MB in all at the peak"
     )
