@@ -158,7 +158,6 @@ class TrainDataset:
 # ---- model ----
 CUDA = torch.cuda.is_available()
 VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
-LAYOUT = torch.channels_last if CUDA else torch.contiguous_format  # what is fast there
 
 
 def gem(x, p, eps=1e-6):
@@ -189,7 +188,7 @@ def create_model(args, device, pretrained=False):
     except Exception as error:  # registry, hub, network and cache each fail in their own way
         what = "cannot fetch its weights, give --weight or --no-pretrained" if pretrained else "has no such backbone"
         raise InputError(f"{args.arch}: timm {what} ({type(error).__name__})") from error
-    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=LAYOUT)
+    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(device, memory_format=torch.channels_last)
 
 
 # ---- loss ----
@@ -232,17 +231,41 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
         self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
         self.cursor.copy_((self.cursor + len(rows) * finite) % len(self.bank))
         self.filled.add_(len(rows) * finite).clamp_(max=len(self.bank))
-        similarity = F.normalize(rows) @ F.normalize(self.bank).T
-        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # the clamp makes the gradient at distance 0 zero
-        same, valid = labels[:, None] == self.bank_labels, number < self.filled
-        pairs = {"pos": (same & valid).scatter(1, own[:, None], False), "neg": valid & ~same}
+        unit = F.normalize(rows)
+        sums, gradient = self.compare(unit.detach(), labels, own, number)
         loss = torch.where(finite, 0.0, torch.nan)
-        for name, costs in {"pos": distance - self.pos_margin, "neg": self.neg_margin - distance}.items():
-            active = pairs[name] & (costs > 0)
-            mean = torch.where(active, costs, 0.0).sum() / active.sum().clamp(min=1)
-            self.stats |= {f"{name}_loss": mean.detach(), f"{name}_pairs": active.sum()}
-            loss = loss + mean
-        return loss * ((pairs["pos"].sum() > 1) | (pairs["neg"].sum() > 1))  # one pair is no loss, there as here
+        for name, (_, active, cost) in zip(("pos", "neg"), sums, strict=True):
+            self.stats |= {f"{name}_loss": cost / active.clamp(min=1), f"{name}_pairs": active}
+            loss = loss + self.stats[f"{name}_loss"]
+        gradient = (gradient / sums[:, 1, None, None].clamp(min=1)).sum(dim=0)
+        slope = (gradient * unit).sum()
+        # One pair is no loss, there as here.
+        return (loss + (slope - slope.detach())) * (sums[:, 0] > 1).any()
+
+    @torch.no_grad()
+    def compare(self, unit, labels, own, number):
+        """Block by block: numbers of pairs and of active pairs, cost, its gradient; for positives, for negatives."""
+        sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
+        for block in number.split(4096):
+            bank, bank_labels = F.normalize(self.bank[block]), self.bank_labels[block]
+            similarity = unit @ bank.T
+            near = (similarity > 0.9999 - self.neg_margin**2 / 2) | (labels[:, None] == bank_labels)
+            # On a CPU, few pairs are worth looking at; on CUDA, choosing them would wait for the device.
+            dense = unit.is_cuda or near.count_nonzero() > near.numel() // 16
+            i, j = (number[: len(unit), None], block - block[0]) if dense else near.nonzero(as_tuple=True)
+            distance = (2 - 2 * similarity[i, j]).clamp(min=1e-12).sqrt()
+            same, valid = labels[i] == bank_labels[j], block[j] < self.filled
+            for kind, pairs, cost, sign in (
+                (0, same & valid & (block[j] != own[i]), distance - self.pos_margin, -1),
+                (1, ~same & valid, self.neg_margin - distance, 1),
+            ):
+                active = pairs & (cost > 0)
+                sums[kind] += torch.stack([pairs.sum(), active.sum(), torch.where(active, cost, 0.0).sum()])
+                weight = torch.where(active & (distance > 1e-6), sign / distance, 0.0)
+                if not dense:
+                    weight = torch.sparse_coo_tensor(torch.stack((i, j)), weight, near.shape, check_invariants=False)
+                gradient[kind] += weight @ bank
+        return sums, gradient
 
 
 # ---- augmentation ----
@@ -423,7 +446,7 @@ def embed(args, model, images, device):
     """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
     with torch.autocast(device.type, dtype, enabled=CUDA and args.amp != "off"):
-        return model(images.to(device, non_blocking=True, memory_format=LAYOUT))
+        return model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
 
 
 # ---- checkpoint ----

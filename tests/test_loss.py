@@ -120,6 +120,25 @@ def test_agrees_with_pytorch_metric_learning(seed):
         assert (criterion.filled.item() == memory_size) == oracle.has_been_filled
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("filled", [4000, 9000])
+def test_a_bank_of_several_blocks(alike, filled):
+    """Few, some, or all pairs are active: they are gathered, or their blocks are taken whole."""
+    generator = torch.Generator().manual_seed(filled)
+    rows = torch.nn.functional.normalize(torch.randn(filled + 32, 64, generator=generator) + alike)
+    labels = torch.randint(2000, (len(rows),), generator=generator)
+    criterion = MemoryBankContrastiveLoss(9000, 64)
+    oracle = CrossBatchMemory(ContrastiveLoss(pos_margin=0.0, neg_margin=1.0), 64, memory_size=9000)
+    criterion.bank[:filled], criterion.bank_labels[:filled] = rows[:filled], labels[:filled]
+    criterion.cursor.fill_(filled % 9000), criterion.filled.fill_(filled)
+    oracle.embedding_memory[:filled], oracle.label_memory[:filled] = rows[:filled], labels[:filled]
+    oracle.queue_idx, oracle.has_been_filled = filled % 9000, filled == 9000
+    loss, gradient = step(criterion, rows[filled:], labels[filled:])
+    expected, expected_gradient = step(oracle, rows[filled:], labels[filled:])
+    assert loss == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-7)
+
+
 def test_one_pair_of_each_kind_at_most_is_no_loss():
     criterion = MemoryBankContrastiveLoss(8, 2)
     first, _ = step(criterion, [[1.0, 0.0]], [0])
