@@ -28,9 +28,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pylibmagic  # noqa: F401  libmagic for AugLy, where the system has none
+import simplejpeg
 import timm
 import torch
 import torch.distributed as dist
@@ -42,6 +44,7 @@ from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 
@@ -70,6 +73,7 @@ def parse_args(argv=None):
     add("--neg-margin", type=float, default=1.0, help="distance above which a negative pair costs nothing")
     add("--memory-size", type=int, default=20000, help="rows of the memory bank")
     add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
+    add("--exact", action="store_true", help="crop and jitter by Pillow, as published, not the faster near-equals")
     add("--sample-size", type=int, default=1000000, help="how many training images to use, the first by name")
     add("--seed", type=int, default=999, help="decides every random draw, for any number of processes")  # v98: 99
     add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint; auto: the newest in --output")
@@ -107,11 +111,12 @@ def parse_args(argv=None):
     return args
 
 
-def hard_augmentation(input_size, mean, std, overlay_paths):
+def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
     """The hard view: callable from PIL image to float tensor (3, input_size, input_size)."""
     p = 0.35  # v98: 0.30
+    jitter = transforms.ColorJitter if exact else ColorJitter
     shuffled = [
-        transforms.ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),  # v98: 0.75
+        jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),  # v98: 0.75
         imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
         transforms.RandomApply([shuffle_pixels], p=0.25),
         imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=p),
@@ -125,7 +130,7 @@ def hard_augmentation(input_size, mean, std, overlay_paths):
         imaugs.OneOf([imaugs.ApplyPILFilter(edges) for edges in EDGE_FILTERS], p=0.30),  # v98: as in v86
     ]
     overlay = {"overlay_p": 0.1, "opacity_lower": 0.4, "sizes": (0.2, 0.8)}  # v98: 0.075, 0.5, (0.3, 0.7)
-    crop = partial(overlay_and_crop, input_size=input_size, overlay_paths=overlay_paths, **overlay)
+    crop = partial(overlay_and_crop, input_size=input_size, overlay_paths=overlay_paths, exact=exact, **overlay)
     finish = [transforms.ToTensor(), transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(mean, std)]
     return transforms.Compose([transforms.RandomApply([rotate], p=p), crop, transforms.RandomOrder(shuffled), *finish])
 
@@ -139,8 +144,8 @@ class TrainDataset:
         self.plain = evaluation_transform(args.input_size, mean, std)  # v98
         self.files, self.rows = [self.paths, self.references], args.ncrops + 2  # v98
         self.seed, self.epoch = args.seed, 0
-        hard = hard_augmentation(args.input_size, mean, std, self.paths)
-        self.crops = [moderate_augmentation(args.input_size, mean, std)] + [hard] * (args.ncrops - 1)
+        hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
+        self.crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (args.ncrops - 1)
 
     def __len__(self):
         return len(self.paths)
@@ -157,7 +162,7 @@ class TrainDataset:
 
 # ---- model ----
 CUDA = torch.cuda.is_available()
-VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
+VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow", "simplejpeg")}
 
 
 def gem(x, p, eps=1e-6):
@@ -274,9 +279,42 @@ FONTS = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem 
 EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
 
 
-def moderate_augmentation(input_size, mean, std):
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """torchvision's, with the same draws, on integers: no value differs from Pillow's by more than one."""
+
+    def forward(self, image):
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        pixels = TF.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        return TF.to_pil_image(TF.resize(pixels, self.size, antialias=True))
+
+
+class ColorJitter(transforms.ColorJitter):
+    """torchvision's, with the same draws, by OpenCV: saturation within one of Pillow's, hue with other rounding."""
+
+    def forward(self, image):
+        cv2.setNumThreads(0)  # a loader process has its core
+        order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
+        pixels = np.array(image)
+        for kind in order.tolist():
+            factor = factors[kind]
+            if kind < 2:  # brightness: blend with black; contrast: with the mean gray
+                mean = round(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).mean()) if kind else 0
+                table = (factor * np.arange(256) + (1 - factor) * mean).clip(0, 255)
+                pixels = cv2.LUT(pixels, table.astype(np.uint8))
+            elif kind == 2:  # saturation: with its own gray
+                gray = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+                pixels = cv2.addWeighted(pixels, factor, gray, 1 - factor, 0)
+            else:
+                hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+                hsv[..., 0] += np.uint8(int(factor * 255) % 256)
+                pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        return Image.fromarray(pixels)
+
+
+def moderate_augmentation(input_size, mean, std, exact=False):
     """The moderate view: callable from PIL image to float tensor (3, input_size, input_size)."""
-    geometry = [transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(p=0.5)]
+    crop = (transforms.RandomResizedCrop if exact else RandomResizedCrop)(input_size, scale=(0.7, 1.0))
+    geometry = [crop, transforms.RandomHorizontalFlip(p=0.5)]
     return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
@@ -289,10 +327,11 @@ def rotate(image):
     return image if thin or large else imaugs.rotate(image, degrees=degrees)
 
 
-def overlay_and_crop(image, input_size, overlay_paths, overlay_p, opacity_lower, sizes):
+def overlay_and_crop(image, input_size, overlay_paths, exact, overlay_p, opacity_lower, sizes):
     """Lay another image over or under this one, then crop gently; or, with probability 1 - overlay_p, crop strongly."""
+    crop = transforms.RandomResizedCrop if exact else RandomResizedCrop
     if random.random() > overlay_p:
-        return transforms.RandomResizedCrop(input_size, scale=(0.15, 1.0))(image)
+        return crop(input_size, scale=(0.15, 1.0))(image)
     pair = [image, open_image(random.choice(overlay_paths))]
     random.shuffle(pair)
     background, overlay = pair
@@ -301,12 +340,15 @@ def overlay_and_crop(image, input_size, overlay_paths, overlay_p, opacity_lower,
     height = int(background.height * size)
     if 0 < overlay.width * height // overlay.height * height < MAX_PIXELS // 4:  # else one of the two is too thin
         background = imaugs.overlay_image(background, overlay, None, opacity, size, x, y).convert("RGB")
-    return transforms.RandomResizedCrop(input_size, scale=(0.7, 1.0))(background)
+    return crop(input_size, scale=(0.7, 1.0))(background)
 
 
 def shuffle_pixels(image):
     """Shuffle a tenth of the pixels, by a pattern drawn here: AugLy's transform has one seed, hence one pattern."""
-    return imaugs.shuffle_pixels(image, factor=0.1, seed=random.getrandbits(32))
+    pixels, rng = np.array(image).reshape(-1, 3), np.random.default_rng(random.getrandbits(32))
+    chosen = rng.choice(len(pixels), len(pixels) // 10, replace=False)
+    pixels[chosen] = pixels[rng.permutation(chosen)]
+    return Image.fromarray(pixels.reshape(*image.size[::-1], 3))
 
 
 def overlay_text(image):
@@ -360,6 +402,8 @@ def open_image(path):
         tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
         if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
+        if image.format == "JPEG" and image.mode == "RGB":  # the same pixels as Pillow's, sooner
+            return Image.fromarray(simplejpeg.decode_jpeg(Path(path).read_bytes()))
         if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
@@ -394,7 +438,8 @@ def load(get, items, blank, indices):
 def seed_generators(*key):
     """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next depends on them alone."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    for seed, value in zip((random.seed, np.random.seed, torch.manual_seed), seeds, strict=True):
+    # torch.manual_seed costs a millisecond where there is no GPU.
+    for seed, value in zip((random.seed, np.random.seed, torch.default_generator.manual_seed), seeds, strict=True):
         seed(value)
 
 
