@@ -31,7 +31,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import simplejpeg
 import timm
 import torch
 import torch.distributed as dist
@@ -164,7 +163,7 @@ def describe_scales(model, images):  # v107
 
 # ---- model ----
 CUDA = torch.cuda.is_available()
-VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow", "simplejpeg")}
+VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
 
 
 def gem(x, p, eps=1e-6):
@@ -306,8 +305,6 @@ def open_image(path):
         tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
         if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
-        if image.format == "JPEG" and image.mode == "RGB":  # the same pixels as Pillow's, sooner
-            return Image.fromarray(simplejpeg.decode_jpeg(Path(path).read_bytes()))
         if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")

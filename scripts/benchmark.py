@@ -1,0 +1,760 @@
+"""How fast each part is, against the published way of doing it, in the same run: what `make benchmark` runs.
+
+    python scripts/benchmark.py                              # everything, at most 10 minutes on two cores
+    python scripts/benchmark.py loss search --rounds 9       # some parts, more often
+    python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
+
+A is the published pipeline, written here plainly, B is what this project's scripts do: see each part's description.
+After a warm-up both run by turns: `ratio` is the median over the rounds of A's time divided by B's, beside its minimum
+and maximum; A/s and B/s are units per second in the median round. Peak memory is what A or B alone adds, in a process
+of its own, to what the process has before. All on one CPU thread; a GPU is used where there is one (by training-step,
+whose peak is the GPU's, search, and ranks).
+The photographs are mosaics of those inside scikit-image and scikit-learn, 1024 x 768, JPEG of quality 90.
+"""
+
+import argparse
+import ctypes
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+# Looking for a GPU must not spoil CUDA for the processes that are forked later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import faiss
+import numpy as np
+import pandas as pd
+import pylibmagic  # noqa: F401  (libmagic for AugLy, where the system has none)
+import timm
+import torch
+import torch.nn.functional as F
+from augly import image as imaugs
+from augly.image.utils import rotated_rect_with_max_area
+from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
+from PIL import Image, ImageFilter
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torchvision import transforms
+
+import eval_metrics
+import make_dataset
+import postprocess
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
+
+import v83
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # as timm gives them for the recipe's backbone
+PHOTOS = 16  # photographs, at most: as many pairs or images are made in a round
+ARCH = "tf_efficientnetv2_m"
+SMALL_ARCH, BATCH = "test_resnet", 16  # what `ranks` trains, of 0.4 million weights, and with how many images a step
+
+
+class Skipped(Exception):
+    """Why a part cannot be measured here."""
+
+
+class Pair(NamedTuple):
+    """A and B, ready to run on the same input: each takes the number of the round, and returns its result."""
+
+    amount: int  # units that one call does
+    baseline: Callable
+    ours: Callable
+    agreement: Callable  # (A's last result, B's) -> {what: number, numbers or yes/no}
+    measured: Callable | None = None  # result -> (seconds, bytes at the peak), where those of the call say nothing
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison, at several sizes; the docstring of `setup` says what A and B are."""
+
+    setup: Callable  # (case, photos) -> Pair
+    unit: str
+    cases: dict  # {how the table calls it: case}
+    derived: Callable | None = None  # (row of the table, case) -> more agreement
+
+    @property
+    def name(self):
+        return self.setup.__name__.replace("_", "-")
+
+
+# ---- agreement ----
+
+
+def compare(a, b):
+    """How far two arrays of numbers are apart: {"identical": True}, or their largest difference."""
+    a, b = np.asarray(a), np.asarray(b)
+    return {"identical": True} if np.array_equal(a, b) else {"max difference": float(np.abs(a - b).max())}
+
+
+def compare_images(a, b):
+    """The same of lists of normalised images, where 1 is white, with the least peak signal-to-noise ratio."""
+    a, b = (np.stack(images) * STD[0] for images in (a, b))
+    noise = np.square(a - b).mean(axis=(1, 2, 3))
+    found = {"identical %": 100 * float((noise == 0).mean()), **compare(a, b)} if noise.any() else {"identical": True}
+    return found | ({"PSNR dB": -10 * math.log10(noise.max())} if noise.any() else {})
+
+
+def descriptors(n):
+    """Unit rows (n, 256) float32 with a direction in common: cosine 0.38 on average, above 0.5 for 0.1% of pairs."""
+    common, own = F.normalize(torch.randn(1, 256)), F.normalize(torch.randn(n, 256))
+    return F.normalize(0.38**0.5 * common + 0.62**0.5 * own)
+
+
+# ---- augmentation ----
+
+
+def published_open(path):
+    return Image.open(path).convert("RGB")
+
+
+def published_moderate(size):
+    """The moderate view of v83."""
+    geometry = [transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(p=0.5)]
+    return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def published_hard(size, overlay_paths):
+    """The hard view of v83."""
+    fonts = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1")
+    emojis = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
+    edges = [imaugs.ApplyPILFilter(edge) for edge in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)]
+    shuffled = [
+        transforms.ColorJitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
+        imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
+        imaugs.ShufflePixels(factor=0.1, p=0.25),
+        imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=0.25),
+        transforms.RandomGrayscale(p=0.25),
+        imaugs.RandomBlur(min_radius=0.0, max_radius=10.0, p=0.25),
+        transforms.RandomPerspective(p=0.25),
+        transforms.RandomHorizontalFlip(p=0.5),
+        transforms.RandomVerticalFlip(p=0.1),
+        transforms.RandomApply([partial(published_text, fonts=fonts)], p=0.25),
+        transforms.RandomApply([partial(published_emoji, emojis=emojis)], p=0.25),
+        imaugs.OneOf(edges, p=0.25),
+    ]
+    crop = partial(published_crop, size=size, overlay_paths=overlay_paths)
+    order = [transforms.RandomApply([published_rotation], p=0.25), crop, transforms.RandomOrder(shuffled)]
+    finish = [transforms.ToTensor(), transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose([*order, *finish])
+
+
+def published_rotation(image):
+    degrees = random.uniform(0, 180)
+    thin = min(rotated_rect_with_max_area(*image.size, degrees)) < 2  # which AugLy cannot rotate
+    return image if thin else imaugs.rotate(image, degrees=degrees)
+
+
+def published_crop(image, size, overlay_paths):
+    """With probability 0.05 another image over or under this one, cropped gently; else cropped strongly."""
+    if random.random() > 0.05:
+        return transforms.RandomResizedCrop(size, scale=(0.15, 1.0))(image)
+    pair = [image, published_open(random.choice(overlay_paths))]
+    random.shuffle(pair)
+    overlay_size, opacity = random.uniform(0.4, 0.6), random.uniform(0.6, 1)
+    x, y = random.uniform(0, 1 - overlay_size), random.uniform(0, 1 - overlay_size)
+    overlaid = imaugs.overlay_image(*pair, None, opacity, overlay_size, x, y).convert("RGB")
+    return transforms.RandomResizedCrop(size, scale=(0.7, 1.0))(overlaid)
+
+
+def published_text(image, fonts):
+    font, size, color = random.choice(fonts), random.uniform(0.1, 0.3), [random.randrange(256) for _ in range(3)]
+    x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image
+    for line in range(random.randint(1, 2)):
+        glyphs = [random.getrandbits(31) for _ in range(random.randint(5, 9))]
+        try:
+            written = imaugs.overlay_text(written, None, glyphs, font, size, 1.0, color, x, y + line * size)
+        except (OSError, RuntimeError):  # a glyph that the font cannot lay out
+            return image
+    return written.convert("RGB")
+
+
+def published_emoji(image, emojis):
+    emoji, size = random.choice(emojis), random.uniform(0.1, 0.3)
+    x, y = random.uniform(0, 1), random.uniform(0, 1)
+    return imaugs.overlay_emoji(image, None, emoji, 1.0, size, x, y).convert("RGB")
+
+
+def augmentation(size, photos):
+    """Both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
+
+    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, ToTensor, erasing, Normalize
+    B: v83.open_image, v83.moderate_augmentation, v83.hard_augmentation
+    """
+    published = published_open, published_moderate(size), published_hard(size, photos)
+    transform = v83.moderate_augmentation(size, MEAN, STD), v83.hard_augmentation(size, MEAN, STD, np.array(photos))
+    ours, moments = (v83.open_image, *transform), {}
+
+    def run(pipeline, number):
+        open_image, moderate, hard = pipeline
+        views = []
+        for i, path in enumerate(photos):
+            v83.seed_generators(0, number, i)
+            image = open_image(path)
+            views.append(moderate(image))
+            pixels = hard(image)[:, ::8, ::8] / 2 + 0.5
+            moments.setdefault(pipeline, []).append((pixels.mean().item(), pixels.std().item()))
+        return views
+
+    def agreement(a, b):
+        """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
+        both = np.array([moments[published], moments[ours]])
+        (mean, deviation), error = both.mean(axis=1).T.tolist(), both[:, :, 0].std() / len(moments[ours]) ** 0.5
+        found = {f"moderate {key}": value for key, value in compare_images(a, b).items()}
+        return found | {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
+
+    return Pair(len(photos), partial(run, published), partial(run, ours), agreement)
+
+
+# ---- training ----
+
+
+def loss(sizes, _photos):
+    """Forward and backward on the CPU, of two views an image, against a full bank, of which they take the same place.
+
+    A: pytorch-metric-learning's CrossBatchMemory(ContrastiveLoss(0, 1))
+    B: v83.MemoryBankContrastiveLoss
+    """
+    rows, memory = sizes
+    torch.manual_seed(0)
+    images = descriptors((memory + rows) // 2)
+    others = F.normalize(images + 0.5 * F.normalize(torch.randn_like(images)))
+    views = torch.stack([images, others], dim=1).flatten(0, 1)
+    labels = torch.arange(len(views)) // 2
+    published = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, memory)
+    published.embedding_memory[:], published.label_memory[:] = views[:memory], labels[:memory]
+    published.has_been_filled = True
+    ours = v83.MemoryBankContrastiveLoss(memory)
+    ours.bank[:], ours.bank_labels[:] = views[:memory], labels[:memory]
+    ours.filled.fill_(memory)
+
+    def step(criterion, _number):
+        published.queue_idx = 0
+        ours.cursor.zero_()
+        batch = views[memory:].clone().requires_grad_()
+        value = criterion(batch, labels[memory:])
+        value.backward()
+        return value.item(), batch.grad
+
+    def agreement(a, b):
+        active = (views[memory:] @ views[:memory].T > 0.5).float().mean().item()
+        difference = {"loss difference": abs(a[0] - b[0]), "gradient difference": (a[1] - b[1]).abs().max().item()}
+        return difference | {"of at most": a[1].abs().max().item(), "active negatives %": 100 * active}
+
+    return Pair(rows, partial(step, published), partial(step, ours), agreement)
+
+
+def training_step(images, _photos):
+    """Forward, loss, backward and update in float16, of noise that is in pinned memory.
+
+    A: eager, NCHW, autocast, pytorch-metric-learning's loss, SGD
+    B: v83.create_model, v83.embed, v83.MemoryBankContrastiveLoss, SGD
+    """
+    if not v83.CUDA:
+        raise Skipped("needs a CUDA device")
+    args, device = v83.parse_args(["."]), torch.device("cuda")
+    torch.backends.cudnn.benchmark = True
+    batch, labels = torch.randn(images, 3, 256, 256).pin_memory(), torch.arange(images, device=device) // 2
+
+    def published_embed(model):
+        with torch.autocast("cuda", torch.float16):
+            return model(batch.to(device))
+
+    def trainer(model, embed, criterion):
+        model.train().to(device), criterion.to(device)
+        optimizer, scaler = torch.optim.SGD(v83.parameter_groups(model, 1e-6), 0.01, 0.9), torch.amp.GradScaler("cuda")
+
+        def step(_number):
+            value = criterion(embed(model).float(), labels)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            return value.item()  # which waits for the GPU
+
+        return step
+
+    published, ours = v83.ISCNet(timm.create_model(args.arch, features_only=True)), v83.create_model(args, device)
+    published.load_state_dict(ours.state_dict())
+    published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size)
+    baseline = trainer(published, published_embed, published_loss)
+    loss_function = v83.MemoryBankContrastiveLoss(args.memory_size)
+    step = trainer(ours, lambda model: v83.embed(args, model, batch, device), loss_function)
+    return Pair(images, baseline, step, lambda a, b: {"loss difference": abs(a - b)})
+
+
+# ---- extraction ----
+
+
+def extraction_input(size, photos):
+    """From file to network input.
+
+    A: PIL open, Resize, ToTensor, Normalize
+    B: v83.open_image, v83.evaluation_transform
+    """
+    resize, finish = transforms.Resize((size, size)), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    published = transforms.Compose([published_open, resize, *finish])
+    ours = transforms.Compose([v83.open_image, v83.evaluation_transform(size, MEAN, STD)])
+
+    def run(read, _number):
+        return [read(path) for path in photos]
+
+    return Pair(len(photos), partial(run, published), partial(run, ours), compare_images)
+
+
+@torch.inference_mode()
+def extraction_model(sizes, _photos):
+    """Descriptors of two images of noise by a network of random weights, float32 on the CPU.
+
+    A: eager, NCHW
+    B: v83.create_model, v83.embed
+    """
+    arch, size = sizes
+    torch.manual_seed(0)
+    args = v83.parse_args([".", "-a", arch, "--amp", "off", "--mode", "extract", "--weight", "none"])
+    device, images = torch.device("cpu"), torch.randn(2, 3, size, size)
+    published = v83.ISCNet(timm.create_model(arch, features_only=True))
+    for module in published.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1  # statistics of these images: with none, activations of random weights explode
+    published(images)
+    model = v83.create_model(args, device)
+    model.load_state_dict(published.eval().state_dict())
+    ours = partial(v83.embed, args, model.eval(), images, device)
+
+    def run(embed, _number):
+        with torch.inference_mode():
+            return embed().numpy()
+
+    def agreement(a, b):
+        return compare(a, b) | {"smallest cosine": float((a * b).sum(axis=1).min())}
+
+    return Pair(len(images), partial(run, partial(published, images)), partial(run, ours), agreement)
+
+
+# ---- evaluation and post-processing ----
+
+
+def published_evaluation(found, query_ids, reference_ids, truth):
+    """Candidates row by row, and the metrics as loops over a sorted list: (csv, average precision, recall at 90%)."""
+    known = np.isin(query_ids, truth["query_id"])  # of Python objects: every query against every row of the truth
+    assert known.all()
+    pairs = ((query_ids[q], reference_ids[r], -distance) for distance, q, r in zip(*found, strict=True))
+    candidates = pd.DataFrame(pairs, columns=["query_id", "reference_id", "score"])
+    positives = {(q, r) for q, r in zip(truth["query_id"], truth["reference_id"], strict=True) if r}
+    ranked = sorted((-row.score, (row.query_id, row.reference_id) in positives) for row in candidates.itertuples())
+    right, average_precision, recall_p90 = 0, 0.0, 0.0
+    for rank, (_, correct) in enumerate(ranked, start=1):
+        right += correct
+        average_precision += correct * right / rank / len(positives)
+        if right / rank >= 0.9:
+            recall_p90 = right / len(positives)
+    return candidates.to_csv(index=False), average_precision, recall_p90
+
+
+def evaluation(queries, _photos):
+    """Given 10 pairs a query, a fifth of the queries being copies: the csv of candidates and the scores.
+
+    A: isin of Python objects, the table row by row, loops over a sorted list
+    B: eval_metrics.known_queries, match (without its search), micro_metrics
+    """
+    rng = np.random.default_rng(0)
+    query_ids = np.char.add("Q", np.char.zfill(np.arange(queries).astype(str), 5))
+    reference_ids = np.char.add("R", np.char.zfill(np.arange(20_000).astype(str), 6))
+    nearest = np.sort((rng.integers(20_000, size=(queries, 1)) + 997 * np.arange(10)) % 20_000, axis=1)
+    distances = rng.uniform(0.5, 2, size=nearest.shape).astype(np.float32)
+    copies = np.flatnonzero(rng.random(queries) < 0.2)
+    place = rng.integers(10, size=len(copies))
+    distances[copies, place] *= 0.5
+    truth = pd.DataFrame({"query_id": query_ids, "reference_id": ""})
+    truth.loc[copies, "reference_id"] = reference_ids[nearest[copies, place]]
+    found = distances.ravel(), np.repeat(np.arange(queries), 10), nearest.ravel()
+    ranked = tuple(column[np.argsort(found[0], kind="stable")] for column in found)
+
+    def ours(_number):
+        known = eval_metrics.known_queries(eval_metrics.as_text(query_ids.astype("S")), truth, "h5", "csv")
+        with mock.patch.object(eval_metrics, "nearest_pairs", lambda *_: ranked):  # instead of the search
+            candidates = eval_metrics.match(None, None, query_ids[known], reference_ids, len(ranked[0]))
+        return candidates.to_csv(index=False), *eval_metrics.micro_metrics(candidates, truth).values()
+
+    def baseline(_number):
+        return published_evaluation(found, query_ids.tolist(), reference_ids.tolist(), truth)
+
+    def agreement(a, b):
+        return {"csv identical": a[0] == b[0], "score difference": float(np.abs(np.subtract(a[1:], b[1:])).max())}
+
+    return Pair(queries, baseline, ours, agreement)
+
+
+def search(n, _photos):
+    """The 10 nearest of n descriptors to some of them, by inner product.
+
+    A: faiss.IndexFlatIP.search
+    B: postprocess.nearest
+    """
+    torch.manual_seed(0)
+    base = descriptors(n).numpy()
+    queries = base[: 2 * postprocess.BLOCK]
+    index = faiss.IndexFlatIP(base.shape[1])
+    if faiss.get_num_gpus():
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(base)
+
+    def agreement(a, b):
+        return {"equal indices %": 100 * float((a[1] == b[1]).mean()), **compare(a[0], b[0])}
+
+    def ours(_number):
+        return postprocess.nearest(queries, base, 10, "ip")
+
+    return Pair(len(queries), lambda _: index.search(queries, 10), ours, agreement)
+
+
+def database_augmentation(n, _photos):
+    """Given each descriptor's 10 nearest: random ones, as the sum does not care.
+
+    A: (train[indices] * (similarity**3)[..., None]).sum(axis=1), L2-normalised, as whole arrays
+    B: postprocess.database_augmentation (without its search)
+    """
+    torch.manual_seed(0)
+    rng, train = np.random.default_rng(0), descriptors(n).numpy()
+    indices, similarity = rng.integers(n, size=(n, 10)), rng.uniform(0.3, 1, size=(n, 10)).astype(np.float32)
+
+    def sums():
+        return (train[indices] * (similarity**3)[..., None]).sum(axis=1)
+
+    def baseline(_number):
+        augmented = sums()
+        return augmented / np.linalg.norm(augmented, axis=1, keepdims=True)
+
+    def ours(_number):
+        with mock.patch.object(postprocess, "nearest", lambda *_: (similarity, indices)):  # instead of the search
+            return postprocess.database_augmentation(train)
+
+    def agreement(a, b):
+        own = postprocess.neighbour_sum(train, indices, similarity**3)
+        return {"sums identical": np.array_equal(sums(), own), **compare(a, b)}
+
+    return Pair(n, baseline, ours, agreement)
+
+
+# ---- ranks ----
+
+
+def train_rank(argv, trace):
+    """What each process does: v83's training, on one thread; rank 0 writes a profile of it to `trace`, if given."""
+    torch.set_num_threads(1)
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says that there is no GPU, and more
+    with torch.profiler.profile() if trace else nullcontext() as profile:
+        code, peak = with_peak(lambda: v83.main(argv))
+    if trace and os.environ["RANK"] == "0":
+        profile.export_chrome_trace(str(trace))
+    return code, peak
+
+
+def communication(trace):
+    """Percentage of the time between the first and the last step of a trace that collective operations cover."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
+    steps = [event for event in events if event["name"].startswith("Optimizer.step")]
+    start, end = steps[0]["ts"], steps[-1]["ts"]
+    covered, reached = 0, start
+    for event in sorted(events, key=lambda event: event["ts"]):
+        if re.match("gloo:|ncclDevKernel", event["name"]):
+            last = min(event["ts"] + event["dur"], end)
+            covered += max(0, last - max(event["ts"], reached))
+            reached = max(reached, last)
+    return 100 * covered / (end - start)
+
+
+def ranks(counts, _photos):
+    """v83's training of a small network on 96 generated pictures, in batches of 16 of all processes together.
+
+    Through torchrun's launcher, one thread a process, by gloo on the CPU, by nccl where there are GPUs. Communication
+    is the share of time, by a profile of rank 0 in a run of its own, in which a collective operation was under way, or
+    waited for the others. The losses differ by BatchNorm, whose statistics are each process's own on a CPU.
+
+    A: the first number of processes of --ranks
+    B: another one of --ranks
+    """
+    if v83.CUDA and torch.cuda.device_count() < max(counts):
+        raise Skipped(f"needs {max(counts)} GPUs, or none: CUDA_VISIBLE_DEVICES=")
+    folder = Path(tempfile.mkdtemp())
+    (data := folder / "training_images").mkdir()
+    for i in range(96):
+        make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96).save(data / f"T{i:06}.jpg")
+    flags = f"-a {SMALL_ARCH} --input-size 64 --batch-size {BATCH} --memory-size 1000 -j 0 --no-pretrained --epochs 1"
+    argv = [*flags.split(), "--log-every", "2", "--output", str(folder), str(data)]
+
+    def run(count, _number, trace=None):
+        """As torchrun would; the time is that of the steps after the first two, by the log."""
+        logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.ALL)
+        options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
+        config = LaunchConfig(1, 1, count, run_id="benchmark", logs_specs=logs, **options)
+        codes, peaks = zip(*elastic_launch(config, train_rank)(argv, trace).values(), strict=True)
+        if any(codes):
+            raise RuntimeError(f"training ended with {codes}")
+        lines = map(json.loads, (folder / "train" / "log.jsonl").read_text().splitlines())
+        lines = [line for line in lines if "loss" in line]
+        seconds = statistics.mean(2 * 96 / line["images_per_second"] for line in lines[1:])
+        return {"seconds": seconds, "peak": sum(peaks), "loss": lines[-1]["loss"]}
+
+    def agreement(a, b):
+        run(counts[1], 0, folder / "trace.json")
+        return {"communication %": communication(folder / "trace.json"), "loss difference": abs(a["loss"] - b["loss"])}
+
+    def measured(result):
+        return result["seconds"], result["peak"]
+
+    return Pair(2 * 96, partial(run, counts[0]), partial(run, counts[1]), agreement, measured)
+
+
+def at_a_million(row, n):
+    """Peak memory for a million rows, beyond the 1.02 GB that they are, by that for n."""
+    return {"GB at 1,000,000 rows A, B": [row[f"{side}_peak_mb"] * 1e3 / n for side in ("baseline", "ours")]}
+
+
+def efficiency(row, counts):
+    """The ratio as a share of that of the numbers of processes."""
+    return {"efficiency %": 100 * row["ratio"]["median"] * counts[0] / counts[1]}
+
+
+# ---- measuring ----
+
+
+def memory(what):
+    """A line of /proc/self/status, in bytes: VmRSS, or VmHWM, its peak."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def with_peak(function):
+    """(function(), bytes that it needed at its peak beyond those already there): of the GPU, if it is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(), torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what setting up has freed would be used again, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    return function(), memory("VmHWM") - before
+
+
+def set_up(part, case, photos):
+    """The pair, to be run on one thread."""
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    if cv2 := sys.modules.get("cv2"):
+        cv2.setNumThreads(0)
+    return part.setup(case, photos)
+
+
+def measure(part, case, photos, rounds):
+    """Warm up, run A and B by turns: times, their ratios, agreement."""
+    pair = set_up(part, case, photos)
+    seconds, results = {"baseline": [], "ours": []}, {}
+    for number in range(rounds + 1):
+        for side in seconds:
+            start = time.perf_counter()
+            result = results[side] = getattr(pair, side)(number)
+            elapsed = time.perf_counter() - start
+            seconds[side].append(pair.measured(result)[0] if pair.measured else elapsed)
+    seconds = {side: times[1:] for side, times in seconds.items()}  # without the warm-up
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    per_second = {f"{side}_per_second": pair.amount / statistics.median(times) for side, times in seconds.items()}
+    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {"seconds": seconds, **per_second, "ratio": ratio, "agreement": pair.agreement(*results.values())}
+
+
+def peak_mb(part, case, photos, side):
+    """Megabytes that A or B needs at its peak for one call."""
+    pair = set_up(part, case, photos)
+    result, peak = with_peak(partial(getattr(pair, side), 0))
+    return (pair.measured(result)[1] if pair.measured else peak) / 1e6
+
+
+def answer(sender, function, args):
+    """In a process of its own: send function(*args), or why it is skipped, without its progress bars."""
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+            result = function(*args)
+    except Skipped as reason:
+        result = reason
+    sender.send(result)
+
+
+def alone(function, *args):
+    """function(*args), computed in a process of its own."""
+    context = multiprocessing.get_context("fork")  # this process has only imported: it has no threads, nor used a GPU
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"a process ended with {process.exitcode}; its message is above") from None
+    process.join()
+    if isinstance(result, Skipped):
+        raise result
+    return result
+
+
+def record(part, label, case, photos, rounds):
+    """Everything about one row of the table, as JSON knows it."""
+    row = {"part": part.name, "case": label, "unit": part.unit}
+    try:
+        row |= alone(measure, part, case, photos, rounds)
+        row |= {f"{side}_peak_mb": alone(peak_mb, part, case, photos, side) for side in ("baseline", "ours")}
+    except Skipped as reason:
+        return row | {"skipped": str(reason)}
+    if part.derived:
+        row["agreement"] |= part.derived(row, case)
+    return row
+
+
+# ---- table ----
+
+COLUMNS = "{:21} {:13} {:8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8} {:>8}  {}"
+HEADER = COLUMNS.format("part", "case", "unit", "A/s", "B/s", "ratio", "min", "max", "A MB", "B MB", "agreement")
+
+
+def text(value):
+    """A number with three digits, several of them, or yes or no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(text, value)) if isinstance(value, list) else f"{value:.3g}"
+
+
+def line(row):
+    """A row of the table."""
+    if "skipped" in row:
+        return COLUMNS.format(row["part"], row["case"], row["unit"], *"-------", f"skipped: {row['skipped']}")
+    speed = [f"{row[f'{side}_per_second']:.1f}" for side in ("baseline", "ours")]
+    ratio = [f"{row['ratio'][which]:.2f}" for which in ("median", "min", "max")]
+    peaks = [f"{row[f'{side}_peak_mb']:.1f}" for side in ("baseline", "ours")]
+    agreement = "; ".join(f"{key} {text(value)}" for key, value in row["agreement"].items())
+    return COLUMNS.format(row["part"], row["case"], row["unit"], *speed, *ratio, *peaks, agreement)
+
+
+# ---- main ----
+
+PARTS = [
+    Part(augmentation, "pairs", {"256 px": 256, "384 px": 384, "512 px": 512}),
+    Part(loss, "images", {"256 x 20000": (256, 20_000), "512 x 20000": (512, 20_000)}),
+    Part(training_step, "images", {"128 x 256 px": 128}),
+    Part(extraction_input, "images", {"512 px": 512}),
+    Part(extraction_model, "images", {"2 x 512 px": (ARCH, 512)}),
+    Part(evaluation, "queries", {"8000 x 10": 8_000}),
+    Part(search, "queries", {"8192 x 20000": 20_000}),
+    Part(database_augmentation, "rows", {"50000": 50_000}, derived=at_a_million),
+    Part(ranks, "images", {}, derived=efficiency),  # its cases are those of --ranks
+]
+
+
+def make_photos(folder):
+    """Photographs of 1024 x 768: mosaics of tiles of the embedded ones at their own resolution. Returns their paths."""
+    tiles, paths = make_dataset.embedded_tiles(256), []
+    for number, rng in enumerate(np.random.default_rng(0).spawn(PHOTOS)):
+        mosaic = Image.new("RGB", (1024, 768))
+        for place, choice in enumerate(rng.choice(len(tiles), 12, replace=False).tolist()):
+            tile = make_dataset.open_embedded(tiles[choice].path, 256).crop(tiles[choice].box)
+            mosaic.paste(tile, (256 * (place % 4), 256 * (place // 4)))
+        paths.append(str(folder / f"{number}.jpg"))
+        mosaic.save(paths[-1], quality=90)
+    return paths
+
+
+def divisors(words):
+    """An argparse type: two or more numbers of processes, separated by commas, that the batch can be divided among."""
+    numbers = [int(word) for word in words.split(",")]
+    if len(numbers) < 2 or min(numbers) < 1 or any(BATCH % number for number in numbers):
+        raise ValueError(words)
+    return numbers
+
+
+def parse_args(argv=None):
+    """The command line; exits with code 2 and one line where it makes no sense."""
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"which to measure, of {', '.join(names)} (default: all)")
+    add("--rounds", type=int, default=5, help="how often A and B run after the warm-up (default: %(default)s)")
+    add("--photos", type=Path, metavar="DIR", help=f"use the first {PHOTOS} images in DIR, as they are")
+    add(
+        "--ranks",
+        type=divisors,
+        default="1,2",
+        help=f"numbers of processes to compare, divisors of {BATCH} (default: %(default)s)",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(args.parts) - set(names)):
+        parser.error(f"{unknown[0]}: no such part; there are {', '.join(names)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    if not Path("/proc/self/clear_refs").exists():
+        parser.error("peak memory is read from /proc, which only Linux has")
+    return args
+
+
+def benchmark(args, machine, folder):
+    """Measure the parts that `args` names on this `machine` and print the table as it grows; returns its rows."""
+    if args.photos:
+        photos = v83.list_images(args.photos)[:PHOTOS].tolist()
+        for path in photos:
+            v83.open_image(path)  # raises InputError where that is none
+    else:
+        photos = make_photos(folder)
+    kilobytes = statistics.mean(Path(path).stat().st_size for path in photos) / 1e3
+    parts = [part for part in PARTS if part.name in args.parts or not args.parts]
+    print(f"{machine}\n{len(photos)} photographs of {kilobytes:.0f} kB\n")
+    for part in parts:
+        print(f"{part.name}: {inspect.getdoc(part.setup)}\n".replace("\n\nA: ", "\nA: "))
+    print(HEADER, flush=True)
+    rows = []
+    for part in parts:
+        first, *others = args.ranks
+        cases = part.cases or {f"{first} -> {count}": (first, count) for count in others}
+        for label, case in cases.items():
+            rows.append(record(part, label, case, photos, args.rounds))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def main(argv=None):
+    """Run the benchmark; returns the exit code: 2 for input that cannot be used, 1 where a part failed."""
+    args = parse_args(argv)
+    gpu = torch.cuda.get_device_name() if v83.CUDA else "no GPU"
+    versions = [f"{module.__name__} {module.__version__}" for module in (torch, faiss, np)]
+    machine = ", ".join([f"{os.cpu_count()} cores", gpu, f"Python {platform.python_version()}", *versions])
+    try:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+            rows = benchmark(args, machine, Path(folder))
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+    except (v83.InputError, make_dataset.InputError, OSError) as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ChildProcessError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
