@@ -246,8 +246,10 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
     def compare(self, unit, labels, own, number):
         """Block by block: numbers of pairs and of active pairs, cost, its gradient; for positives, for negatives."""
         sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
-        for block in number.split(4096):
-            bank, bank_labels = F.normalize(self.bank[block]), self.bank_labels[block]
+        size = len(self.bank) if unit.is_cuda else 1024  # few launches there, little memory here
+        blocks = zip(*(rows.split(size) for rows in (number, self.bank, self.bank_labels)), strict=True)
+        for block, bank, bank_labels in blocks:
+            bank = F.normalize(bank)
             similarity = unit @ bank.T
             near = (similarity > 0.9999 - self.neg_margin**2 / 2) | (labels[:, None] == bank_labels)
             # On a CPU, few pairs are worth looking at; on CUDA, choosing them would wait for the device.
