@@ -163,7 +163,7 @@ def describe_scales(model, images):  # v107
 
 # ---- model ----
 CUDA = torch.cuda.is_available()
-VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
+VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
 
 
 def gem(x, p, eps=1e-6):

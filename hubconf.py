@@ -1,0 +1,71 @@
+"""The published descriptors in a line, on a CPU or a GPU, from the author's weights or from a checkpoint of one's own.
+
+    model, preprocess = torch.hub.load(REPOSITORY, "isc_ft_v107")  # its weights are fetched once
+    model, preprocess = torch.hub.load(".", "isc_ft_v107", source="local", weights="checkpoint_0009.pth.tar")
+    descriptors = model(torch.stack([preprocess(Image.open(path)) for path in paths]))  # (n, 256), of length 1
+
+`isc_ft_v107` is the final network, which has seen the public queries' labels; `isc_selfsup_v98` the one before it.
+Two images are copies where the inner product of their descriptors is large. Paper: arXiv 2112.04323.
+"""
+
+import hashlib
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "exp"))
+
+import v107
+
+dependencies = ["h5py", "numpy", "PIL", "timm", "torch", "torchvision", "tqdm"]
+
+ARCH = "tf_efficientnetv2_m_in21ft1k"
+RELEASE = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1"
+
+
+def isc_ft_v107(pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"):
+    """The final network of the winning solution: (model, preprocess), ready for evaluation.
+
+    pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this arch in their place;
+    sha256: refuse any other file (the author published none); input_size: side of the input in pixels. model takes float
+    (n, 3, input_size, input_size) and returns float descriptors (n, 256) of length 1; preprocess takes a PIL image of
+    any mode and returns float (3, input_size, input_size). Files are loaded as tensors only, never as code.
+    Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of this network.
+    """
+    return _load("isc_ft_v107.pth.tar", pretrained, weights, sha256, arch, input_size, device)
+
+
+def isc_selfsup_v98(pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"):
+    """The network before it saw any label, which isc_ft_v107 was fine-tuned from; see there."""
+    return _load("isc_selfsup_v98.pth.tar", pretrained, weights, sha256, arch, input_size, device)
+
+
+def _load(name, pretrained, weights, sha256, arch, input_size, device):
+    model = v107.create_model(Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)).eval()
+    if weights or pretrained:
+        path = Path(weights or _fetch(name))
+        if sha256 and path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != sha256.lower():
+                raise ValueError(f"{path}: is not the file that sha256 names but {digest}; move it away")
+        v107.load_checkpoint([path], model)
+    config = model.backbone.default_cfg
+    transform = v107.evaluation_transform(input_size, config["mean"], config["std"])
+    return model, transforms.Compose([_rgb, transform])
+
+
+def _fetch(name):
+    """The path of the release's file in torch.hub's cache, where it appears when it is whole."""
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"{RELEASE}/{name}", str(path))
+    return path
+
+
+def _rgb(image):
+    return image.convert("RGB")

@@ -1,0 +1,97 @@
+"""torch.hub's entry points, as a user calls them, with a small checkpoint in place of the published one."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import v98
+import v107
+from conftest import ROOT
+
+SMALL = {"source": "local", "arch": "test_efficientnet", "input_size": 64}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return v107.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """A file as the author's are: keys with a prefix, and a Namespace of arguments."""
+    weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+    content = {"epoch": 9, "arch": "test_efficientnet", "state_dict": weights, "args": v107.parse_args(["data"])}
+    torch.save(content, tmp_path / "small.pth.tar")
+    return tmp_path / "small.pth.tar"
+
+
+def load(name="isc_ft_v107", **options):
+    return torch.hub.load(str(ROOT), name, **SMALL, **options)
+
+
+@pytest.mark.parametrize("name", ["isc_ft_v107", "isc_selfsup_v98"])
+def test_describes_as_extraction_does(model, checkpoint, name):
+    loaded, preprocess = load(name, weights=str(checkpoint))
+    assert not loaded.training
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
+    expected = v98.evaluation_transform(64, *(model.backbone.default_cfg[key] for key in ("mean", "std")))(image)
+    assert torch.equal(preprocess(image), expected)
+    with torch.inference_mode():
+        descriptor, wanted = loaded(preprocess(image)[None]), model(expected[None])
+    torch.testing.assert_close(descriptor, wanted, rtol=0, atol=1e-5)
+    assert descriptor.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
+def test_takes_images_of_any_mode(checkpoint, mode):
+    _, preprocess = load(weights=str(checkpoint))
+    assert preprocess(Image.new(mode, (30, 20))).shape == (3, 64, 64)
+
+
+def test_the_release_is_fetched_once(checkpoint, tmp_path, monkeypatch):
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        checkpoint.rename(path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        load("isc_selfsup_v98")
+    assert len(fetched) == 1 and fetched[0].endswith("/v1.0.1/isc_selfsup_v98.pth.tar")
+
+
+def test_random_weights_need_no_network():
+    load(pretrained=False)
+
+
+def test_the_checksum_is_checked(checkpoint):
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    load(weights=str(checkpoint), sha256=digest.upper())
+    with pytest.raises(ValueError, match=f"small.pth.tar: is not the file that sha256 names but {digest}"):
+        load(weights=str(checkpoint), sha256="0" * 64)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@pytest.mark.parametrize("kind", ["code", "missing", "another network"])
+def test_refuses_what_is_no_checkpoint(checkpoint, kind, capsys):
+    if kind == "code":
+        checkpoint.write_bytes(pickle.dumps({"state_dict": Code()}))
+    elif kind == "missing":
+        checkpoint.unlink()
+    else:
+        torch.save({"state_dict": {"module.fc.weight": torch.zeros(1)}}, checkpoint)
+    with pytest.raises(ValueError, match=r"small\.pth\.tar"):
+        load(weights=str(checkpoint))
+    assert "this ran" not in capsys.readouterr().out
