@@ -30,7 +30,7 @@ def isc_ft_v107(pretrained=True, weights=None, sha256=None, arch=ARCH, input_siz
     """The final network of the winning solution: (model, preprocess), ready for evaluation.
 
     pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this arch in their place;
-    sha256: refuse any other file (the author published none); input_size: side of the input in pixels. model takes float
+    sha256: refuse any other file (the author published none); input_size: side of the input, pixels. model takes float
     (n, 3, input_size, input_size) and returns float descriptors (n, 256) of length 1; preprocess takes a PIL image of
     any mode and returns float (3, input_size, input_size). Files are loaded as tensors only, never as code.
     Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of this network.
