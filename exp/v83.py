@@ -237,12 +237,12 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
             loss = loss + self.stats[f"{name}_loss"]
         gradient = (gradient / sums[:, 1, None, None].clamp(min=1)).sum(dim=0)
         slope = (gradient * unit).sum()
-        # One pair is no loss, there as here.
-        return (loss + (slope - slope.detach())) * (sums[:, 0] > 1).any()
+        negatives = len(rows) * (self.filled - 1) - sums[0, 0]  # near or far
+        return (loss + (slope - slope.detach())) * ((sums[0, 0] > 1) | (negatives > 1))  # one pair is no loss, as there
 
     @torch.no_grad()
     def compare(self, unit, labels, own, number):
-        """Block by block: numbers of pairs and of active pairs, cost, its gradient; for positives, for negatives."""
+        """Block by block: numbers of near and of active pairs, cost, its gradient; for positives, for negatives."""
         sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
         size = len(self.bank) if unit.is_cuda else 1024  # few launches there, little memory here
         blocks = zip(*(rows.split(size) for rows in (number, self.bank, self.bank_labels)), strict=True)
@@ -431,8 +431,8 @@ def load(get, items, blank, indices):
 def seed_generators(*key):
     """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next depends on them alone."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    # torch.manual_seed costs a millisecond where there is no GPU.
-    for seed, value in zip((random.seed, np.random.seed, torch.default_generator.manual_seed), seeds, strict=True):
+    seed_torch = torch.manual_seed if CUDA else torch.default_generator.manual_seed  # the former takes a millisecond
+    for seed, value in zip((random.seed, np.random.seed, seed_torch), seeds, strict=True):
         seed(value)
 
 
@@ -493,6 +493,7 @@ def save(path, write, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished, folder = path.with_name(f"unfinished{path.suffix}"), os.open(path.parent, os.O_RDONLY)
     try:
+        unfinished.unlink(missing_ok=True)
         if size > shutil.disk_usage(path.parent).free:  # HDF5 would crash
             raise OSError("no space left on device")
         write(unfinished)
@@ -693,8 +694,9 @@ def read_shard(path, number):
 @torch.inference_mode()
 def extract(args):
     """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into <output>/extract."""
-    device, sets = join(args), extraction_sets(args)
-    (rank, world_size), paths, bad, zeros = process(), np.concatenate([*sets.values()]), [], []
+    device, sets, bad, zeros = join(args), extraction_sets(args), [], []
+    (rank, world_size), paths = process(), np.concatenate([*sets.values()])
+    sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
     config = model.backbone.default_cfg
@@ -731,7 +733,14 @@ def extract(args):
         raise InputError(f"{len(bad)} bad images; replace them and go on, or --bad-images zero: {'; '.join(bad)}")
     if rank > 0:
         return 0
-    rows = (row for batch, shard in shards.items() for row in read_shard(shard, len(batch)))
+
+    def finished():
+        for batch, shard in shards.items():
+            if (rows := read_shard(shard, len(batch))) is None:
+                raise InputError(f"{shard}: is missing or damaged; go on, with --output on a disk that all nodes share")
+            yield from rows
+
+    rows = finished()
 
     def collect(name):
         ids = [Path(path).stem.encode(errors="backslashreplace") for path in sets[name]]
@@ -747,7 +756,7 @@ def extract(args):
                 file[f"{name}_ids"] = np.array(ids, f"S{width}")
 
     if submitted := [name for name in sets if name != "train"]:
-        size = 1024 * sum(len(sets[name]) for name in submitted)
+        size = 2**16 + 1280 * sum(len(sets[name]) for name in submitted)  # with ids and what HDF5 adds
         save(folder / f"fb-isc-submission{phase}.h5", write_submission, size)
     if "train" in sets:
         save(folder / "train_feats.npy", lambda path: np.save(path, collect("train")[1]), 1024 * len(sets["train"]))

@@ -224,10 +224,10 @@ def find_matches(data):
 
 def write_submission(h5_path, csv_path, data, matches):
     """Writes both tracks; neither file changes before both are complete and read back well."""
-    if sum(data[name].nbytes for name in DATASETS) > shutil.disk_usage(h5_path.parent).free:  # HDF5 would crash
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(h5_path))
     with atomic(csv_path) as csv_file, atomic(h5_path) as h5_file:
         matches.to_csv(csv_file, index=False)
+        if 2**16 + sum(data[name].nbytes for name in DATASETS) > shutil.disk_usage(h5_path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(h5_path))  # HDF5 would crash
         with h5py.File(h5_file, "w") as file:
             for name in DATASETS:
                 file.create_dataset(name, data=data[name])

@@ -139,6 +139,17 @@ def test_a_bank_of_several_blocks(alike, filled):
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("first", "labels"), [([0.0, 1.0], [3, 1]), ([0.8, 0.6], [5, 6])])
+def test_far_negatives_are_pairs_too(first, labels):
+    """One positive, or one near negative, is not the only pair where others are far."""
+    criterion = MemoryBankContrastiveLoss(2000, 2)
+    oracle = CrossBatchMemory(ContrastiveLoss(pos_margin=0.0, neg_margin=1.0), 2, memory_size=2000)
+    for batch, names in (([[1.0, 0.0], [-1.0, 0.0]], [3, 9]), ([first, [0.0, -1.0]], labels)):
+        loss, expected = (step(module, torch.tensor(batch), names)[0] for module in (criterion, oracle))
+        assert loss == pytest.approx(expected, abs=1e-6)
+    assert loss > 0.1
+
+
 def test_one_pair_of_each_kind_at_most_is_no_loss():
     criterion = MemoryBankContrastiveLoss(8, 2)
     first, _ = step(criterion, [[1.0, 0.0]], [0])
