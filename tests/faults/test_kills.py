@@ -280,6 +280,16 @@ def test_a_damaged_shard_is_computed_again(start, data, weight, extracted, tmp_p
     assert_same_files(tmp_path, extracted)
 
 
+def test_a_shard_lost_before_all_are_put_together(data, weight, tmp_path, monkeypatch, capsys):
+    """As with nodes that do not share a disk: none of what this process has written is there when it looks."""
+    monkeypatch.setattr(v83, "read_shard", lambda path, number: None)
+    argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--output", tmp_path, data]
+    assert v83.main([str(argument) for argument in argv]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "0000000.npz: is missing or damaged" in line
+    assert not list((tmp_path / "extract").glob("*.h5")) and list((tmp_path / "extract").glob("unfinished/*/*.npz"))
+
+
 @pytest.mark.parametrize("change", ["weight", "size", "list", "batch", "folder"])
 def test_changed_inputs_never_mix(start, data, weight, undisturbed, extracted, tmp_path, change):
     run = interrupted(start, data, tmp_path, weight)
