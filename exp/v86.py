@@ -706,7 +706,7 @@ def extract(args):
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
     inputs += [getattr(args, name, None) for name in ("arch", "input_size", "gem_eval_p", "batch_size", "amp", "tta")]
-    inputs += [[(name, len(part)) for name, part in sets.items()], hash_files(*sets.values())]
+    inputs += [[(name, len(part)) for name, part in sets.items()], hash_files(paths)]
     folder, phase = Path(args.output, "extract"), "-phase2" if args.phase == 2 else ""
     unfinished = folder / f"unfinished{phase}" / hashlib.sha256(repr(inputs).encode()).hexdigest()
     if args.start_over and rank == 0:
@@ -718,7 +718,7 @@ def extract(args):
     starts = range(0, len(paths), args.batch_size)
     batches = [range(start, min(start + args.batch_size, len(paths))) for start in starts]
     shards, todo = {batch: unfinished / f"{batch.start:07d}.npz" for batch in batches}, []
-    for batch, shard in shards.items():
+    for batch, shard in shards.items() if rank == 0 else ():  # once for all processes
         rows = read_shard(shard, len(batch))
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
@@ -742,7 +742,7 @@ def extract(args):
                 raise InputError(f"{shard}: is missing or damaged; go on, with --output on a disk that all nodes share")
             yield from rows
 
-    rows = finished()
+    rows = finished()  # which the sets take in their order
 
     def collect(name):
         ids = [Path(path).stem.encode(errors="backslashreplace") for path in sets[name]]
@@ -789,7 +789,8 @@ def main(argv=None):
     except (InputError, OSError, EOFError, RuntimeError) as error:
         words = ("DataLoader worker", "Pin memory thread", "gloo", "NCCL")
         lost = isinstance(error, ConnectionError | EOFError | dist.DistError)
-        if isinstance(error, RuntimeError) and not lost and not (lost := any(word in str(error) for word in words)):
+        lost = lost or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+        if isinstance(error, RuntimeError) and not lost:
             raise
         place = f"{args.output}: " if isinstance(error, OSError) and not error.filename else ""  # as of a full disk
         message = str(error).rpartition("InputError: ")[2].strip().replace("\n", " ")  # after a loader's traceback
