@@ -70,7 +70,6 @@ MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
 
 SIMILARITIES = 2**24  # held at once, float32
-SLACK = 1e-4  # more than float32 products of unit vectors are off by
 DECIMALS = 6  # of a score, which is rounded before it is compared with the threshold
 
 
@@ -462,40 +461,60 @@ def merge(root, members):
     root[members] = root[roots] = roots.min()
 
 
+def alike(label, files):
+    """The labels that occur in `files`, sorted, and for each an array of its files, in their order."""
+    order = np.argsort(label[files], kind="stable")
+    labels, starts = np.unique(label[files][order], return_index=True)
+    return labels, np.split(files[order], starts[1:])
+
+
 def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
     """The copies among files, and the groups that they form.
 
-    descriptors (files, dim) float32, unit rows; queries, references: numbers of files, int64. Returns, first,
+    descriptors (files, dim) float32, unit rows; queries, references: numbers of files, int64. Returns
     queries, references (pairs,) int64 and scores (pairs,) float64: for each query its `top_k` best other files with a
-    cosine of at least `threshold`, equal ones in the order of references; a pair once where the queries are the
-    references. Second, for each file the lowest number in its group, (files,) int64, over all such pairs. Exact, and
-    in memory that does not grow with the number of pairs in a group.
+    cosine of at least `threshold`, equal ones in the order of references; a pair once where queries are references;
+    and groups (files,) int64: the number of the group that a file is in, from 0 in the order of files, or -1. A group
+    is what all such pairs connect, not the `top_k` only. Exact; memory does not grow with the number of such pairs.
     """
-    base, root = descriptors[references], np.arange(len(descriptors))
-    place = np.full(len(descriptors), -1)
+    # Equal descriptors, as of masses of the same picture, are compared once.
+    _, label = np.unique(descriptors.view(f"V{descriptors[0].nbytes}").ravel(), return_inverse=True)
+    (asking, askers), (answering, answers) = alike(label, queries), alike(label, references)
+    a, b = (descriptors[[files[0] for files in lists]] for lists in (askers, answers))
+    itself = np.searchsorted(answering, asking).clip(max=len(answering) - 1)
+    alone = np.array([len(x) == 1 and np.array_equal(x, answers[i]) for x, i in zip(askers, itself, strict=True)])
+    place = np.empty(len(descriptors), np.int64)
     place[references] = np.arange(len(references))
-    found = [(references[:0], references[:0], np.empty(0))]
-    step = max(1, SIMILARITIES // len(references))
-    with tqdm(total=len(queries), desc="comparing", unit="picture", disable=quiet) as bar:
-        for start in range(0, len(queries), step):
-            block = queries[start : start + step]
-            similarity = descriptors[block] @ base.T
-            itself = np.flatnonzero(place[block] >= 0)
-            similarity[itself, place[block[itself]]] = -np.inf
-            for row in np.flatnonzero((similarity >= threshold - SLACK).any(axis=1)):
-                query, rough = block[row], similarity[row]
-                near = np.flatnonzero(rough >= threshold - SLACK)
-                unsure = np.flatnonzero(rough[near] < threshold + SLACK)
-                near = np.delete(near, unsure[cosine(descriptors[query], base[near[unsure]]) < threshold])
+    root = np.arange(label.max() + 1)
+    matched = np.zeros(len(root), bool)
+    slack = (descriptors.shape[1] + 64) * 2.0**-24  # more than float32 products of unit rows are off by
+    found, step = [(queries[:0], queries[:0], np.empty(0))], max(1, SIMILARITIES // len(b))
+    with tqdm(total=len(a), desc="comparing", unit="picture", disable=quiet) as bar:
+        for start in range(0, len(a), step):
+            similarity = a[start : start + step] @ b.T
+            lonely = np.flatnonzero(alone[start : start + step])
+            similarity[lonely, itself[start + lonely]] = -np.inf  # a file is no copy of itself
+            for row in np.flatnonzero((similarity >= threshold - slack).any(axis=1)):
+                rough, query = similarity[row], a[start + row]
+                near = np.flatnonzero(rough >= threshold - slack)
+                unsure = np.flatnonzero(rough[near] < threshold + slack)
+                near = np.delete(near, unsure[cosine(query, b[near[unsure]]) < threshold])
                 if not len(near):
                     continue
-                merge(root, np.append(references[near], query))
-                if len(near) > top_k:
-                    near = near[rough[near] >= np.partition(rough[near], -top_k)[-top_k] - SLACK]
-                score = cosine(descriptors[query], base[near])
-                best = np.lexsort((near, -score))[:top_k]
-                found.append((np.full(len(best), query), references[near[best]], score[best]))
-            bar.update(len(block))
+                members = np.append(answering[near], asking[start + row])
+                matched[members] = True
+                merge(root, members)
+                if len(near) > top_k + 1:  # one of which may be the query itself
+                    near = near[rough[near] >= np.partition(rough[near], -top_k - 1)[-top_k - 1] - slack]
+                score = cosine(query, b[near])
+                files = [answers[i][: top_k + 1] for i in near]
+                score = np.repeat(score, [len(part) for part in files])
+                files = np.concatenate(files)
+                best = np.lexsort((place[files], -score))[: top_k + 1]
+                for file in askers[start + row]:
+                    others = best[files[best] != file][:top_k]
+                    found.append((np.full(len(others), file), files[others], score[others]))
+            bar.update(len(similarity))
     query, reference, score = map(np.concatenate, zip(*found, strict=True))
     if queries is references:
         query, reference = np.minimum(query, reference), np.maximum(query, reference)
@@ -504,7 +523,8 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
     order = np.lexsort((reference, -score, query))
     while (root[root] != root).any():
         root = root[root]
-    return (query[order], reference[order], score[order]), root
+    groups, _ = pd.factorize(np.where(matched, root, np.nan)[label])
+    return query[order], reference[order], score[order], groups
 
 
 # ---- output ----
@@ -552,16 +572,11 @@ def match(args, paths, members, network, store, bad):
         bad |= unread
         with redirect_stderr(io.StringIO()) if args.quiet else nullcontext():  # the progress of both
             rows = negative_embedding_subtraction(rows, database_augmentation(negatives))
-    pairs, root = find_pairs(rows, readable[0], readable[-1], args.threshold, args.top_k, args.quiet)
-    query, reference, score = pairs
-    roots, group = np.unique(root[query], return_inverse=True)
+    query, reference, score, group = find_pairs(rows, readable[0], readable[-1], args.threshold, args.top_k, args.quiet)
     files = np.array(paths, object)
-    table = pd.DataFrame({"query": files[query], "reference": files[reference], "score": score, "group": group + 1})
-    groups = {value: [] for value in roots.tolist()}
-    for path, value in zip(paths, root.tolist(), strict=True):
-        if value in groups:
-            groups[value].append(path)
-    return table, list(groups.values())
+    table = {"query": files[query], "reference": files[reference], "score": score, "group": group[query] + 1}
+    groups = zip(*alike(group, np.arange(len(files))), strict=True)
+    return pd.DataFrame(table), [files[members].tolist() for number, members in groups if number >= 0]
 
 
 def parse_args(argv=None):

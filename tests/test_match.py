@@ -569,14 +569,14 @@ def by_brute_force(descriptors, queries, references, threshold, top_k):
         for _, _, j in near:
             links[i].add(j)
             links[j].add(i)
-    group = list(range(len(descriptors)))
-    for file in group:
+    groups = set()
+    for file in links:
         todo, seen = [file], {file}
         while todo:
             todo += (new := links[todo.pop()] - seen)
             seen |= new
-        group[file] = min(seen)
-    return found, group
+        groups |= {tuple(sorted(seen))} if len(seen) > 1 else set()
+    return found, sorted(groups)
 
 
 @settings(max_examples=60, deadline=None)
@@ -591,19 +591,19 @@ def by_brute_force(descriptors, queries, references, threshold, top_k):
 def test_pairs_and_groups_are_those_of_brute_force(seed, count, top_k, threshold, same, similarities):
     rng = np.random.default_rng(seed)
     descriptors = rows_of(*rng.standard_normal((count, 3)))[rng.integers(0, count, count)]  # with exact copies
-    queries = references = rng.permutation(count)[: max(1, count // 2)]
-    if same:
-        queries = references = np.sort(queries)
-    else:
-        references = rng.permutation(count)[: max(1, count // 2)]
+    queries = references = np.arange(count)
+    if not same:
+        order = rng.permutation(count)
+        queries, references = order[: 2 * count // 3 + 1], order[count // 3 :]
     match.SIMILARITIES, kept = similarities, match.SIMILARITIES
     try:
-        pairs, root = match.find_pairs(descriptors, queries, references, threshold, top_k)
+        *pairs, scores, group = match.find_pairs(descriptors, queries, references, threshold, top_k)
     finally:
         match.SIMILARITIES = kept
-    found, group = by_brute_force(descriptors, queries, references, threshold, top_k)
-    assert dict(zip(zip(*map(np.ndarray.tolist, pairs[:2]), strict=True), pairs[2].tolist(), strict=True)) == found
-    assert root.tolist() == group
+    found, groups = by_brute_force(descriptors, queries, references, threshold, top_k)
+    pairs = zip(*map(np.ndarray.tolist, pairs), strict=True)
+    assert dict(zip(pairs, scores.tolist(), strict=True)) == found
+    assert [tuple(np.flatnonzero(group == number)) for number in range(group.max() + 1)] == groups
 
 
 def test_groups_are_over_more_than_the_reported_pairs():
@@ -611,9 +611,9 @@ def test_groups_are_over_more_than_the_reported_pairs():
     angles = np.cumsum([0, 1, 3, 1, 3, 1]) / 100
     descriptors = rows_of(*np.stack([np.cos(angles), np.sin(angles)], 1))
     files = np.arange(6)
-    (query, reference, _), root = match.find_pairs(descriptors, files, files, float(np.cos(0.031)), 1)
+    query, reference, _, group = match.find_pairs(descriptors, files, files, float(np.cos(0.031)), 1)
     assert list(zip(query.tolist(), reference.tolist(), strict=True)) == [(0, 1), (2, 3), (4, 5)]
-    assert root.tolist() == [0] * 6
+    assert group.tolist() == [0] * 6
 
 
 def test_the_threshold_is_met_exactly():
@@ -621,19 +621,23 @@ def test_the_threshold_is_met_exactly():
     descriptors = np.random.default_rng(0).standard_normal((60, 256))
     descriptors = rows_of(*descriptors)
     files = np.arange(60)
-    (_, _, score), _ = match.find_pairs(descriptors, files, files, -1, 100)
+    _, _, score, _ = match.find_pairs(descriptors, files, files, -1, 100)
     assert len(score) == 60 * 59 // 2
     for threshold in score[::97]:
-        (_, _, kept), _ = match.find_pairs(descriptors, files, files, float(threshold), 100)
+        _, _, kept, _ = match.find_pairs(descriptors, files, files, float(threshold), 100)
         assert len(kept) == (score >= threshold).sum() and kept.min() == threshold
 
 
 def test_masses_of_copies_stay_few_pairs():
-    descriptors = np.repeat(rows_of([1, 0], [0, 1]), 1500, axis=0)
-    files = np.arange(3000)
-    (query, _, score), root = match.find_pairs(descriptors, files, files, 0.9, 2)
-    assert len(query) <= 6000 and (score == 1).all()
-    assert np.unique(root).tolist() == [0, 1500]
+    """Of the same picture, and of pictures that are nearly the same."""
+    rows = rows_of(*np.random.default_rng(0).standard_normal((1000, 256)))
+    same, near = rows[:2].repeat(5000, axis=0), match.normalise(rows[:1] + 0.5 * rows[1:])
+    files = np.arange(10_000)
+    query, _, score, group = match.find_pairs(same, files, files, 0.9, 2)
+    assert 10_000 <= len(query) <= 20_000 and (score == 1).all()
+    assert group.tolist() == [0] * 5000 + [1] * 5000
+    query, _, score, group = match.find_pairs(near, files[:999], files[:999], 0.5, 2)
+    assert 500 <= len(query) <= 2000 and not group.any()
 
 
 # ---- negatives ----
