@@ -92,7 +92,7 @@ def list_pictures(place):
         data, what = Path(place).read_bytes(), "no picture by its suffix, and no line of it is the path of a file"
         lines = map(os.fsdecode, data.split(b"\0") if b"\0" in data else data.splitlines())
         paths = [line for line in lines if line.strip()]
-        paths = paths if any(Path(path).is_file() for path in paths) else []
+        paths = paths if any(map(os.path.isfile, paths)) else []  # which, unlike Path's, takes any nonsense
     if not paths:
         raise InputError(f"{shown(place)}: {what}; give a folder, a picture, or a text file of paths, one a line")
     return paths, bad
@@ -246,7 +246,7 @@ def torch_network(args):
         remedy = "give --weight FILE, as scripts/download_weights.py fetches it, or --onnx FILE"
         raise InputError(f"{PUBLISHED}: its weights cannot be fetched ({error}); {remedy}") from None
     except (RuntimeError, AssertionError) as error:  # of CUDA, and of a torch without it
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {args.device or 'cuda'}: {str(error).splitlines()[0]}") from None
     digest = hashlib.sha256(arch.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -590,7 +590,7 @@ def parse_args(argv=None):
     add("--input-size", type=count, metavar="PIXELS", help="side of the input (default: 512, or as exported)")
     add("--onnx", metavar="FILE", help="network that export.py has written, in place of a checkpoint; needs no torch")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--batch-size", type=count, default=16, help="pictures described at once (default: %(default)s)")
+    add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")
     add("--workers", type=count, default=os.cpu_count(), help="threads that read (default: one a core)")
     add(
         "--threshold",
@@ -642,6 +642,7 @@ def main(argv=None):
             import report  # now, lest it be missing after hours
         paths, members, bad = collect([args.queries, args.references] if args.references else [args.queries])
         network = onnx_network(args) if args.onnx else torch_network(args)
+        args.batch_size = args.batch_size or (32 if "cuda" in network.backend.lower() else 8)
         store = Cache(args.cache, network)
         table, groups = match(args, paths, members, network, store, bad)
         for path in args.output:
@@ -658,7 +659,8 @@ def main(argv=None):
             raise InputError(f"--bad-images error: {len(bad)} bad files; what the others match is written")
     except (InputError, ImportError, OSError) as error:
         code = 2
-        print(f"match.py: error: {error}", file=sys.stderr)
+        remedy = "; install it" if isinstance(error, ImportError) else ""
+        print(f"match.py: error: {error}{remedy}", file=sys.stderr)
     except KeyboardInterrupt:
         kept = f"{store.added} new descriptors are in {args.cache}" if store and args.cache else "nothing is kept"
         print(f"match.py: interrupted; {kept}", file=sys.stderr)
