@@ -700,3 +700,40 @@ def test_defaults_are_the_published_recipe():
         given, default = vars(stage.parse_args(flags)), vars(stage.parse_args([flags[-1]]))
         free = {"weight", "resume", "multiprocessing_distributed"} | ({"seed"} if name == "v83 run 2" else set())
         assert {key for key in given if given[key] != default[key]} <= free
+
+
+# ---- TensorBoard ----
+
+
+def read_board(folder):
+    """{name: {step: value}} of the scalars, {step: (height, width)} of the views."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    scalars = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
+    assert all(len({event.step for event in events}) == len(events) for events in scalars.values())
+    sizes = {event.step: (event.height, event.width) for event in board.Images("views")}
+    return {name: {event.step: event.value for event in events} for name, events in scalars.items()}, sizes
+
+
+@pytest.mark.parametrize("stage", ["v83", "v107"])
+def test_tensorboard_shows_the_log_and_the_first_views(house, checkpoint, tmp_path, stage):
+    command = [ROOT / "exp" / f"{stage}.py", *SCALED[stage], "--weight", checkpoint, "--output", tmp_path]
+    command += ["--tensorboard", "--resume", "auto", house / "input" / "training_images"]
+    for epochs in (1, 3):  # in two runs
+        result = run(*command, "--epochs", epochs)
+        assert result.returncode == 0, result.stderr
+    lines = [line for line in log_lines(tmp_path) if "loss" in line]
+    scalars, sizes = read_board(tmp_path / "train" / "tensorboard")
+    assert scalars.keys() == lines[0].keys() - {"epoch", "step"}
+    for name, values in scalars.items():
+        assert values == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+    columns = 2 if stage == "v83" else 8
+    assert sizes == {epoch * 2 + 1: (2 + 34 * (4 if stage == "v83" else 2), 2 + 34 * columns) for epoch in range(3)}
+
+
+def test_tensorboard_is_not_installed(house, tmp_path):
+    flags = [*SCALED["v83"], "--tensorboard", "--output", tmp_path, house / "input" / "training_images"]
+    code = "import sys; sys.modules['tensorboard'] = None; import v83; sys.exit(v83.main(sys.argv[1:]))"
+    assert_refused(run("-c", code, *flags, cwd=ROOT / "exp"), "--tensorboard", "pip install tensorboard")
