@@ -389,6 +389,12 @@ def test_an_id_leads_to_no_other_folder(tmp_path):
     assert find == [inside, None, None, None, None, None]
 
 
+def test_needs_no_torch():
+    """match.py --onnx makes its page without it."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import report; sys.exit('torch' in sys.modules)"
+    assert run("-c", code).returncode == 0
+
+
 # ---- refusals ----
 
 
