@@ -17,6 +17,7 @@ Writes OUT/
 Killed or interrupted, the same command goes on from what OUT's neighbour `.OUT.unfinished` holds, to the same bytes. A
 file that is no photograph is named and left out; so is one with the same pixels as another. Copies that differ in a
 pixel are not noticed, and would make the ground truth wrong: sort them out first. HEIC needs the package pillow-heif.
+Exit code: 0, 2 for what cannot be used (one line says what), 1 for a lost process, 130 after Ctrl-C.
 
 The embedded photographs are those inside the wheels of scikit-image and scikit-learn, cut into disjoint tiles: each
 tile is either a reference or the source of distractor queries. Generated pictures are dead leaves over 1/f textures
@@ -92,7 +93,7 @@ VERSIONS = {name: version(name) for name in ("augly", "numpy", "pillow")}  # tha
 if register_heif_opener:
     register_heif_opener()
     FORMATS.append("HEIF")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, with a line that names the file
+warnings.filterwarnings("ignore", module="PIL")  # remarks on files that it reads all the same; MAX_PIXELS is checked
 
 
 class InputError(ValueError):
