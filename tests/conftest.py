@@ -33,7 +33,7 @@ def readme_block(heading):
     return re.search(r"^```\w*\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)[1]
 
 
-def run_as_written(commands, cwd, scaled):
+def run_as_written(commands, cwd, scaled, **env):
     """Run a block of commands in a shell, on the CPU; returns what they printed.
 
     scaled: {script: flags}, which `python` appends where it runs that script, so that the run is small.
@@ -43,7 +43,7 @@ def run_as_written(commands, cwd, scaled):
         python = Path(folder, "python")
         python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
-        env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
         shell = ["bash", "-euo", "pipefail", "-c", commands]
         result = subprocess.run(shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
