@@ -356,6 +356,7 @@ def png_of(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as make_dataset itself does
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_of(100_001, 1000))
     (tmp_path / "text.jpg").write_text("no\npicture")
