@@ -34,7 +34,7 @@ def readme_block(heading):
 
 
 def run_as_written(commands, cwd, scaled, **env):
-    """Run a block of commands in a shell, on the CPU; returns what they printed.
+    """Run a block of commands in a shell, on the CPU; returns the CompletedProcess (text).
 
     scaled: {script: flags}, which `python` appends where it runs that script, so that the run is small.
     """
@@ -47,7 +47,7 @@ def run_as_written(commands, cwd, scaled, **env):
         shell = ["bash", "-euo", "pipefail", "-c", commands]
         result = subprocess.run(shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result
 
 
 def assert_refused(result, *words):

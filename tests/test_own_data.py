@@ -1,29 +1,17 @@
 """README, "Fine-tune on your own pictures": its commands, run in bash as they are written."""
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import torch
 
 import v107
-from conftest import ROOT
+from conftest import ROOT, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
 SECTION = "Fine-tune on your own pictures"
 SMALL = {"ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet", "SIZE=512": "SIZE=64"}  # all that is replaced
-
-
-def commands():
-    """The fenced block of the section."""
-    section = (ROOT / "README.md").read_text().split(f"## {SECTION}\n")[1].split("\n## ")[0]
-    [block] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    return block
 
 
 def copy_repository(target):
@@ -53,16 +41,11 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     torch.save({"state_dict": network.state_dict(prefix="module."), "arch": "test_resnet"}, weights)
     before = files(clone)
 
-    script = commands()
+    script = readme_block(SECTION)
     for written, replaced in SMALL.items():
         assert script.count(written) == 1
         script = script.replace(written, replaced)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "HOME": str(home), "PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_as_written(script, clone, {}, HOME=str(home))
     assert files(clone) == before  # a clone stays clean
 
     own = home / "fine-tuning"
@@ -81,7 +64,3 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     edits = pd.read_csv(own / "input" / "query_edits.csv")
     phases = [set(edits[edits.phase == phase].source) for phase in (1, 2)]
     assert not phases[0] & phases[1]
-
-
-def test_the_tuned_network_is_not_written_over_the_published_one():
-    assert "--output $OWN/exp/tuned" in commands() and "~/fine-tuning" in commands()

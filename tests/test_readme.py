@@ -95,7 +95,7 @@ def test_thresholds(home):
     (clone / "input").mkdir()
     pairs = "".join(f"Q{i:05},R{i:06}\n" for i in range(20))
     (clone / "input/public_ground_truth.csv").write_text(f"query_id,reference_id\n{pairs}")
-    printed = run_block(home, "Thresholds", {})
+    printed = run_block(home, "Thresholds", {}).stdout
     assert "precision 0.99" in printed and "0.604169" in printed
     assert (clone / "exp/v107/extract/fb-isc-submission.h5.html").exists()
 

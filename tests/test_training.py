@@ -65,7 +65,7 @@ def published(house):
     scaled = {f"{stage}.py": flags for stage, flags in SCALED.items()}
     train, extract = readme_block("Train"), readme_block("Extract, post-process, submit")
     run_as_written(train, house / "exp", scaled)
-    return run_as_written(extract, house, {"v107.py": TINY})
+    return run_as_written(extract, house, {"v107.py": TINY}).stdout
 
 
 @pytest.fixture(scope="module")
