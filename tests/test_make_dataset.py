@@ -36,6 +36,7 @@ from make_dataset import (
     embedded_tiles,
     generator,
     label,
+    main,
     open_embedded,
     open_photograph,
     read_journal,
@@ -223,17 +224,15 @@ def wait_for(condition):
 
 
 def children(pid):
-    """Ids of a process's children that are alive."""
-    found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "Z" not in line]
+    """Ids of a process's children, on Linux."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
         return False
-    return "Z" not in subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
 def pictures(folder):
@@ -310,6 +309,16 @@ def test_photographs_are_read_once_and_others_refused(tmp_path):
     assert_refused(run(*command), "other photographs", "--start-over")
     assert run(*command, "--start-over").returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
+
+
+def test_what_a_kill_after_the_last_step_left_goes_with_the_next_run(tmp_path, capsys):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "plan.json").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "statistics.json").touch()
+    assert main([str(tmp_path / "out")]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ---- photographs ----
