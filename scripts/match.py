@@ -479,8 +479,11 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
     """
     # Equal descriptors, as of masses of the same picture, are compared once.
     _, label = np.unique(descriptors.view(f"V{descriptors[0].nbytes}").ravel(), return_inverse=True)
-    (asking, askers), (answering, answers) = alike(label, queries), alike(label, references)
-    a, b = (descriptors[[files[0] for files in lists]] for lists in (askers, answers))
+    asking, askers = answering, answers = alike(label, references)
+    a = b = descriptors[[files[0] for files in answers]]
+    if queries is not references:
+        asking, askers = alike(label, queries)
+        a = descriptors[[files[0] for files in askers]]
     itself = np.searchsorted(answering, asking).clip(max=len(answering) - 1)
     alone = np.array([len(x) == 1 and np.array_equal(x, answers[i]) for x, i in zip(askers, itself, strict=True)])
     place = np.empty(len(descriptors), np.int64)
