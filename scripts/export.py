@@ -12,7 +12,7 @@ images are copies where the inner product is large. What the input must be stand
 fp16 halves the file: an .onnx computes its backbone in float16, pooling and head in float32; a .safetensors holds the
 backbone's weights so. A file is left behind only if it describes 32 images, prepared as in extraction, as the network
 in PyTorch's float32 on the CPU does: of each, the cosine above 0.9999 and no number off by 1e-4 or more; in fp16, 0.999
-and 0.02. They are generated pictures, or the first in --photos. With --size dynamic, other sizes must agree as well.
+and 0.03. They are generated pictures, or the first in --photos. With --size dynamic, other sizes must agree as well.
 Exit codes: 0; 2 for input that cannot be used, and for a file that disagrees: nothing is written then.
 """
 
@@ -50,7 +50,7 @@ from v107 import InputError
 IMAGES = 32  # that file and network must agree on
 BATCHES = (1, 3, 4, 8, 8, 8)  # into which they are divided: the file must take any number at once
 OTHER_SIZE_IMAGES = 8  # of these, at each of the other sizes
-BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 2e-2)}  # cosine above, largest difference below
+BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 3e-2)}  # cosine above, largest difference below
 OPSET = 17  # onnxruntime reads it since 2022
 
 
@@ -95,8 +95,8 @@ def to_onnx(model, config, images):
     """The network as the bytes of one .onnx file."""
     batch = {0: "n"}
     size = {2: "height", 3: "width"} if config["size"] == "dynamic" else {}
-    # The exporter by torch.export takes a minute instead of a second, and does not end for dynamic sizes with the
-    # padding of EfficientNets ("SAME"), which depends on the size.
+    # The exporter by torch.export takes a minute instead of a second, and has no end for dynamic sizes with the
+    # padding of EfficientNets ("SAME"), which depends on them.
     torch.onnx.export(
         model,
         (images,),
