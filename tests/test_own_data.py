@@ -11,7 +11,7 @@ from conftest import ROOT, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
 SECTION = "Fine-tune on your own pictures"
-SMALL = {"ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet", "SIZE=512": "SIZE=64"}  # all that is replaced
+SMALL = {"ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet", "SIZE=512": "SIZE=32"}  # all that is replaced
 
 
 def copy_repository(target):
