@@ -508,7 +508,7 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
                 matched[members] = True
                 merge(root, members)
                 if len(near) > top_k + 1:  # one of which may be the query itself
-                    near = near[rough[near] >= np.partition(rough[near], -top_k - 1)[-top_k - 1] - slack]
+                    near = near[rough[near] >= np.partition(rough[near], -top_k - 1)[-top_k - 1] - 2 * slack]
                 score = cosine(query, b[near])
                 files = [answers[i][: top_k + 1] for i in near]
                 score = np.repeat(score, [len(part) for part in files])
@@ -545,10 +545,16 @@ def as_lines(records):
 
 
 def write(path, data):
-    """Writes bytes to a file, which appears whole or not at all, or to stdout, where `path` is "-"."""
+    """Writes bytes to a file, which appears whole or not at all, or to stdout, where `path` is "-".
+
+    Raises InputError where the file cannot be written.
+    """
     if path != "-":
-        with atomic(Path(path)) as temporary:
-            temporary.write_bytes(data)
+        try:
+            with atomic(Path(path)) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); make room, and run again") from None
         return
     try:
         sys.stdout.buffer.write(data)

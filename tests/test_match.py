@@ -732,7 +732,7 @@ def test_a_full_disk_is_one_line(folder, do, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = do(folder, "--output", tmp_path / "out.csv", "-q")
-    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err
+    assert code == 2 and err.count("\n") == 1 and "out.csv: cannot be written (No space left on device)" in err
     assert list(tmp_path.glob("*out*")) == []
 
 
