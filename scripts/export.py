@@ -50,7 +50,9 @@ from v107 import InputError
 IMAGES = 32  # that file and network must agree on
 BATCHES = (1, 3, 4, 8, 8, 8)  # into which they are divided: the file must take any number at once
 OTHER_SIZE_IMAGES = 8  # of these, at each of the other sizes
-BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 3e-2)}  # cosine above, largest difference below
+# The smallest cosine is to be above, the largest difference below. In fp16, 0.9997 and 0.017 were the worst of six
+# networks of random weights, which make more of rounding than trained ones: in fp32 theirs differ by up to 6e-5.
+BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 3e-2)}
 OPSET = 17  # onnxruntime reads it since 2022
 
 
@@ -228,11 +230,6 @@ def parity_batches(args, model):
     return batches
 
 
-def spread(descriptors):
-    """By how much the rows of (n, dim) differ in the number that they differ in most."""
-    return float((descriptors.max(axis=0) - descriptors.min(axis=0)).max())
-
-
 def describe(network, batches, path):
     """A network's descriptors of all batches, (n, dim) float64. Raises InputError, naming its file, unless they are
     finite and tell images apart: anything agrees with what is always the same."""
@@ -240,15 +237,9 @@ def describe(network, batches, path):
     descriptors = np.concatenate(rows)
     if not np.isfinite(descriptors).all():
         raise InputError(f"{path}: has descriptors with NaN or infinity among those of {IMAGES} images")
-    if spread(descriptors[:IMAGES]) <= BOUNDS["fp32"][1]:
+    if np.ptp(descriptors[:IMAGES], axis=0).max() <= BOUNDS["fp32"][1]:
         raise InputError(f"{path}: describes {IMAGES} images by the same numbers, as a collapsed network does")
     return descriptors
-
-
-def agreement(expected, actual):
-    """The smallest cosine of two lists of descriptors, row by row, and their largest difference."""
-    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
-    return float(((expected * actual).sum(axis=1) / lengths).min()), float(np.abs(expected - actual).max())
 
 
 def check(expected, actual, precision, path):
