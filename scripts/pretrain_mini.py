@@ -472,38 +472,44 @@ class Views:
         return cv2.warpPerspective(image, pixels, (size, size), dst=canvas, flags=cv2.INTER_LINEAR, **border)
 
     def screen(self):
-        """What looks like a screen or a page: bars, lines of text, round icons, a small picture."""
-        size, dark = self.size, self.chance(0.25)
+        """What looks like a screen or a page: bars, paragraphs, rows of icons, small pictures."""
+        zoom, dark = int(self.rng.integers(1, 4)), self.chance(0.25)
+        size = self.size * zoom
         ground = int(self.rng.integers(0, 60) if dark else self.rng.integers(225, 256))
         canvas = np.full((size, size, 3), ground, np.uint8)
 
         def ink():
-            return (
-                [int(self.rng.integers(*((120, 256) if dark else (0, 160))))] * 3 if self.chance(0.7) else self.colour()
-            )
+            grey = self.rng.integers(120, 256) if dark else self.rng.integers(0, 160)
+            return [int(grey)] * 3 if self.chance(0.7) else self.colour()
 
         for _ in range(self.rng.integers(0, 4)):
-            x, y = np.sort(self.rng.integers(0, size, (2, 2)))
+            (left, right), (top, bottom) = np.sort(self.rng.integers(0, size, (2, 2))).tolist()
             if self.chance(0.5):
-                x = 0, size
+                left, right = 0, size
             elif self.chance(0.5):
-                y = 0, size
+                top, bottom = 0, size
             grey = int(np.clip(ground + self.rng.integers(-40, 40), 0, 255))
             colour = [grey] * 3 if self.chance(0.7) else self.colour()
-            cv2.rectangle(canvas, (int(x[0]), int(y[0])), (int(x[1]), int(y[1])), colour, cv2.FILLED)
-        for _ in range(self.rng.integers(2, 14)):
-            (start, y), colour = self.rng.integers(0, size, 2).tolist(), ink()
-            length, thickness = int(self.rng.integers(3, size // 2)), int(self.rng.integers(1, 3))
-            for x in range(start, start + length, 3):
-                if self.chance(0.75):
-                    cv2.line(canvas, (x, y), (x + 1, y), colour, thickness)
-        for _ in range(self.rng.integers(0, 8)):
-            radius, thickness = int(self.rng.integers(1, max(2, size // 16))), cv2.FILLED if self.chance(0.7) else 1
-            cv2.circle(canvas, self.rng.integers(0, size, 2).tolist(), radius, ink(), thickness, cv2.LINE_AA)
-        if self.chance(0.3):
-            place = shift(*self.rng.uniform(0, 0.8, 2)) @ scale(*self.rng.uniform(0.1, 0.3, 2))
+            cv2.rectangle(canvas, (left, top), (right, bottom), colour, cv2.FILLED)
+        for _ in range(self.rng.integers(1, 8)):
+            (left, y), colour = self.rng.integers(0, size, 2).tolist(), ink()
+            width, thickness = self.rng.integers(3, size // 2), int(self.rng.integers(1, 2 + zoom))
+            for _ in range(self.rng.integers(1, 6)):
+                for x in range(left, left + int(width * self.rng.uniform(0.4, 1)), 2 + zoom):
+                    if self.chance(0.75):
+                        cv2.line(canvas, (x, y), (x + 2, y), colour, thickness)
+                y += int(self.rng.integers(2, 6)) * zoom
+        for _ in range(self.rng.integers(0, 5)):
+            (x, y), radius = self.rng.integers(0, size, 2).tolist(), int(self.rng.integers(1, max(2, size // 14)))
+            step, down = radius * self.rng.uniform(2.2, 5), self.chance(0.4)
+            colour, thickness = ink(), cv2.FILLED if self.chance(0.7) else 1
+            for i in range(self.rng.integers(1, 9)):
+                centre = (x, y + int(i * step)) if down else (x + int(i * step), y)
+                cv2.circle(canvas, centre, radius, colour if self.chance(0.6) else ink(), thickness, cv2.LINE_AA)
+        for _ in range(self.rng.integers(1, 3) if self.chance(0.4) else 0):
+            place = shift(*self.rng.uniform(0, 0.9, 2)) @ scale(*self.rng.uniform(0.08, 0.3, 2))
             self.place(self.any_picture(), place, canvas)
-        return canvas
+        return cv2.resize(canvas, (self.size, self.size), interpolation=cv2.INTER_AREA)
 
     def ground(self):
         """What a picture is put on: black, white, a colour, a screen, or another picture."""
@@ -573,6 +579,16 @@ class Views:
         canvas[:] = self.colour() if self.chance(0.4) else 0
         size = (self.rng.uniform(0.5, 0.95), 1) if self.chance(0.7) else self.rng.uniform(0.6, 0.95, 2)
         return self.place(image, centred(scale(*size)), canvas)
+
+    def screenshot(self, image, k):
+        """The image as a part of a screen."""
+        image = self.boxed(image) if self.chance(0.4) else image
+        width, height = self.rng.uniform(0.28, 1), self.rng.uniform(0.28, 0.75)
+        left = 0.5 if self.chance(0.5) else self.rng.uniform()
+        matrix = shift(left * (1 - width), self.rng.uniform(0, 1 - height)) @ scale(width, height)
+        if self.chance(0.3):
+            matrix = self.geometry(0.4 * k) @ matrix
+        return self.place(image, matrix, self.screen())
 
     def stripes(self, image):
         """Parallel stripes over the image."""
@@ -664,8 +680,11 @@ class Views:
 
     def edited(self, image, k):
         """A view of strength k in 0..1."""
-        image = self.boxed(image) if self.chance(0.12 * k) else image
-        image = self.place(image, self.geometry(k), self.ground())
+        if self.chance(0.15 * k):
+            image = self.screenshot(image, k)
+        else:
+            image = self.boxed(image) if self.chance(0.12 * k) else image
+            image = self.place(image, self.geometry(k), self.ground())
         if self.chance(0.5):
             return self.overlay(self.degrade(image, k), k)
         return self.degrade(self.overlay(image, k), k)
@@ -801,7 +820,7 @@ def train(args):
 
     with (args.out / "log.jsonl").open("a") as log:
         print(json.dumps({"step": start, "args": plain, "versions": v98.VERSIONS}), file=log, flush=True)
-        for step, views in enumerate(tqdm(loader, "training", args.steps, start, unit="step"), start):
+        for step, views in enumerate(tqdm(loader, "training", args.steps, initial=start, unit="step"), start):
             for group in [*parts["matrices"].param_groups, *parts["vectors"].param_groups]:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate(step, args)
             model.train()
