@@ -1,12 +1,13 @@
 """Train the small starting point, which takes the place of ImageNet weights, from nothing but generated pictures.
 
     python scripts/pretrain_mini.py mini                     # hours on two CPU cores; the same command goes on
-    python exp/v83.py -a test_byobnet --input-size 64 --weight mini/start.pth.tar ...
+    python exp/v83.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ...
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or gentle one and a hard
 one, edited by crops, borders, screens, rotation, shear, perspective, overlays, text, colour, fog, blur, noise and JPEG,
 which grow harder over the first steps. Matrices are trained by Muon (Jordan et al. 2024), vectors by Adam; the weights
-kept are the running mean over the last few hundred steps. No photograph is involved.
+kept are the running mean over the last few hundred steps. Views are small until the learning rate falls. No photograph
+is involved.
 
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
@@ -426,7 +427,7 @@ class Views:
             image = image[::-1] if self.chance(0.1) else image
             image = image.transpose(1, 0, 2) if self.chance(0.1) else image
             image = image[..., self.rng.permutation(3)] if self.chance(0.5) else image
-            image = 255 - image if self.chance(0.04) else np.ascontiguousarray(image)
+            image = np.ascontiguousarray(255 - image if self.chance(0.04) else image)
             if self.chance(0.4):
                 image = cv2.transform(image, self.colour_matrix(0.5))
             if image[::4, ::4].mean(axis=2).std() > 8:
@@ -705,20 +706,22 @@ class Views:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch of step i: views uint8 (2 * pairs, size, size, 3), harder over the first `args.ramp` steps."""
+    """Batch of step i: views uint8 (2 * pairs, size, size, 3), harder over the first steps, larger in the last."""
 
     def __init__(self, args):
         files = sorted((args.out / "pictures").glob("*.npy"))[: args.pictures]
-        self.args, self.views = args, Views([np.load(path, mmap_mode="r") for path in files], args.input_size)
+        self.args, self.pictures = args, [np.load(path, mmap_mode="r") for path in files]
 
     def __len__(self):
         return self.args.steps
 
     def __getitem__(self, step):
         cv2.setNumThreads(1)
-        self.views.seed(self.args.seed, 1, step)
+        early = step < self.args.steps * (1 - self.args.decay)
+        views = Views(self.pictures, self.args.early_size if early else self.args.input_size)
+        views.seed(self.args.seed, 1, step)
         strength = min(1, 0.5 + 0.5 * step / self.args.ramp)
-        return torch.from_numpy(self.views.pairs(self.args.pairs, strength))
+        return torch.from_numpy(views.pairs(self.args.pairs, strength))
 
 
 # ---- training ----
@@ -765,7 +768,7 @@ def info_nce(descriptors, temperature):
 
 
 def keep_memory():
-    """Let glibc keep what is freed: otherwise the page faults of each step's tensors cost more than its arithmetic."""
+    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of its time."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         library.mallopt(mmap_max, 0)
@@ -800,8 +803,9 @@ def train(args):
     parts = {
         "network": model,
         "matrices": Muon(matrices, args.lr, weight_decay=args.wd),
-        "vectors": torch.optim.Adam(vectors, args.lr / 10, betas=(0.9, 0.98)),
+        "vectors": torch.optim.Adam(vectors, args.lr, betas=(0.9, 0.98)),
     }
+    rates = {"matrices": 1, "vectors": 0.1}
     start, last = 0, args.out / "last.pth.tar"
     if last.exists():
         start = v98.load_checkpoint([last], mean_model, **parts)["step"]
@@ -821,14 +825,14 @@ def train(args):
     with (args.out / "log.jsonl").open("a") as log:
         print(json.dumps({"step": start, "args": plain, "versions": v98.VERSIONS}), file=log, flush=True)
         for step, views in enumerate(tqdm(loader, "training", args.steps, initial=start, unit="step"), start):
-            for group in [*parts["matrices"].param_groups, *parts["vectors"].param_groups]:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate(step, args)
+            for name, share in rates.items():
+                parts[name].param_groups[0]["lr"] = args.lr * share * rate(step, args)
             model.train()
             images = views.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
             loss, found = info_nce(model(images), args.temperature)
             model.zero_grad()
             loss.backward()
-            for name in "matrices", "vectors":
+            for name in rates:
                 parts[name].step()
             update_mean(mean_model, model, min(args.ema, (step + 1) / (step + 10)))
             sums.append((loss.item(), found.item()))
@@ -859,7 +863,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
     add("-a", "--arch", default="test_byobnet", help="backbone, any name timm knows (default: %(default)s)")
-    add("--input-size", type=int, default=64, help="side of the square input, pixels (default: %(default)s)")
+    add("--input-size", type=int, default=96, help="side of the square input, pixels (default: %(default)s)")
+    add("--early-size", type=int, default=64, help="side until the rate falls, cheaper (default: %(default)s)")
     add("--pictures", type=int, default=20, help="thousands of generated pictures (default: %(default)s)")
     add("--pairs", type=int, default=128, help="pairs of views per step (default: %(default)s)")
     add("--steps", type=int, default=20000, help="of training (default: %(default)s)")
