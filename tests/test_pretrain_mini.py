@@ -24,7 +24,7 @@ def small(monkeypatch):
 
 def command(out, *more):
     flags = "--pictures 2 --input-size 48 --early-size 32 --pairs 4 --warmup 2"
-    return [str(out), *flags.split(), *"--workers 0 --log-every 2 --checkpoint-every 3".split(), *more]
+    return [str(out), *flags.split(), *["--workers", "0", "--log-every", "2", "--checkpoint-every", "3"], *more]
 
 
 def views(seed=0):
