@@ -5,9 +5,10 @@
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or gentle one and a hard
 one, edited by crops, borders, screens, rotation, shear, perspective, overlays, text, colour, fog, blur, noise and JPEG,
-which grow harder over the first steps. Matrices are trained by Muon (Jordan et al. 2024), vectors by Adam; the weights
-kept are the running mean over the last few hundred steps. Views are small until the learning rate falls. No photograph
-is involved.
+which grow harder over the first steps. A third of the pictures are siblings of others in the batch: of the same colours
+or the same things in another layout, so that neither suffices to tell them apart. Views are small until the learning
+rate falls. Matrices are trained by Muon (Jordan et al. 2024), vectors by Adam; the weights kept are the running mean
+over the last few hundred steps. No photograph is involved.
 
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
@@ -392,6 +393,12 @@ def centred(matrix):
     return shift(0.5, 0.5) @ matrix @ shift(-0.5, -0.5)
 
 
+def colour_statistics(image):
+    """Mean (3,) of an image's colours and a root (3, 3) of their covariance, a little of grey added."""
+    pixels = image.reshape(-1, 3)[::7].astype(np.float64)
+    return pixels.mean(axis=0), np.linalg.cholesky(np.cov(pixels.T) + 4 * np.eye(3))
+
+
 class Views:
     """Edited views, uint8 (size, size, 3), of pictures (n, SIDE, SIDE, 3); homographies are of the unit square."""
 
@@ -457,6 +464,44 @@ class Views:
             ground = uniform(0, 255, 3) if self.chance(0.25) else 255 * self.chance(0.7)
             matrix, offset = opacity * matrix, opacity * offset + (1 - opacity) * ground
         return np.column_stack([matrix, offset])
+
+    def sibling(self, image):
+        """A content that shares colours or things with the image but not the layout: a hard negative."""
+        kind = self.rng.uniform()
+        if kind < 0.4:
+            image = self.in_colours_of(image, self.content())
+        elif kind < 0.7:
+            image = self.shuffled(image)
+        if kind > 0.6:
+            nodes = int(self.rng.integers(3, 6))
+            bend = self.rng.normal(size=(nodes, nodes, 2)) * self.rng.uniform(15, 35)
+            x, y = cv2.split(cv2.resize(bend, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) + np.mgrid[:SIDE, :SIDE].T)
+            maps, border = (np.float32(x), np.float32(y)), {"borderMode": cv2.BORDER_REFLECT}
+            image = cv2.remap(image, *maps, cv2.INTER_LINEAR, **border)
+        return image
+
+    def in_colours_of(self, image, other):
+        """The other image with the mean and covariance of the image's colours."""
+        (mean, root), (other_mean, other_root) = (colour_statistics(pixels) for pixels in (image, other))
+        matrix = root @ np.linalg.inv(other_root)
+        return cv2.transform(other, np.column_stack([matrix, mean - matrix @ other_mean]))
+
+    def shuffled(self, image):
+        """The tiles of the image, mirrored by chance, in random order."""
+        number = int(self.rng.integers(2, 5))
+        side = SIDE // number
+        image = cv2.resize(image, (side * number, side * number))
+        tiles = image.reshape(number, side, number, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        tiles = [tile[:: self.rng.choice([-1, 1]), :: self.rng.choice([-1, 1])] for tile in self.rng.permutation(tiles)]
+        rows = [np.concatenate(tiles[i : i + number], axis=1) for i in range(0, number**2, number)]
+        return cv2.resize(np.concatenate(rows), (SIDE, SIDE))
+
+    def busy(self, image):
+        """The image with the fine detail of another picture."""
+        other = self.any_picture().astype(np.int16)
+        detail = other - cv2.GaussianBlur(other, (0, 0), self.rng.uniform(1, 4))
+        detail = detail.mean(axis=2, keepdims=True) if self.chance(0.7) else detail
+        return (image + detail * self.rng.uniform(0.7, 2.5)).clip(0, BYTES).astype(np.uint8)
 
     def place(self, image, matrix, canvas):
         """Draw the square image through the homography onto the canvas, which is changed and returned."""
@@ -697,9 +742,10 @@ class Views:
 
     def pairs(self, number, k):
         """Views uint8 (2 * number, size, size, 3): plain or gentle ones of as many contents, then their hard ones."""
-        views = np.empty((2, number, self.size, self.size, 3), np.uint8)
+        views, image = np.empty((2, number, self.size, self.size, 3), np.uint8), None
         for gentle, hard in zip(*views, strict=True):
-            image = self.content()
+            image = self.content() if image is None or self.chance(0.65) else self.sibling(image)
+            image = self.busy(image) if self.chance(0.25) else image
             gentle[:] = self.plain(image) if self.chance(0.65) else self.edited(image, k / 2)
             hard[:] = self.edited(image, k)
         return views.reshape(-1, *views.shape[2:])
