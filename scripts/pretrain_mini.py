@@ -1,7 +1,7 @@
 """Train the small starting point, which takes the place of ImageNet weights, from nothing but generated pictures.
 
     python scripts/pretrain_mini.py mini                     # hours on two CPU cores; the same command goes on
-    python exp/v83.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ...
+    python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ... mini/input/training_images
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or gentle one and a hard
 one, edited by crops, borders, screens, rotation, shear, perspective, overlays, text, colour, fog, blur, noise and JPEG,
@@ -12,6 +12,7 @@ over the last few hundred steps. No photograph is involved.
 
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
+    input/                  3,000 of them as JPEG, in training_images/ and reference_images/, for the stages to train on
     last.pth.tar            everything needed to go on, every --checkpoint-every steps
     log.jsonl               the arguments and versions, then a line per --log-every steps
     start.pth.tar           the weights as a stage's --weight takes them, in half precision
@@ -35,6 +36,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -373,6 +375,15 @@ def write_pictures(number, folder, seed):
     pictures = np.stack([painter.picture() for _ in range(CHUNK)])
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, pictures)
+
+
+def write_images(out):
+    """Write the first pictures as images, two of three into training_images/, the others into reference_images/."""
+    pictures = np.concatenate([np.load(path, mmap_mode="r") for path in sorted((out / "pictures").glob("*.npy"))[:3]])
+    for i, picture in enumerate(pictures):
+        folder, name = ("reference_images", f"R{i:06}.jpg") if i % 3 == 2 else ("training_images", f"T{i:06}.jpg")
+        (out / "input" / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(out / "input" / folder / name, quality=95)
 
 
 # ---- views ----
@@ -942,6 +953,7 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         make = functools.partial(write_pictures, folder=folder, seed=args.seed)
         parallel(make, range(args.pictures), os.cpu_count(), "pictures")
+        write_images(args.out)
         train(args)
     except (v98.InputError, OSError) as error:
         print(f"pretrain_mini.py: error: {error}", file=sys.stderr)

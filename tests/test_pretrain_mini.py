@@ -114,6 +114,8 @@ def test_a_resumed_run_is_the_run_in_one_piece(small, tmp_path):
         assert halves == {torch.float16} and checkpoint["arch"] == "test_byobnet"
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
+    images = sorted((tmp_path / "whole/input").glob("*/*.jpg"))
+    assert [path.parent.name for path in images] == ["reference_images"] * 4 + ["training_images"] * 8
     lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6] and lines[0]["args"]["pairs"] == 4
 
