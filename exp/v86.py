@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -43,7 +44,7 @@ from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, default_collate
-from torchvision import transforms
+from torchvision import transforms, utils
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -83,6 +84,7 @@ def parse_args(argv=None):
     add("--max-bad", type=float, default=0.001, help="share of the images that skip may skip; one it always may")
     add("--no-pretrained", action="store_true", help="start from random weights, not from timm's ImageNet weights")
     add("--log-every", type=int, default=50, help="steps per line of log.jsonl")
+    add("--tensorboard", action="store_true", help="show the log, and each epoch's first views, in TensorBoard as well")
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
@@ -534,6 +536,17 @@ def load_checkpoint(paths, model, **parts):
 
 
 # ---- train ----
+def open_board(args, step):
+    """TensorBoard's writer, whose files replace an earlier run's from `step` on; gives None without --tensorboard."""
+    if not args.tensorboard or process()[0] > 0:
+        return nullcontext()
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard: is not installed; pip install tensorboard") from error
+    return SummaryWriter(Path(args.output, "train/tensorboard"), purge_step=step)
+
+
 def parameter_groups(model, weight_decay):
     """Parameters without weight decay (vectors, biases, gains), then those with it, as published."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
@@ -551,7 +564,8 @@ def train(args):
     seed_generators(args.seed)
     # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
     model = create_model(args, device, rank == 0 and not (args.no_pretrained or args.weight or resumed))
-    dataset = TrainDataset(args, model.backbone.default_cfg["mean"], model.backbone.default_cfg["std"])
+    mean, std = (model.backbone.default_cfg[name] for name in ("mean", "std"))
+    dataset = TrainDataset(args, mean, std)
     about = {"files": hash_files(*dataset.files), "seed": args.seed, "batch_size": args.batch_size}
     rows, steps = args.batch_size * dataset.rows, len(dataset) // args.batch_size
     if args.batch_size % world_size or not steps or rows > args.memory_size:
@@ -586,6 +600,8 @@ def train(args):
         line = {"epoch": state["epoch"], "step": state["epoch"] * steps + state["step"], **values}
         state["log"].append(json.dumps(line) + "\n")
         print(state["log"][-1], end="", file=log_file, flush=True)
+        for name, value in values.items() if board and values.get("loss") is not None else ():
+            board.add_scalar(name, value, line["step"])
 
     def save_checkpoint(*names):
         if rank == 0:
@@ -597,11 +613,17 @@ def train(args):
         share("saved")
 
     save_checkpoint("last.pth.tar")
-    with (folder / "log.jsonl" if rank == 0 else Path(os.devnull)).open("w") as log_file:
+    log_path = folder / "log.jsonl" if rank == 0 else Path(os.devnull)
+    first = state["epoch"] * steps + state["step"] + 1
+    with open_board(args, first) as board, log_path.open("w") as log_file:
         log_file.writelines(state["log"])
         log(args=vars(args), device=torch.cuda.get_device_name() if CUDA else "cpu", **about)
         for epoch in range(state["epoch"], args.epochs):
-            for bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
+            for images, bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
+                if board and state["step"] == 1:
+                    scale, shift = torch.tensor([std, mean])[..., None, None]
+                    views = (images[:8].flatten(0, 1) * scale + shift).clamp(0, 1)
+                    board.add_image("views", utils.make_grid(views, dataset.rows), epoch * steps + 1)
                 stops, bad = zip(*share((bool(stopping), bad)), strict=True)
                 for message in sorted({message for messages in bad for message in messages} - {*state["bad"]}):
                     state["bad"].append(message)
@@ -619,7 +641,7 @@ def train(args):
 
 
 def train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
-    """The rest of a pass over the data. Yields after each step what could not be read; logs every --log-every steps."""
+    """The rest of a pass over the data. Yields each step's images and what could not be read; logs now and then."""
     (rank, world_size), size, epoch, done = process(), args.batch_size, state["epoch"], state["step"]
     device, dataset.epoch = loss_function.bank.device, epoch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
@@ -661,7 +683,7 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
             log(**line, images_per_second=(step - logged) * size * dataset.rows / (time.time() - started))
             bar.set_postfix(loss=line["loss"])
             logged, started = step, time.time()
-        yield list(bad.values())
+        yield images, list(bad.values())
 
 
 # ---- extract ----

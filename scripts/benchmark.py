@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import faiss
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pylibmagic  # noqa: F401  (libmagic for AugLy, where the system has none)
 import timm
@@ -54,6 +56,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchvision import transforms
 
 import eval_metrics
+import export
 import make_dataset
 import postprocess
 
@@ -319,34 +322,67 @@ def extraction_input(size, photos):
     return Pair(len(photos), partial(run, published), partial(run, ours), compare_images)
 
 
-@torch.inference_mode()
+def random_network(arch, size):
+    """A network of random weights, and two images of noise, whose statistics BatchNorm has: with others, activations of
+    random weights explode."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, size, size)
+    model = v83.ISCNet(timm.create_model(arch, features_only=True))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1
+    with torch.no_grad():
+        model(images)
+    return model.eval().requires_grad_(False), images
+
+
+def compare_descriptors(a, b):
+    """How far two lists of descriptors are apart, as arrays and row by row."""
+    return compare(a, b) | {"smallest cosine": float((a * b).sum(axis=1).min())}
+
+
 def extraction_model(sizes, _photos):
     """Descriptors of two images of noise by a network of random weights, float32 on the CPU.
 
     A: eager, NCHW
     B: v83.create_model, v83.embed
     """
-    arch, size = sizes
-    torch.manual_seed(0)
-    args = v83.parse_args([".", "-a", arch, "--amp", "off", "--mode", "extract", "--weight", "none"])
-    device, images = torch.device("cpu"), torch.randn(2, 3, size, size)
-    published = v83.ISCNet(timm.create_model(arch, features_only=True))
-    for module in published.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1  # statistics of these images: with none, activations of random weights explode
-    published(images)
+    published, images = random_network(*sizes)
+    args = v83.parse_args([".", "-a", sizes[0], "--amp", "off", "--mode", "extract", "--weight", "none"])
+    device = torch.device("cpu")
     model = v83.create_model(args, device)
-    model.load_state_dict(published.eval().state_dict())
+    model.load_state_dict(published.state_dict())
     ours = partial(v83.embed, args, model.eval(), images, device)
 
     def run(embed, _number):
         with torch.inference_mode():
             return embed().numpy()
 
-    def agreement(a, b):
-        return compare(a, b) | {"smallest cosine": float((a * b).sum(axis=1).min())}
+    return Pair(len(images), partial(run, partial(published, images)), partial(run, ours), compare_descriptors)
 
-    return Pair(len(images), partial(run, partial(published, images)), partial(run, ours), agreement)
+
+def extraction_onnx(sizes, _photos):
+    """The same descriptors by another runtime.
+
+    A: eager, NCHW
+    B: the file of export.to_onnx, by onnxruntime
+    """
+    published, images = random_network(*sizes)
+    config = {"input": "images", "output": "descriptors", "dim": 256, "size": "fixed", "precision": "fp32"}
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of the exporter about itself
+        exported = export.to_onnx(published, config, images)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+
+    def baseline(_number):
+        with torch.inference_mode():
+            return published(images).numpy()
+
+    def ours(_number):
+        return session.run(None, {"images": images.numpy()})[0]
+
+    return Pair(len(images), baseline, ours, compare_descriptors)
 
 
 # ---- evaluation and post-processing ----
@@ -660,6 +696,7 @@ PARTS = [
     Part(training_step, "images", {"128 x 256 px": 128}),
     Part(extraction_input, "images", {"512 px": 512}),
     Part(extraction_model, "images", {"2 x 512 px": (ARCH, 512)}),
+    Part(extraction_onnx, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(evaluation, "queries", {"8000 x 10": 8_000}),
     Part(search, "queries", {"8192 x 20000": 20_000}),
     Part(database_augmentation, "rows", {"50000": 50_000}, derived=at_a_million),

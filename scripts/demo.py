@@ -3,12 +3,13 @@
     python scripts/demo.py                 # works in demo/, prints every command before it runs
 
 Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other with a small backbone from random weights,
-extracts descriptors, subtracts negative embeddings, and scores every stage on phase 2 beside an untrained network and a
-perceptual hash. The flags are chosen so that a small network learns on two CPU cores; they are not the published
-recipe, and the scores say nothing about the published weights. Nothing was chosen by looking at phase 2.
+extracts descriptors, subtracts negative embeddings, scores every stage on phase 2 beside an untrained network and a
+perceptual hash, and ends with a page to look at. The flags are chosen so that a small network learns on two CPU cores;
+they are not the published recipe, and the scores say nothing about the published weights. Nothing was chosen by looking
+at phase 2.
 
-Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, and demo/exp/dhash.csv; a second run
-replaces them.
+Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, demo/exp/dhash.csv, and demo/report.html;
+a second run replaces them.
 """
 
 import argparse
@@ -99,6 +100,12 @@ def run(command):
     return result.stdout
 
 
+def report_command(folder):
+    """The command that writes the page of the last submission."""
+    submission, truth = f"{folder}/exp/v107/extract/v107_iso_phase2.h5", f"{folder}/input/private_ground_truth.csv"
+    return ["scripts/report.py", submission, truth, "--output", f"{folder}/report.html"]
+
+
 def evaluate(title, submission, folder, start):
     """Score a submission on phase 2; `start` is when the work on this line of the table began."""
     command = ["scripts/eval_metrics.py", f"{folder}/{submission}", f"{folder}/input/private_ground_truth.csv"]
@@ -179,6 +186,8 @@ def demo(folder):
     scores.append(evaluate(TITLES["dhash"], "exp/dhash.csv", folder, begin))
     print(f"\nA {ARCH} from random weights, in {time.time() - start:.0f} s, with the demo's flags, not the recipe's:\n")
     print(table(scores))
+    run(report_command(folder))
+    print(f"\nTo look at: {(ROOT / folder / 'report.html').as_uri()}")
 
 
 def main(argv=None):

@@ -2,12 +2,17 @@
 
     python scripts/eval_metrics.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv       # descriptor track
     python scripts/eval_metrics.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv      # matching track
+    python scripts/eval_metrics.py --score-normalization exp/v98/extract/train_feats.npy \
+        exp/v98/extract/fb-isc-submission.h5 input/public_ground_truth.csv           # as tables after 2021 also have it
 
 Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the candidates are the (queries x 10) pairs
-nearest over all queries together; they are also written beside it, as <stem>_candidates.csv.
+nearest over all queries together; they are also written beside it, as <stem>_candidates.csv (normalized ones as
+<stem>_normalized_candidates.csv).
 
 Queries that the ground truth does not list, with a reference or without, are left out. Equal scores count worst first.
 A row of zeros, of an image that could not be read, matches nothing.
+Score normalization (SSCD, arXiv 2202.10261) takes from a pair's cosine how much the query resembles the background:
+its mean cosine with its nearest training descriptors. The descriptor track's own score compares bare distances.
 Paper of the challenge: arXiv 2106.09672.
 """
 
@@ -20,7 +25,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from postprocess import BLOCK, as_float32, atomic, described, flat_search, pair_scores
+from postprocess import (
+    BLOCK,
+    as_float32,
+    at_least,
+    atomic,
+    described,
+    flat_search,
+    nearest,
+    normalise,
+    pair_scores,
+    read_train,
+)
 from validate_submission import (
     MAX_DIMENSIONS,
     InputError,
@@ -38,11 +54,12 @@ PAIRS = 2**20  # pairs that one call of the search may return
 # ---- candidates ----
 
 
-def nearest_pairs(query, reference, max_results, num_gpus=-1):
+def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
     """The `max_results` pairs with the smallest squared distance over all queries together, exactly.
 
-    query (q, dim), reference (r, dim). Returns squared distances float32, query and reference positions int64, each
-    (n,), nearest first, equal distances by query, then by reference; n is less where there are fewer pairs.
+    query (q, dim), reference (r, dim); offset (q,) float32, if any, is added to the distances of a query's pairs.
+    Returns squared distances float32, query and reference positions int64, each (n,), nearest first, equal distances by
+    query, then by reference; n is less where there are fewer pairs.
 
     Every query gets its k nearest references. The distance of the max_results-th best pair so far is a radius that can
     only shrink; a query whose k-th neighbour is still inside may own more pairs and is searched again with a larger k.
@@ -53,11 +70,13 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1):
         raise InputError(f"cannot find {max_results} pairs of descriptors {query.shape} and {reference.shape}")
     search = flat_search(reference, "l2", num_gpus)
     norm = np.sqrt(np.einsum("nd,nd->n", query, query, dtype=np.float64))
+    offset = np.zeros(len(query), np.float32) if offset is None else offset
     radius = np.inf
 
     def reach(rows):
         """The radius plus what faiss's |x|^2 + |y|^2 - 2xy is off by at most, for a reference y within the radius."""
-        return radius + (query.shape[1] + 8) * 2.0**-24 * (2 * norm[rows] + radius**0.5) ** 2
+        own = radius - offset[rows].astype(np.float64) + 2.0**-22 * np.abs(offset[rows])  # and the sum's rounding
+        return own + (query.shape[1] + 8) * 2.0**-24 * (2 * norm[rows] + own.clip(min=0) ** 0.5) ** 2
 
     best = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
     todo, k = np.arange(len(query)), 4 * -(-max_results // len(query))
@@ -73,7 +92,7 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1):
                 distance, index = search(query[block], k)
                 last[start : start + size] = distance[:, -1]
                 row, column = np.nonzero(distance <= reach(block)[:, None])
-                found = exact_distances(query, reference, block[row], index[row, column])
+                found = exact_distances(query, reference, block[row], index[row, column]) + offset[block[row]]
                 best = merge(best, (found, block[row], index[row, column]), max_results)
                 if len(best[0]) == max_results:
                     radius = min(radius, float(best[0][-1]))
@@ -99,15 +118,31 @@ def merge(best, found, count):
     return distance[order], query[order], reference[order]
 
 
-def match(query, reference, query_ids, reference_ids, max_results, num_gpus=-1):
+def normalization_offset(query, train, beta=1.0, neighbours=(0, 2)):
+    """What score normalization adds to the squared distances of each query's pairs, (q,) float32.
+
+    query (q, dim), train (n, dim), all of unit length; neighbours: the first and the last of a query's nearest training
+    descriptors, counted from 0, that enter; fewer where there are not so many. In cosines it takes away
+    beta x their mean, so 2 x beta x their mean is added here. Raises InputError where no neighbour is left.
+    SSCD (arXiv 2202.10261) evaluates with beta 1 and its neighbours 0 to 2.
+    """
+    first, last = neighbours
+    similarity, _ = nearest(query, train, last + 1, "ip")
+    if first >= similarity.shape[1]:
+        raise InputError(f"--normalization-neighbours {first} {last}: there are {len(train)} training descriptors only")
+    return np.float32(2 * beta) * similarity[:, first:].mean(axis=1)
+
+
+def match(query, reference, query_ids, reference_ids, max_results, num_gpus=-1, offset=None):
     """The `max_results` nearest pairs over all queries together as a table of candidates.
 
-    query (q, dim), reference (r, dim); query_ids (q,), reference_ids (r,) bytes or str. Returns a DataFrame with
-    `query_id`, `reference_id` (str) and `score` (float32, minus the squared distance), ordered by query, then by
-    reference position; all pairs where there are fewer. Exact copies of a reference get exactly the same score; at the
-    border, equal scores are taken in the order of queries, then references. Memory does not grow with q x r.
+    query (q, dim), reference (r, dim); query_ids (q,), reference_ids (r,) bytes or str; offset as in `nearest_pairs`.
+    Returns a DataFrame with `query_id`, `reference_id` (str) and `score` (float32, minus the squared distance and the
+    offset), ordered by query, then by reference position; all pairs where there are fewer. Exact copies of a reference
+    get exactly the same score; at the border, equal scores are taken in the order of queries, then references. Memory
+    does not grow with q x r.
     """
-    distance, query_index, reference_index = nearest_pairs(query, reference, max_results, num_gpus)
+    distance, query_index, reference_index = nearest_pairs(query, reference, max_results, num_gpus, offset)
     order = np.lexsort((reference_index, query_index))
     return pd.DataFrame(
         {
@@ -163,9 +198,15 @@ def known_queries(ids, truth, path, ground_truth_path):
     return known
 
 
-def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1):
-    """Candidates of the queries that the ground truth lists: a table with `query_id`, `reference_id`, `score`."""
+def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, normalization=None):
+    """Candidates of the queries that the ground truth lists: a table with `query_id`, `reference_id`, `score`.
+
+    normalization: a function of the queries (q, dim) that gives their offset for `match`, (q,); descriptors are brought
+    to unit length for it.
+    """
     if track_of(path, track) == "matching":
+        if normalization:
+            raise InputError(f"{path}: --score-normalization needs descriptors, of the .h5; leave it out")
         matches = read_matches(path)
         known = known_queries(matches["query_id"], truth, path, ground_truth_path)
         repeated = int(matches[known].duplicated(["query_id", "reference_id"]).sum())
@@ -184,14 +225,28 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1):
     max_results = CANDIDATES * int(known.sum())
     known &= submission["query"].any(axis=1)
     read = described(submission["reference"])
-    return match(
-        submission["query"][known],
-        submission["reference"][read],
-        submission["query_ids"][known],
-        submission["reference_ids"][read],
-        max_results,
-        num_gpus,
-    )
+    query, reference, offset = submission["query"][known], submission["reference"][read], None
+    if normalization:
+        query, reference = (normalise(np.array(rows, np.float32)) for rows in (query, reference))
+        offset = normalization(query)
+    ids = submission["query_ids"][known], submission["reference_ids"][read]
+    return match(query, reference, *ids, max_results, num_gpus, offset)
+
+
+def read_normalization(path, beta, neighbours):
+    """The normalization by the training descriptors at `path`, for `load_candidates`; None without a path."""
+    if path is None:
+        return None
+    train = read_train(path)
+    train = normalise(train[described(train)])
+
+    def normalization(query):
+        if query.shape[1] != train.shape[1]:
+            dims = f"{train.shape[1]}, those of the submission {query.shape[1]}"
+            raise InputError(f"{path}: its dimensions are {dims}; extract both with one model")
+        return normalization_offset(query, train, beta, neighbours)
+
+    return normalization
 
 
 # ---- metrics ----
@@ -237,7 +292,25 @@ def parse_args(argv=None):
     parser.add_argument(
         "--ngpu", type=int, default=-1, help="GPUs that faiss may use; -1: all it sees (default), 0: none"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--score-normalization",
+        type=Path,
+        metavar="TRAIN.npy",
+        help="take from each cosine the query's mean cosine with its nearest of these descriptors, of the same network",
+    )
+    parser.add_argument("--normalization-beta", type=at_least(float, 0), default=1.0, help="share taken (default: 1)")
+    parser.add_argument(
+        "--normalization-neighbours",
+        type=at_least(int, 0),
+        nargs=2,
+        default=(0, 2),
+        metavar=("FIRST", "LAST"),
+        help="which of the nearest, counted from 0 (default: 0 2, as SSCD)",
+    )
+    args = parser.parse_args(argv)
+    if args.normalization_neighbours[0] > args.normalization_neighbours[1]:
+        parser.error("--normalization-neighbours: FIRST must not be greater than LAST")
+    return args
 
 
 def main(argv=None):
@@ -245,9 +318,13 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         truth = read_ground_truth(args.ground_truth)
-        candidates = load_candidates(args.submission, truth, args.ground_truth, args.track, args.ngpu)
+        normalization = read_normalization(
+            args.score_normalization, args.normalization_beta, args.normalization_neighbours
+        )
+        candidates = load_candidates(args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization)
         if track_of(args.submission, args.track) == "descriptor":
-            with atomic(args.submission.with_name(f"{args.submission.stem}_candidates.csv")) as file:
+            suffix = "_normalized" if normalization else ""
+            with atomic(args.submission.with_name(f"{args.submission.stem}{suffix}_candidates.csv")) as file:
                 candidates.to_csv(file, index=False)
         print(json.dumps(micro_metrics(candidates, truth)))
     except (InputError, OSError) as error:

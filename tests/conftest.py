@@ -1,8 +1,11 @@
 """What every test shares: the repository's root, the golden values, and a runner for whole commands."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +25,29 @@ def run(*command, cwd=ROOT, timeout=300, **env):
         text=True,
         timeout=timeout,
     )
+
+
+def readme_block(heading):
+    """The first fenced block of commands below a heading of the README, as it is written."""
+    _, section = f"{(ROOT / 'README.md').read_text()}\n## ".split(f"\n## {heading}\n")
+    return re.search(r"^```\w*\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)[1]
+
+
+def run_as_written(commands, cwd, scaled, **env):
+    """Run a block of commands in a shell, on the CPU; returns the CompletedProcess (text).
+
+    scaled: {script: flags}, which `python` appends where it runs that script, so that the run is small.
+    """
+    cases = "".join(f'  {script}) set -- "$@" {shlex.join(flags)};;\n' for script, flags in scaled.items())
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder, "python")
+        python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
+        shell = ["bash", "-euo", "pipefail", "-c", commands]
+        result = subprocess.run(shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def assert_refused(result, *words):

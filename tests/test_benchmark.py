@@ -60,8 +60,9 @@ def test_extraction_input_is_identical(photos):
     assert agreement(benchmark.extraction_input, 64, photos) == {"identical": True}
 
 
-def test_extraction_model_agrees():
-    found = agreement(benchmark.extraction_model, ("test_efficientnet", 64))
+@pytest.mark.parametrize("part", [benchmark.extraction_model, benchmark.extraction_onnx])
+def test_extraction_agrees(part):
+    found = agreement(part, ("test_efficientnet", 64))
     assert found["smallest cosine"] > 0.9999 and found.get("max difference", 0) < 1e-4
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import demo
+import report
 from conftest import ROOT, assert_refused, run
 
 
@@ -42,6 +43,21 @@ def test_table():
     lines = demo.table([demo.Score("v83", 0.51234, 0.3, 61.7), demo.Score("dHash, 256 bits", 1, 0, 2)]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2:] == ["| v83 | 0.5123 | 0.3000 | 62 |", "| dHash, 256 bits | 1.0000 | 0.0000 | 2 |"]
+
+
+def test_ends_with_the_page_of_the_last_submission(tmp_path, monkeypatch, capsys):
+    commands, folder = [], f"{tmp_path}/demo"
+    monkeypatch.setattr(
+        demo, "run", lambda command: commands.append(command) or '{"average_precision": 0, "recall_p90": 0}'
+    )
+    monkeypatch.setattr(demo, "write_dhash", lambda folder: None)
+    assert demo.main(["--folder", folder]) == 0
+    script, *flags = commands[-1]
+    args = report.parse_args(flags)
+    assert script == "scripts/report.py"
+    assert ["scripts/eval_metrics.py", str(args.submission), str(args.ground_truth)] in commands
+    assert args.submission.name == "v107_iso_phase2.h5"
+    assert capsys.readouterr().out.endswith(f"To look at: {args.output.as_uri()}\n")
 
 
 def test_replaces_its_own_files_and_no_others(tmp_path):

@@ -358,3 +358,79 @@ def test_one_query_and_its_only_copy_is_no_collapse(tmp_path, truth):
     same = points(1)
     submission = write_h5(tmp_path / "s.h5", same, same)
     assert eval_metrics.evaluate(submission, truth) == {"average_precision": 0.5, "recall_p90": 0.5}
+
+
+# ---- score normalization ----
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def normalized_cosines(query, reference, train, beta, first, last):
+    """By the definition: s(q, r) - beta x mean of s(q, b_n) over the n-th nearest backgrounds, n = first..last."""
+    background = np.sort(query.astype(float) @ train.T.astype(float), axis=1)[:, ::-1][:, first : last + 1]
+    return query.astype(float) @ reference.T.astype(float) - beta * background.mean(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("beta", "first", "last", "trains"), [(1, 0, 2, 30), (0.5, 1, 1, 30), (1, 0, 9, 4), (0, 0, 0, 1)]
+)
+def test_normalized_candidates_are_the_best_of_all_pairs(beta, first, last, trains):
+    query, reference, train = (unit(points(n, seed=n)) for n in (23, 57, trains))
+    offset = eval_metrics.normalization_offset(query, train, beta, (first, last))
+    table = eval_metrics.match(query, reference, np.arange(23), np.arange(57), 100, offset=offset)
+    expected = normalized_cosines(query, reference, train, beta, first, last)
+    best = np.sort(np.argsort(-expected, axis=None)[:100])
+    found = table["query_id"].astype(int) * 57 + table["reference_id"].astype(int)
+    np.testing.assert_array_equal(found, best)
+    np.testing.assert_allclose(1 + table["score"] / 2, expected.ravel()[best], atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.floats(0, 100), count=st.integers(1, 80))
+def test_any_offset_is_exact_with_ties(seed, size, count):
+    rng = np.random.default_rng(seed)
+    query, reference = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (7, 11))
+    offset = (size * rng.standard_normal(7)).astype(np.float32)
+    distance, rows, columns = eval_metrics.nearest_pairs(query, reference, count, offset=offset)
+    every = ((query[:, None] - reference) ** 2).sum(-1) + offset[:, None]
+    best = np.argsort(every, axis=None, kind="stable")[:count]
+    np.testing.assert_array_equal(distance, every.ravel()[best])
+    np.testing.assert_array_equal(rows * 11 + columns, best)
+
+
+def test_command_with_score_normalization(tmp_path):
+    """Descriptors count at unit length, and rows of zeros not at all; what was written without it stays."""
+    query, reference, train = (points(n, dim=8, seed=n) for n in (5, 9, 6))
+    query[4] = reference[7] = train[0] = 0
+    path = write_h5(tmp_path / "a.h5", 3 * query, reference)
+    np.save(tmp_path / "train.npy", train)
+    truth = write_text(tmp_path / "truth.csv", "query_id,reference_id", *(f"Q{i:05},R{i:06}" for i in range(5)))
+    assert run(COMMAND, path, truth).returncode == 0
+    before = (tmp_path / "a_candidates.csv").read_bytes()
+    result = run(COMMAND, "--score-normalization", tmp_path / "train.npy", path, truth)
+    assert result.returncode == 0, result.stderr
+    expected = normalized_cosines(unit(query[:4]), unit(np.delete(reference, 7, 0)), unit(train[1:]), 1, 0, 2)
+    written = pd.read_csv(tmp_path / "a_normalized_candidates.csv")
+    np.testing.assert_allclose(1 + written["score"] / 2, expected.ravel(), atol=1e-6)
+    assert (tmp_path / "a_candidates.csv").read_bytes() == before
+    order = np.argsort(-expected.ravel())
+    right = np.array([[r == q for r in (0, 1, 2, 3, 4, 5, 6, 8)] for q in range(4)]).ravel()[order]
+    precision = (np.cumsum(right) / np.arange(1, 33))[right].sum() / 5
+    assert json.loads(result.stdout)["average_precision"] == pytest.approx(precision)
+
+
+def test_wrong_score_normalization(tmp_path):
+    path = write_h5(tmp_path / "a.h5", points(3), points(4))
+    truth = write_text(tmp_path / "truth.csv", "query_id,reference_id", "Q00000,R000001")
+    np.save(tmp_path / "train.npy", points(3))
+    np.save(tmp_path / "other.npy", points(3, dim=8))
+    matches = write_text(tmp_path / "a.csv", "query_id,reference_id,score", "Q00000,R000001,1")
+    flag, train = "--score-normalization", tmp_path / "train.npy"
+    assert_refused(run(COMMAND, flag, train, matches, truth), "a.csv", flag)
+    assert_refused(run(COMMAND, flag, tmp_path / "none.npy", path, truth), "none.npy")
+    assert_refused(run(COMMAND, flag, tmp_path / "other.npy", path, truth), "other.npy", "8", "16")
+    assert_refused(run(COMMAND, flag, train, "--normalization-neighbours", 3, 4, path, truth), "3 4", "3 training")
+    assert_refused(run(COMMAND, flag, train, "--normalization-neighbours", 2, 1, path, truth), "FIRST")
+    assert not list(tmp_path.glob("*candidates.csv"))

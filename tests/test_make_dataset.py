@@ -1,17 +1,50 @@
-"""scripts/make_dataset.py: layout, disjointness, honest ground truth, reproducible bytes, refusals."""
+"""scripts/make_dataset.py: layout, disjointness, honest ground truth, reproducible bytes, interruptions, refusals."""
 
+import hashlib
+import importlib.util
 import io
 import json
+import os
+import platform
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from conftest import assert_refused, run
-from make_dataset import EDITS, apply_edits, dead_leaves, embedded_tiles, generator, open_embedded
+from conftest import ROOT, assert_refused, run
+from make_dataset import (
+    EDITS,
+    EXAMPLES,
+    GAP,
+    HEADING,
+    ROW,
+    THUMBNAIL,
+    InputError,
+    Job,
+    Picture,
+    apply_edits,
+    dead_leaves,
+    embedded_tiles,
+    generator,
+    label,
+    main,
+    open_embedded,
+    open_photograph,
+    read_journal,
+)
 
 SCRIPT = "scripts/make_dataset.py"
+CSVS = "b93645bedecab35f8771c817b6ed1d4076f43b4c2346c46f2504157e47e39e9e"
+PICTURES = "dd37b77e6ffaf9ccafefba3750d74e555b848635a5db3e2dad380832a6e15f49"
 SMALL = "--queries", 30, "--references", 40, "--training", 12, "--size", 128
 
 
@@ -110,12 +143,185 @@ def test_same_command_same_bytes_for_any_number_of_workers(dataset, tmp_path, wo
     assert contents(tmp_path / "again") == contents(dataset)
 
 
+def test_the_embedded_data_set_is_the_one_that_the_published_figures_are_of(dataset, tables):
+    """Generated pictures hang on the machine's linear algebra, and pictures on the architecture's rounding."""
+    csvs = b"".join(file.read_bytes() for file in sorted(dataset.glob("*.csv")))
+    assert hashlib.sha256(csvs).hexdigest() == CSVS
+    if platform.machine() == "x86_64":
+        pictures = b"".join(file.read_bytes() for file in sorted(dataset.glob("query_images*/*.jpg")))
+        assert hashlib.sha256(pictures).hexdigest() == PICTURES
+
+
 def test_another_seed_another_data_set(dataset, tmp_path):
     result = run(SCRIPT, tmp_path / "other", *SMALL, "--seed", 1)
     assert result.returncode == 0, result.stderr
     other, first = contents(tmp_path / "other"), contents(dataset)
     assert other.keys() == first.keys()
     assert all(other[name] != first[name] for name in first)
+
+
+# ---- what came out ----
+
+
+def test_statistics_count_what_is_there(dataset, tables):
+    numbers = json.loads((dataset / "statistics.json").read_text())
+    assert numbers["arguments"]["--queries"] == 30 and numbers["arguments"]["--photos"] is None
+    for folder, part in numbers["pictures"].items():
+        files = list((dataset / folder).iterdir())
+        widths = [Image.open(file).width for file in files]
+        assert part["number"] == len(files) == part["of photographs"] + part["generated"]
+        assert part["width"] == {"min": min(widths), "median": int(np.median(widths)), "max": max(widths)}
+        assert part["bytes"] == sum(file.stat().st_size for file in files)
+    assert [part["generated"] for part in numbers["pictures"].values()] == [12, 0, 0, 0]
+    assert numbers["pictures"]["query_images"]["copies"] == (tables[0].reference_id != "").sum()
+    chains = [[name for name, _ in json.loads(edits)] for edits in tables[2].edits]
+    assert numbers["queries by edit"] == Counter(name for chain in chains for name in chain)
+    lengths = numbers["queries by number of edits before jpeg"]
+    assert lengths == {str(number): count for number, count in Counter(len(chain) - 1 for chain in chains).items()}
+    assert numbers["sources"]["usable"] == len(embedded_tiles(128))
+    assert (
+        numbers["sources"]["used"] == pd.concat([tables[2].source]).nunique() + 20
+    )  # 40 references, 20 of them copied
+
+
+def test_contact_sheet_shows_originals_beside_queries(dataset, tables):
+    sheet = Image.open(dataset / "contact_sheet.jpg")
+    assert sheet.height == len(EDITS) * ROW + GAP
+    tiles = {tile.name: tile for tile in embedded_tiles(128)}
+    rows = [row for row in tables[2].itertuples() if "overlay_stripes" in row.edits]
+    rows.sort(key=lambda row: len(json.loads(row.edits)))
+    y = list(EDITS).index("overlay_stripes") * ROW + HEADING
+    for column, row in enumerate(rows[:EXAMPLES]):
+        folder = "query_images" if row.phase == 1 else "query_images_phase2"
+        tile = tiles[row.source]
+        pair = open_embedded(tile.path, 128).crop(tile.box), Image.open(dataset / folder / f"{row.query_id}.jpg")
+        for number, image in enumerate(pair):
+            x = GAP + column * (2 * THUMBNAIL + 3 * GAP) + number * (THUMBNAIL + GAP)
+            shown = np.asarray(sheet.crop((x, y, x + THUMBNAIL, y + THUMBNAIL)), float)
+            expected = np.asarray(ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="gainsboro"), float)
+            assert np.abs(shown - expected).mean() < 5, (row.query_id, number)
+
+
+def test_labels_hold_every_parameter():
+    edits = [["crop", {"x1": 0.1, "y1": 0.25}], ["jpeg", {"quality": 40}]]
+    job = Job(Path("query_images/Q00007.jpg"), Picture("a.png"), "query", 7, edits)
+    assert label(job).replace("\n", " ") == "Q00007: crop x1=0.1 y1=0.25, jpeg quality=40"
+
+
+# ---- interruptions ----
+
+
+def start(*command):
+    """A running make_dataset.py."""
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def children(pid):
+    """Ids of a process's children, on Linux."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def pictures(folder):
+    return len(list(folder.glob("**/*.jpg")))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_nothing(dataset, tmp_path):
+    unfinished = tmp_path / ".out.unfinished"
+    for _ in range(2):
+        already = pictures(unfinished)
+        process = start(tmp_path / "out", *SMALL, "--workers", 2)
+        wait_for(lambda already=already: pictures(unfinished) > already + 12)
+        workers = children(process.pid)
+        process.kill()
+        process.communicate()
+        wait_for(lambda workers=workers: not any(map(alive, workers)))
+        assert len(workers) == 2 and pictures(unfinished) < 112
+    assert not (tmp_path / "out").exists()
+    (unfinished / "data" / "query_images" / "Q00003.jpg").write_bytes(b"")  # as a power failure may leave it
+
+    other = run(SCRIPT, tmp_path / "out", *SMALL, "--seed", 3, "--references", 41)
+    assert_refused(other, unfinished, "--seed, --references", "--start-over")
+    written = {file: file.stat().st_mtime_ns for file in unfinished.glob("data/*/T*.jpg")}
+    result = run(SCRIPT, tmp_path / "out", *SMALL, "--workers", 1)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(dataset)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for file, when in written.items():  # those were not made again
+        assert (tmp_path / "out" / file.relative_to(unfinished / "data")).stat().st_mtime_ns == when
+
+
+def test_ctrl_c_ends_all_in_one_line_and_start_over_discards(tmp_path):
+    process = start(tmp_path / "out", *SMALL, "--workers", 2)
+    wait_for(lambda: pictures(tmp_path) > 10)
+    workers = children(process.pid)
+    for pid in (process.pid, *workers):  # as a terminal sends it
+        os.kill(pid, signal.SIGINT)
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on" in messages.splitlines()[-1] and "Traceback" not in messages
+    assert not any(map(alive, workers))
+    tiny = "--queries", 3, "--references", 3, "--training", 2, "--size", 128
+    result = run(SCRIPT, tmp_path / "out", *tiny, "--start-over")
+    assert result.returncode == 0, result.stderr
+    assert len(contents(tmp_path / "out")) == 11 + 5 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    process = start(tmp_path / "out", *SMALL, "--workers", 2)
+    wait_for(lambda: pictures(tmp_path) > 10)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "lost a process" in messages.splitlines()[-1] and "Traceback" not in messages
+
+
+def test_photographs_are_read_once_and_others_refused(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(14):
+        dead_leaves(generator(7, "training", i), 48).save(photos / f"{i:02}.png")
+    command = SCRIPT, tmp_path / "out", "--photos", photos, "--size", 32, "--training", 4, "--references", 4
+    assert_refused(run(*command, "--queries", 90), "allow 6 queries")
+    journal = tmp_path / ".out.unfinished" / "photographs.jsonl"
+    assert [path for path, *_ in read_journal(journal)] == [str(photos / f"{i:02}.png") for i in range(14)]
+    with journal.open("r+") as file:  # as after a kill: the last line is torn
+        file.truncate(journal.stat().st_size - 9)
+    process = start(*command[1:], "--workers", 1)
+    wait_for(lambda: (tmp_path / ".out.unfinished" / "plan.json").exists())
+    process.kill()
+    _, messages = process.communicate()
+    assert "1/1 " in messages  # one was read again
+    dead_leaves(generator(7, "training", 99), 48).save(photos / "new.png")
+    assert_refused(run(*command), "other photographs", "--start-over")
+    assert run(*command, "--start-over").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
+
+
+def test_what_a_kill_after_the_last_step_left_goes_with_the_next_run(tmp_path, capsys):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "plan.json").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "statistics.json").touch()
+    assert main([str(tmp_path / "out")]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- photographs ----
 
 
 def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
@@ -153,6 +359,54 @@ def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
     assert not found["training_images"] & found["reference_images"]
 
 
+def png_of(width, height):
+    """The first bytes of a PNG that claims so many pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as make_dataset itself does
+def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_of(100_001, 1000))
+    (tmp_path / "text.jpg").write_text("no\npicture")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"  # Pillow alone would start Ghostscript
+    (tmp_path / "script.png").write_bytes(script)
+    (tmp_path / "empty.webp").touch()
+    reasons = {"bomb": "100001 x 1000 pixels", "text": "cannot identify", "script": "cannot identify", "empty": ""}
+    for name, reason in reasons.items():
+        path = next(tmp_path.glob(f"{name}.*"))
+        with pytest.raises(InputError) as caught:
+            open_photograph(path)
+        assert str(caught.value).startswith(f"{path}: cannot be read") and reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_photographs_are_upright_and_of_8_bits(tmp_path):
+    picture = dead_leaves(generator(7, "training", 0), 48).crop((0, 0, 48, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(open_photograph(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    gray = np.linspace(0, 65535, 48 * 30).astype(np.uint16).reshape(30, 48)
+    Image.fromarray(gray).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(open_photograph(tmp_path / "deep.png"))[..., 0], gray >> 8)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pillow_heif"), reason="needs pillow-heif")
+def test_heic_is_read(tmp_path):
+    picture = dead_leaves(generator(7, "training", 0), 64).resize((256, 256))  # smooth: HEIC halves the colours
+    picture.save(tmp_path / "phone.HEIC", format="HEIF", quality=95)
+    opened = np.asarray(open_photograph(tmp_path / "phone.HEIC"), float)
+    assert np.abs(opened - np.asarray(picture, float)).mean() < 8
+
+
+def test_without_pillow_heif_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("make_dataset.register_heif_opener", None)
+    (tmp_path / "phone.heic").touch()
+    with pytest.raises(InputError, match="install pillow-heif"):
+        open_photograph(tmp_path / "phone.heic")
+
+
 def test_generated_pictures_differ_and_are_coloured():
     pictures = [np.asarray(dead_leaves(generator(0, "training", i), 64), float) for i in range(8)]
     assert all(picture.shape == (64, 64, 3) and picture.std() > 20 for picture in pictures)
@@ -167,6 +421,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
     assert_refused(run(SCRIPT, full / "mine.txt"), "mine.txt", "not an empty folder")
     assert_refused(run(SCRIPT, tmp_path / "out", "--photos", tmp_path / "none"), tmp_path / "none", "no such folder")
     assert_refused(run(SCRIPT, tmp_path / "out", "--photos", empty), empty, "more photographs")
+    assert_refused(run(SCRIPT, empty / "out", "--photos", empty), "lies in --photos")
     assert_refused(run(SCRIPT, tmp_path / "out", "--references", 40, "--queries", 90), "allow 60 queries")
     assert_refused(run(SCRIPT, tmp_path / "out", "--queries", 1), "--queries 1")
     assert_refused(run(SCRIPT, tmp_path / "out", "--workers", 0), "--workers 0")

@@ -4,7 +4,6 @@ import argparse
 import csv
 import importlib
 import json
-import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from stage_process import assert_same, free_port, load, log_lines
 import v83
 import v98
 import v107
-from conftest import ROOT, assert_refused, run
+from conftest import ROOT, assert_refused, readme_block, run, run_as_written
 from frozen_batchnorm import stay_in_evaluation_mode
 
 STAGES = ["v83", "v86", "v98", "v107"]
@@ -28,36 +27,15 @@ SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jp
         "query_images": ("Q{:05d}.jpg", 8), "query_images_phase2": ("Q{:05d}.jpg", 4)}  # fmt: skip
 PAIRS = [("Q00001", "R000003"), ("Q00004", "R000000"), ("Q00005", "R000007"), ("Q00007", "R000009")]
 
-# SPEC 1: the published commands, run from exp/.
-FLAGS = (
-    "-a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001' --multiprocessing-distributed --world-size 1 \
---rank 0 --wd 1e-6 --gem-p 1.0 --pos-margin 0.0 --sample-size 1000000"
-)
-DATA = "../input/training_images/"
-PUBLISHED = {
-    "v83": f"v83.py {FLAGS} --seed 9 --epochs 5 --lr 0.1 --batch-size 128 --ncrops 2 --neg-margin 1.0 --input-size 256 \
---memory-size 20000 {DATA}",
-    "v83 run 2": f"v83.py {FLAGS} --seed 90 --epochs 10 --lr 0.1 --batch-size 128 --ncrops 2 --neg-margin 1.0 \
---input-size 256 --memory-size 20000 --resume ./v83/train/checkpoint_0004.pth.tar {DATA}",
-    "v86": f"v86.py {FLAGS} --seed 99 --epochs 7 --lr 0.1 --batch-size 128 --ncrops 2 --neg-margin 1.0 \
---input-size 384 --memory-size 20000 --weight ./v83/train/checkpoint_0005.pth.tar {DATA}",
-    "v98": f"v98.py {FLAGS} --seed 999 --epochs 3 --lr 0.1 --batch-size 64 --ncrops 2 --neg-margin 1.0 \
---input-size 512 --memory-size 20000 --weight ./v86/train/checkpoint_0005.pth.tar {DATA}",
-    "v107": f"v107.py {FLAGS} --seed 99999 --epochs 10 --lr 0.5 --neg-margin 1.1 --input-size 512 --memory-size 1000 \
---weight ./v98/train/checkpoint_0001.pth.tar {DATA}",
-    "extract": "v107.py -a tf_efficientnetv2_m_in21ft1k --batch-size 128 --mode extract --gem-eval-p 1.0 \
---weight ./v107/train/checkpoint_0009.pth.tar --input-size 512 --target-set qrt ../input/",
-}
 TINY = ["-a", "test_efficientnet", "--input-size", "32", "-j", "0"]
 SMALL = [*TINY, "--batch-size", "4", "--sample-size", "8", "--memory-size", "64", "--log-every", "1"]
-SCALED = {  # what makes them small: 2 steps per epoch
+SCALED = {  # what makes a stage small: 2 steps per epoch
     "v83": [*SMALL, "--no-pretrained"],
-    "v83 run 2": [*SMALL, "--epochs", "7"],
-    "v86": [*SMALL, "--epochs", "6"],
-    "v98": [*SMALL, "--epochs", "2"],
+    "v86": SMALL,
+    "v98": SMALL,
     "v107": [*TINY, "--batch-size", "2", "--num-negatives", "6", "--log-every", "1"],
-    "extract": TINY,
 }
+EPOCHS = {"v83": 10, "v86": 7, "v98": 3, "v107": 10}  # of the published commands
 
 
 def write_ground_truth(path, pairs=PAIRS, header=("query_id", "reference_id")):
@@ -82,13 +60,12 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(house):
-    """All published commands, one after the other, scaled down by further flags; {name: CompletedProcess}."""
-    results = {}
-    for name, command in PUBLISHED.items():
-        *flags, data = shlex.split(command)
-        results[name] = run(*flags, *SCALED[name], data, cwd=house / "exp")
-        assert results[name].returncode == 0, results[name].stderr
-    return results
+    """The commands of the README's Train and Extract, the published ones, as they are written: what they printed."""
+    shutil.copytree(ROOT / "scripts", house / "scripts")
+    scaled = {f"{stage}.py": flags for stage, flags in SCALED.items()}
+    train, extract = readme_block("Train"), readme_block("Extract, post-process, submit")
+    run_as_written(train, house / "exp", scaled)
+    return run_as_written(extract, house, {"v107.py": TINY}).stdout
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +79,8 @@ def checkpoint(house, published):
 
 def test_published_commands_leave_the_checkpoints_of_every_epoch(house, published):
     epochs = {stage: sorted(path.name for path in (house / "exp" / stage / "train").iterdir()) for stage in STAGES}
-    for stage, last in {"v83": 6, "v86": 5, "v98": 1, "v107": 9}.items():
-        assert epochs[stage] == [f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(last + 1)] + [
+    for stage, number in EPOCHS.items():
+        assert epochs[stage] == [f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(number)] + [
             "last.pth.tar",
             "log.jsonl",
         ]
@@ -142,7 +119,7 @@ def test_log(house, published, stage):
     assert torch.__version__.startswith(first["versions"]["torch"])
     assert {"torchvision", "timm", "pillow"} <= first["versions"].keys()
     lines = [line for line in lines if "args" not in line]  # a resumed run adds its own
-    epochs = {"v83": 7, "v86": 6, "v98": 2, "v107": 10}[stage]
+    epochs = EPOCHS[stage]
     assert [line["step"] for line in lines] == list(range(1, 2 * epochs + 1))
     assert [line["epoch"] for line in lines] == [epoch for epoch in range(epochs) for _ in range(2)]
     for line in lines:
@@ -150,7 +127,7 @@ def test_log(house, published, stage):
         assert line["pos_pairs"] > 0
         assert line["neg_pairs"] >= 0
         assert line["images_per_second"] > 0
-        rates = {"v98": 0.1 * (1 - line["epoch"] / 2), "v107": 0.5 * (1 - line["epoch"] / 10)}
+        rates = {"v98": 0.1 * (1 - line["epoch"] / 3), "v107": 0.5 * (1 - line["epoch"] / 10)}
         assert line["lr"] == pytest.approx(rates.get(stage, 0.1))
 
 
@@ -223,6 +200,12 @@ def test_published_extraction(house, published):
     np.testing.assert_array_equal(submission["query_ids"], np.array([f"Q{i:05d}" for i in range(8)], "S6"))
     np.testing.assert_array_equal(submission["reference_ids"], np.array([f"R{i:06d}" for i in range(12)], "S7"))
     assert (submission["query_ids"].dtype, submission["reference_ids"].dtype) == ("S6", "S7")
+
+
+def test_published_commands_end_in_a_score(house, published):
+    *written, scores = published.splitlines()
+    assert written == [str(house / "exp/v107/extract" / name) for name in ("v107_iso.h5", "v107_iso.csv")]
+    assert json.loads(scores).keys() == {"average_precision", "recall_p90"}
 
 
 # ---- the same in this process ----
@@ -690,13 +673,38 @@ def test_references_as_negatives_of_v98(house):
     assert len(seen) > 5
 
 
-def test_defaults_are_the_published_recipe():
-    """But for the seed, the processes and where it starts from, a published command only repeats the defaults."""
-    for name, command in PUBLISHED.items():
-        if name in ("v83", "extract"):
-            continue
-        script, *flags = shlex.split(command)
-        stage = importlib.import_module(script.removesuffix(".py"))
-        given, default = vars(stage.parse_args(flags)), vars(stage.parse_args([flags[-1]]))
-        free = {"weight", "resume", "multiprocessing_distributed"} | ({"seed"} if name == "v83 run 2" else set())
-        assert {key for key in given if given[key] != default[key]} <= free
+# ---- TensorBoard ----
+
+
+def read_board(folder):
+    """{name: {step: value}} of the scalars, {step: (height, width)} of the views."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    scalars = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
+    assert all(len({event.step for event in events}) == len(events) for events in scalars.values())
+    sizes = {event.step: (event.height, event.width) for event in board.Images("views")}
+    return {name: {event.step: event.value for event in events} for name, events in scalars.items()}, sizes
+
+
+@pytest.mark.parametrize("stage", ["v83", "v107"])
+def test_tensorboard_shows_the_log_and_the_first_views(house, checkpoint, tmp_path, stage):
+    command = [ROOT / "exp" / f"{stage}.py", *SCALED[stage], "--weight", checkpoint, "--output", tmp_path]
+    command += ["--tensorboard", "--resume", "auto", house / "input" / "training_images"]
+    for epochs in (1, 3):  # in two runs
+        result = run(*command, "--epochs", epochs)
+        assert result.returncode == 0, result.stderr
+    lines = [line for line in log_lines(tmp_path) if "loss" in line]
+    scalars, sizes = read_board(tmp_path / "train" / "tensorboard")
+    assert scalars.keys() == lines[0].keys() - {"epoch", "step"}
+    for name, values in scalars.items():
+        assert values == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+    columns = 2 if stage == "v83" else 8
+    assert sizes == {epoch * 2 + 1: (2 + 34 * (4 if stage == "v83" else 2), 2 + 34 * columns) for epoch in range(3)}
+
+
+def test_tensorboard_is_not_installed(house, tmp_path):
+    flags = [*SCALED["v83"], "--tensorboard", "--output", tmp_path, house / "input" / "training_images"]
+    code = "import sys; sys.modules['tensorboard'] = None; import v83; sys.exit(v83.main(sys.argv[1:]))"
+    assert_refused(run("-c", code, *flags, cwd=ROOT / "exp"), "--tensorboard", "pip install tensorboard")

@@ -106,7 +106,7 @@ GOOD = {
 def odd(tmp_path_factory):
     """The usual images, and in every folder all of the above."""
     root = make_images(tmp_path_factory.mktemp("odd") / "input")
-    for folder in root.iterdir():
+    for folder in root.glob("*_images"):
         for name, write in (BAD | GOOD).items():
             write(folder / name)
     return root

@@ -122,18 +122,39 @@ def test_a_signal_to_stop(start, data, undisturbed, tmp_path, figure, number, wo
     )
 
 
-def test_a_killed_loader_process(start, data, tmp_path, figure):
-    run = train(start, data, tmp_path, "-j", 1)
+@pytest.mark.parametrize("stage", ["v98", "v107"])
+def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
+    """The later stages, whose samples have rows of references too, go on to the same bits as well."""
+    own = {"v98": ["--memory-size", 64], "v107": ["--batch-size", 2, "--num-negatives", 2]}[stage]
+    argv = [*TRAINING, *own, "--epochs", 2, "--checkpoint-every", 1, "--resume", "auto", data / "training_images"]
+    run = start(stage, *argv, "--output", tmp_path / "one", folder=tmp_path / "one")
+    assert run.wait() == [0], run.errors()
+    images = run.images()
+    run = start(stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two")
+    assert run.wait_for_images(images // 4 + 1)
+    run.kill()
+    step = load(tmp_path / "two" / "train" / "last.pth.tar")["step"]
+    run = start(stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two")
+    assert run.wait() == [0], run.errors()
+    assert step > 0 and images <= run.images() < 1.5 * images
+    assert_same_run(tmp_path / "two", tmp_path / "one", epochs=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_loader_process(start, data, tmp_path, figure, world_size):
+    run = train(start, data, tmp_path, "-j", world_size, world_size=world_size)
     run.wait_for_images(16)
     process = run.processes[0].pid
     loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
     begin = time.monotonic()
     os.kill(int(loader), signal.SIGKILL)
-    assert run.wait(60) == [1], run.errors()
-    (line,) = [line for line in run.errors().splitlines() if "error:" in line]
-    assert re.search(r"v83.py: error: lost a process: .*; continue with --resume auto", line), line
+    assert run.wait(60) == [1] * world_size, run.errors()
+    lines = [line for line in run.errors().splitlines() if "error:" in line]
+    assert len(lines) == world_size
+    for line in lines:
+        assert re.search(r"v83.py: error: lost a process: .*; continue with --resume auto", line), line
     assert "Traceback" not in run.errors()
-    figure(f"killed loader process: the run ended after {time.monotonic() - begin:.1f} s")
+    figure(f"killed loader, {world_size} process(es): the run ended after {time.monotonic() - begin:.1f} s")
 
 
 def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
@@ -169,24 +190,46 @@ def test_another_number_of_processes(start, data, tmp_path):
     assert [line["step"] for line in losses(tmp_path)][-1] == 30
 
 
+class Torchrun:
+    """torchrun with two processes of v83, which has come to step 6."""
+
+    def __init__(self, data, output, *flags):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+        argv = [*TRAINING, "--epochs", 3, "--resume", "auto", "--output", output, *flags]
+        command += [ROOT / "exp" / "v83.py", *argv, data / "training_images"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.errors, log, end = output / "stderr", output / "train" / "log.jsonl", time.monotonic() + 120
+        with self.errors.open("w") as errors:
+            self.agent = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=errors)
+        while not (log.exists() and '"step": 6' in log.read_text()):
+            assert self.agent.poll() is None and time.monotonic() < end, self.errors.read_text()
+            time.sleep(0.01)
+
+    def ranks(self):
+        return map(int, Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split())
+
+
 def test_torchrun_restarts(data, undisturbed, tmp_path, figure):
     """A killed rank, and torchrun starts both again, with the same arguments."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    argv = [*TRAINING, "--epochs", 3, "--checkpoint-every", 3, "--resume", "auto", "--output", tmp_path]
-    command += [ROOT / "exp" / "v83.py", *argv, data / "training_images"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "stderr").open("w") as errors:
-        run = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=errors)
-        log, end = tmp_path / "train" / "log.jsonl", time.monotonic() + 120
-        while not (log.exists() and '"step": 6' in log.read_text()):
-            assert run.poll() is None and time.monotonic() < end, (tmp_path / "stderr").read_text()
-            time.sleep(0.01)
-        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(ranks[1]), signal.SIGKILL)
-        assert run.wait(timeout=180) == 0, (tmp_path / "stderr").read_text()
+    run = Torchrun(data, tmp_path, "--checkpoint-every", 3)
+    os.kill(list(run.ranks())[1], signal.SIGKILL)
+    assert run.agent.wait(timeout=180) == 0, run.errors.read_text()
     assert len([line for line in log_lines(tmp_path) if "args" in line]) == 2
     assert_same_run(tmp_path, undisturbed[2])
     figure("torchrun --max-restarts 2 with a killed rank: same bits")
+
+
+def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path):
+    """It passes SIGTERM on; the ranks save, and the same training goes on without it."""
+    run = Torchrun(data, tmp_path, "--checkpoint-every", 1000)
+    run.agent.send_signal(signal.SIGTERM)
+    assert run.agent.wait(timeout=60) != 0
+    checkpoint = load(tmp_path / "train" / "last.pth.tar")
+    assert 10 * checkpoint["epoch"] + checkpoint["step"] >= 6 and checkpoint["step"] > 0
+    assert "--resume auto goes on" in run.errors.read_text()
+    run = train(start, data, tmp_path, "--resume", "auto", world_size=2)
+    assert set(run.wait()) == {0}, run.errors()
+    assert_same_run(tmp_path, undisturbed[2])
 
 
 # ---- extraction ----

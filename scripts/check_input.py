@@ -1,0 +1,293 @@
+"""Is the data complete and consistent? A line for each thing that is not, then a summary.
+
+    python scripts/check_input.py                          # input/, as DISC21 has it
+    python scripts/check_input.py --decode                 # and decode every image, in parallel
+    python scripts/check_input.py my_input --partial       # a data set of one's own, or a part of DISC21
+    python scripts/check_input.py --make-subset 50000      # write rids_subset.txt for --eval-subset
+
+Needs   INPUT with the folders and ground truths of input/README.md, `train_images` or `training_images`.
+Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999, T000000 to T999999, gaps named), other names,
+        names that differ in their suffix alone, files that are no images, ground truth that cannot be read, names what
+        has no image, repeats or contradicts itself, and with --decode each image that extraction could not read, and
+        why. --partial leaves DISC21's numbers and names out.
+Writes  nothing, but with --make-subset INPUT/rids_subset.txt: every reference of the ground truths and random others.
+
+Exit code: 0 without findings, 1 with some, 2 where nothing could be checked, 130 after Ctrl-C.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from make_dataset import parallel
+from postprocess import atomic
+from validate_submission import InputError, read_csv
+
+EXP = Path(__file__).resolve().parents[1] / "exp"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # those that exp/ reads
+DISC21 = {  # folder: letter, digits, numbers
+    "training_images": ("T", 6, range(1_000_000)),
+    "reference_images": ("R", 6, range(1_000_000)),
+    "query_images": ("Q", 5, range(50_000)),
+    "query_images_phase2": ("Q", 5, range(50_000, 100_000)),
+}
+PUBLIC_ROWS, PUBLIC_PAIRS = 25_000, 4_991
+TRUTHS = {  # file: where its queries may be
+    "public_ground_truth.csv": ["query_images"],
+    "private_ground_truth.csv": ["query_images_phase2", "query_images"],
+}
+SUBSET = "rids_subset.txt"  # where exp/ looks for it
+SHOWN = 10  # names in a line
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in a folder: sorted file names of images, and names of everything else."""
+
+    folder: Path
+    images: list
+    strays: list
+
+    @property
+    def ids(self):
+        """Names without suffix, in the order of the images."""
+        return [name.rpartition(".")[0] for name in self.images]
+
+
+def list_folder(root, name):
+    """The Listing of a folder of images, or None where there is none; DISC21's train_images is training_images."""
+    folder = root / name
+    if name == "training_images" and not folder.exists():
+        folder = root / "train_images"
+    if not folder.is_dir():
+        return None
+    images, strays = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            image = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+            (images if image else strays).append(entry.name)
+    return Listing(folder, sorted(images), sorted(strays))
+
+
+def shown(names):
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(str, names[:SHOWN])) + more
+
+
+# ---- findings, each a line ----
+
+
+def check_names(listing, letter, digits, numbers):
+    """Whether the ids are exactly DISC21's."""
+    form = re.compile(f"{letter}([0-9]{{{digits}}})")
+    there, others = np.zeros(numbers.stop, bool), []
+    for name in listing.ids:
+        match = form.fullmatch(name)
+        if match and int(match[1]) in numbers:
+            there[int(match[1])] = True
+        else:
+            others.append(name)
+    first, last = (f"{letter}{number:0{digits}}" for number in (numbers[0], numbers[-1]))
+    if others:
+        yield f"{listing.folder}: {len(others):,} names are none of {first} to {last}: {shown(others)}"
+    missing = np.flatnonzero(~there[numbers.start :]) + numbers.start
+    if len(missing):
+        runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
+        ends = [dict.fromkeys(f"{letter}{number:0{digits}}" for number in (run[0], run[-1])) for run in runs]
+        gaps = [" to ".join(pair) for pair in ends]
+        yield (
+            f"{listing.folder}: {len(missing):,} of DISC21's {len(numbers):,} images are missing: {shown(gaps)}; "
+            "download them, or say --partial"
+        )
+
+
+def check_folder(root, name, listing, partial):
+    """What is wrong with a folder of images."""
+    if listing is None:
+        if not partial:
+            yield f"{root / name}: no such folder; see input/README.md for what belongs where, or say --partial"
+        return
+    if listing.folder.name == "training_images" and (root / "train_images").is_dir():
+        yield f"{root / 'train_images'}: is not looked at, since training_images is there too; keep one of them"
+    if not listing.images:
+        yield f"{listing.folder}: holds no image that could be read"
+    elif not partial:
+        yield from check_names(listing, *DISC21[name])
+    repeated = [name for name, count in Counter(listing.ids).items() if count > 1]
+    if repeated:
+        yield f"{listing.folder}: {len(repeated):,} images differ in their suffix alone: {shown(repeated)}; rename them"
+    if listing.strays:
+        yield f"{listing.folder}: {len(listing.strays):,} entries are no images: {shown(listing.strays)}"
+
+
+def check_truth(path, listings, partial):
+    """What is wrong with a ground truth."""
+    if not path.exists():
+        if not partial and path.name == "public_ground_truth.csv":
+            yield f"{path}: no such file; see input/README.md for where it is"
+        return
+    try:
+        truth = read_csv(path, ("query_id", "reference_id"))
+    except InputError as error:
+        yield str(error)
+        return
+    pairs = truth[truth["reference_id"] != ""]
+    if not len(pairs):
+        yield f"{path}: no query has a reference, so there is nothing to train on and nothing to find"
+    if (
+        not partial
+        and path.name == "public_ground_truth.csv"
+        and (len(truth), len(pairs)) != (PUBLIC_ROWS, PUBLIC_PAIRS)
+    ):
+        yield (
+            f"{path}: {len(truth):,} rows, {len(pairs):,} with a reference; DISC21 has {PUBLIC_ROWS:,} and "
+            f"{PUBLIC_PAIRS:,}; fetch it again, or say --partial"
+        )
+    for column, folders in ("query_id", TRUTHS[path.name]), ("reference_id", ["reference_images"]):
+        there = {name for folder in folders if listings[folder] for name in listings[folder].ids}
+        absent = sorted({*truth[column]} - there - {""})
+        if absent:
+            yield f"{path}: {len(absent):,} of column {column} have no image in {' or '.join(folders)}: {shown(absent)}"
+    repeated = truth[truth.duplicated()]["query_id"].unique()
+    if len(repeated):
+        yield f"{path}: {len(repeated):,} queries have a row twice: {shown(repeated)}"
+    both = sorted({*truth[truth["reference_id"] == ""]["query_id"]} & {*pairs["query_id"]})
+    if both:
+        yield f"{path}: {len(both):,} queries have a reference in one row and none in another: {shown(both)}"
+
+
+def why_unreadable(path, open_image, error):
+    """Why extraction could not read the image, or None."""
+    try:
+        open_image(path)
+    except error as reason:
+        return str(reason).replace("\n", " ")
+    return None
+
+
+def check_images(listing, workers):
+    """The images that cannot be decoded, judged by what extraction itself opens them with."""
+    sys.path.append(str(EXP))
+    from v107 import InputError as Unreadable  # here, since torch takes seconds to import
+    from v107 import open_image
+
+    task = partial(why_unreadable, open_image=open_image, error=Unreadable)
+    paths = [str(listing.folder / name) for name in listing.images]
+    yield from filter(None, parallel(task, paths, workers, f"decoding {listing.folder.name}"))
+
+
+def findings(args, listings):
+    """All findings, in the order in which they are found."""
+    for name, listing in listings.items():
+        yield from check_folder(args.input, name, listing, args.partial)
+    for name in TRUTHS:
+        yield from check_truth(args.input / name, listings, args.partial)
+    for listing in listings.values() if args.decode else ():
+        if listing:
+            yield from check_images(listing, args.workers)
+
+
+# ---- subset ----
+
+
+def make_subset(root, number, seed):
+    """Write the ids of `number` references to rids_subset.txt: all of the ground truths, and random others.
+
+    Returns its path and how many ids are the ground truths'. Raises InputError, then the old file is as it was.
+    """
+    listing = list_folder(root, "reference_images")
+    ids = dict.fromkeys(listing.ids) if listing else {}
+    files = [root / name for name in TRUTHS if (root / name).exists()]
+    if not files:
+        raise InputError(f"{root}: has no {' nor '.join(TRUTHS)}, whose references a subset must hold")
+    wanted = {
+        reference: file for file in files for reference in read_csv(file, ("query_id", "reference_id"))["reference_id"]
+    }
+    wanted.pop("", None)
+    for reference, file in wanted.items():
+        if reference not in ids:
+            raise InputError(f"{file}: {reference} has no image in {root / 'reference_images'}; complete it first")
+    if not len(wanted) <= number <= len(ids):
+        raise InputError(
+            f"--make-subset {number}: must lie between {len(wanted)}, the references of the ground truth, "
+            f"and {len(ids)}, all in {root / 'reference_images'}"
+        )
+    others = [name for name in ids if name not in wanted]
+    drawn = np.random.default_rng(seed).choice(len(others), number - len(wanted), replace=False)
+    subset = sorted([*wanted, *(others[i] for i in drawn)])
+    if odd := [name for name in subset if len(name.split()) != 1 or not name.isprintable()]:
+        raise InputError(f"{root / 'reference_images'}: {odd[0]!r} cannot stand in a list of ids; rename it")
+    with atomic(root / SUBSET) as file:
+        file.write_text("".join(f"{name}\n" for name in subset))
+    return root / SUBSET, len(wanted)
+
+
+# ---- main ----
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("input", type=Path, nargs="?", default=EXP.with_name("input"), metavar="INPUT", help="default: %(default)s")
+    add("--partial", action="store_true", help="do not ask for DISC21's numbers and names: consistency only")
+    add("--decode", action="store_true", help="decode every image")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of --decode (default: all cores)")
+    add("--make-subset", type=int, metavar="N", help=f"check nothing, write N reference ids to INPUT/{SUBSET}")
+    add("--seed", type=int, default=0, help="of the random references of --make-subset (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name, low in ("workers", 1), ("make_subset", 1), ("seed", 0):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} or more")
+    if args.make_subset and (args.decode or args.partial):
+        parser.error("--make-subset: checks nothing, so it does not go with --decode and --partial")
+    return args
+
+
+def check(args):
+    """Print all findings and the summary; returns the exit code."""
+    listings = {name: list_folder(args.input, name) for name in DISC21}
+    if not any(listings.values()):
+        raise InputError(f"{args.input}: has none of {', '.join(DISC21)}; see input/README.md")
+    count = 0
+    for count, line in enumerate(findings(args, listings), 1):  # noqa: B007  the number of the last one
+        tqdm.write(line)
+        sys.stdout.flush()
+    numbers = ", ".join(f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing)
+    decoded = ", all decoded" if args.decode else ""
+    print(f"{args.input}: {count or 'no'} findings; {numbers}{decoded}")
+    return 1 if count else 0
+
+
+def main(argv=None):
+    """Runs the command; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        if not args.make_subset:
+            return check(args)
+        path, wanted = make_subset(args.input, args.make_subset, args.seed)
+        print(f"{path}: {args.make_subset:,} references, {wanted:,} of them the ground truth's; for --eval-subset")
+    except (InputError, OSError) as error:
+        print(f"check_input.py: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("check_input.py: error: lost a process; say fewer --workers where memory ran out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("check_input.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

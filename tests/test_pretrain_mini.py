@@ -1,0 +1,133 @@
+"""scripts/pretrain_mini.py: pictures and views are drawn from the seed alone; a resumed run is the run in one piece."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pretrain_mini
+import v98
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few pictures and textures; one thread, as such small steps are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pretrain_mini, "CHUNK", 6)
+    monkeypatch.setattr(pretrain_mini, "TEXTURES", 6)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(out, *more):
+    flags = "--pictures 2 --input-size 48 --early-size 32 --pairs 4 --warmup 2"
+    return [str(out), *flags.split(), *["--workers", "0", "--log-every", "2", "--checkpoint-every", "3"], *more]
+
+
+def views(seed=0):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 128, 128, 3), dtype=np.uint8)
+    made = pretrain_mini.Views(pictures, 48)
+    made.seed(seed)
+    return made
+
+
+def test_pictures_come_from_seed_and_number(small, tmp_path):
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        (tmp_path / name).mkdir()
+        pretrain_mini.write_pictures(3, tmp_path / name, seed)
+    a, b, c = (np.load(tmp_path / name / "0003.npy") for name in "abc")
+    assert a.shape == (6, 128, 128, 3) and a.dtype == np.uint8
+    assert (a == b).all() and (a != c).any()
+    assert len({picture.tobytes() for picture in a}) == 6
+
+
+def test_pictures_that_are_there_are_kept(tmp_path):
+    (tmp_path / "0000.npy").write_bytes(b"kept")
+    pretrain_mini.write_pictures(0, tmp_path, 0)
+    assert (tmp_path / "0000.npy").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_views_come_from_the_seed(strength):
+    first, again, other = (views(seed).pairs(40, strength) for seed in (0, 0, 1))
+    assert first.shape == (80, 48, 48, 3) and first.dtype == np.uint8
+    assert (first == again).all() and (first != other).any()
+
+
+def test_identity_places_the_picture_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    placed = views().place(image, np.eye(3), np.zeros_like(image))
+    assert (placed == image).all()
+
+
+def test_embedding_keeps_the_ground_around():
+    image, ground = np.full((128, 128, 3), 200, np.uint8), np.full((48, 48, 3), 7, np.uint8)
+    placed = views().place(image, pretrain_mini.centred(pretrain_mini.scale(0.5, 0.25)), ground)
+    assert (placed[24, 13:35] == 200).all() and (placed[19:29, 24] == 200).all()
+    assert (placed[:, :11] == 7).all() and (placed[:17] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
+def test_orthogonal_keeps_directions_and_evens_lengths(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inner = left.T @ pretrain_mini.orthogonal(matrix, steps=5) @ right.T
+    assert inner.diagonal().min() > 0.3 and inner.diagonal().max() < 1.3
+    assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_info_nce_is_the_cross_entropy_of_the_partner():
+    rows = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    expected, found = [], []
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        scores = torch.stack([rows[i] @ rows[j] for j in others]) / 0.1
+        partner = others.index((i + 3) % 6)
+        expected.append(scores.logsumexp(0) - scores[partner])
+        found.append(scores.argmax().item() == partner)
+    loss, share = pretrain_mini.info_nce(rows, 0.1)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert share.item() == pytest.approx(np.mean(found))
+
+
+def test_a_resumed_run_is_the_run_in_one_piece(small, tmp_path):
+    assert pretrain_mini.main(command(tmp_path / "whole", "--steps", "6")) == 0
+    original, stop = pretrain_mini.save, KeyboardInterrupt
+
+    def interrupted(path, content):
+        original(path, content)
+        raise stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(stop):
+        patch.setattr(pretrain_mini, "save", interrupted)
+        pretrain_mini.main(command(tmp_path / "parts", "--steps", "6"))
+    assert torch.load(tmp_path / "parts/last.pth.tar", weights_only=False)["step"] == 3
+    assert pretrain_mini.main(command(tmp_path / "parts", "--steps", "6")) == 0
+
+    whole, parts = (v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), "cpu") for _ in range(2))
+    for name, model in ("whole", whole), ("parts", parts):
+        checkpoint = v98.load_checkpoint([tmp_path / name / "start.pth.tar"], model)
+        halves = {value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()}
+        assert halves == {torch.float16} and checkpoint["arch"] == "test_byobnet"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    images = sorted((tmp_path / "whole/input").glob("*/*.jpg"))
+    assert [path.parent.name for path in images] == ["reference_images"] * 4 + ["training_images"] * 8
+    lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6] and lines[0]["args"]["pairs"] == 4
+
+
+def test_other_weights_in_the_folder_are_refused_in_one_line(small, tmp_path, capsys):
+    (tmp_path / "last.pth.tar").write_bytes(b"no checkpoint")
+    assert pretrain_mini.main(command(tmp_path, "--steps", "3")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("pretrain_mini.py: error: ") and "last.pth.tar" in message
+
+
+def test_numbers_out_of_range_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain_mini.main(command(tmp_path, "--steps", "0"))
+    assert "--steps 0: is too small" in capsys.readouterr().err

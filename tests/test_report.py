@@ -1,0 +1,486 @@
+"""scripts/report.py: right thresholds, pages that a browser shows without a fault, names and pictures of any kind."""
+
+import html
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import report
+from conftest import assert_refused, run
+from eval_metrics import micro_metrics, read_ground_truth
+
+SCRIPT = "scripts/report.py"
+EVIL = """<script>alert("1")</script>'&amp;"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """The elements of a page, [(tag, attributes)], and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += f" {data}"
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def photo(path, number, size=(60, 40)):
+    """Writes a picture of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(number).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(noise).resize(size).save(path, path.suffix[1:].replace("jpg", "jpeg"))
+    return path
+
+
+def write_truth(path, rows):
+    pd.DataFrame(rows, columns=report.PAIR).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder, 8 references and 6 queries, whose h5 has every case of the page.
+
+    Q0 to Q2 are copies that are found, Q2 with an id that wants escaping; Q3's reference has a row of zeros, Q4 is no
+    copy and looks like R6, Q5's reference is the farthest of all. R1's picture is broken, R3's is missing.
+    """
+    folder = tmp_path_factory.mktemp("input")
+    query_ids, reference_ids = ["Q0", "Q1", EVIL, "Q3", "Q4", "Q5"], [f"R{i}" for i in range(8)]
+    for number, name in enumerate(["Q0", "Q1", "Q3", "Q4", "Q5", *reference_ids]):
+        kind = "query_images_phase2" if name == "Q5" else "query_images" if name[0] == "Q" else "reference_images"
+        photo(folder / kind / f"{name}{'.PNG' if name == 'Q4' else '.jpg'}", number)
+    (folder / "reference_images/R1.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (folder / "reference_images/R3.jpg").unlink()
+
+    reference = np.eye(8, dtype=np.float32)
+    noise = np.array([0.02, 0.03, 0.04, 0.5, 0.3, 0], np.float32)[:, None]
+    query = reference[[0, 1, 2, 4, 6, 5]] + noise * reference[[1, 2, 3, 5, 7, 7]]
+    query[5] = reference[6] + reference[7] - reference[5]
+    query /= np.linalg.norm(query, axis=1, keepdims=True)
+    reference[3] = 0
+    with h5py.File(folder / "sub.h5", "w") as file:
+        file["query"], file["reference"] = query, reference
+        file["query_ids"], file["reference_ids"] = np.array(query_ids, "S40"), np.array(reference_ids, "S4")
+    write_truth(folder / "truth.csv", zip(query_ids, ["R0", "R1", "R2", "R3", "", "R5"], strict=True))
+    edits = [["crop", "jpeg"], ["crop", "over_lay", "jpeg"], [EVIL, "jpeg"], ["pad", "jpeg"], ["pad", "jpeg"], ["jpeg"]]
+    rows = [(q, "x", json.dumps([[e, {"p": 1}] for e in names]), 1) for q, names in zip(query_ids, edits, strict=True)]
+    pd.DataFrame(rows, columns=["query_id", "source", "edits", "phase"]).to_csv(folder / "query_edits.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submission_page(data, tmp_path_factory):
+    """(stdout, path) of a page made by the command."""
+    output = tmp_path_factory.mktemp("page") / "page.html"
+    result = run(SCRIPT, data / "sub.h5", data / "truth.csv", "--output", output, "--threshold", 0.99, -0.999)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, output
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs as match.py gives them: three groups, names of every kind, one file gone."""
+    folder = tmp_path_factory.mktemp("photos")
+    names = [EVIL.replace("/", "-") + ".jpg", "a.png", "b.gif", os.fsdecode(b"caf\xe9.jpg"), "sub/\u202egnp.jpg"]
+    paths = [str(photo(folder / name, number)) for number, name in enumerate(names)] + [str(folder / "gone.jpg")]
+    rows = [(0, 1, 0.91, 7), (0, 2, 0.93, 7), (3, 4, 0.99, 2), (4, 5, 0.7, 3)]
+    return pd.DataFrame([(paths[a], paths[b], *rest) for a, b, *rest in rows], columns=report.MATCHES)
+
+
+# ---- numbers ----
+
+
+@st.composite
+def scored(draw):
+    """(candidates, truth) with many equal scores, repeated pairs, and copies that are no candidates."""
+    ids = st.integers(0, 5)
+    rows = draw(st.lists(st.tuples(ids, ids, st.integers(-6, 0)), min_size=1, max_size=40))
+    truth = draw(st.sets(st.tuples(ids, ids), min_size=1, max_size=12))
+    candidates = pd.DataFrame([(f"Q{q}", f"R{r}", s / 5) for q, r, s in rows], columns=[*report.PAIR, "score"])
+    candidates["score"] = candidates["score"].astype(np.float32)
+    return candidates, pd.DataFrame([(f"Q{q}", f"R{r}") for q, r in sorted(truth)] + [("Q9", "")], columns=report.PAIR)
+
+
+def at_thresholds(candidates, truth):
+    """{score: (pairs, precision, recall, F1)} of accepting all pairs of this score or more, by counting."""
+    positives, result = {(q, r) for q, r in truth.to_numpy() if r}, {}
+    for score in candidates["score"].unique():
+        accepted = candidates[candidates["score"] >= score]
+        found = sum((q, r) in positives for q, r in accepted[report.PAIR].to_numpy())
+        n, p = len(accepted), len(positives)
+        result[score] = n, found / n, found / p, 2 * found / (n + p)
+    return result
+
+
+@settings(max_examples=50)
+@given(scored(), st.sampled_from([0.99, 0.9, 0.5, 0.25, 1 / 3]))
+def test_operating_points_are_the_best_thresholds(data, precision):
+    candidates, truth = data
+    ranking, counted = report.rank(candidates, truth), at_thresholds(candidates, truth)
+    given = candidates["score"].iloc[0]
+    at, f1, threshold = report.operating_points(ranking, [precision], [float(given)])
+    possible = [values for values in counted.values() if values[1] >= precision and values[2] > 0]
+    if possible:
+        assert at["recall"] == max(values[2] for values in possible)
+    assert bool(at["pairs"]) == bool(possible)
+    if f1["pairs"]:
+        assert f1["F1"] == max(values[3] for values in counted.values())
+    for point in at, f1, threshold:  # what is printed is what happens at that score
+        if point["pairs"]:
+            assert (point["pairs"], point["precision"], point["recall"], point["F1"]) == counted[point["score"]]
+    assert threshold["score"] == given
+
+
+@settings(max_examples=50)
+@given(scored())
+def test_ranks_as_eval_metrics(data):
+    candidates, truth = data
+    ranking = report.rank(candidates, truth)
+    recall = [0, *ranking.curve()[1]][ranking.depth(0.9)]
+    assert micro_metrics(candidates, truth) == {"average_precision": ranking.average_precision(), "recall_p90": recall}
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-4, 0, width=32), min_size=1, max_size=20))
+def test_printed_cosine_accepts_the_same_pairs(scores):
+    table = pd.DataFrame({"query_id": "Q", "reference_id": [f"R{i}" for i in range(len(scores))], "score": scores})
+    table["score"] = table["score"].astype(np.float32)
+    truth = table[report.PAIR].iloc[:1]
+    points = report.operating_points(report.rank(table, truth), (0.01,))
+    header, rows = report.points_table(points, cosine=True)
+    cells = dict(zip(header, rows[0], strict=True))
+    cosines = 1 + table["score"].to_numpy(float) / 2
+    accepted = table["score"] >= np.float32(cells["score ≥"])
+    assert (cosines[accepted] >= float(cells["cosine ≥"])).all()
+    assert int(cells["pairs"]) == accepted.sum()
+    assert (cosines[~accepted] < float(cells["cosine ≥"]) + 1e-6).all()
+
+
+def test_missed_copies_worst_first_with_scores(data):
+    truth = read_ground_truth(data / "truth.csv")
+    candidates = pd.DataFrame(
+        [("Q1", "R1", -0.5), ("Q0", "R7", -0.1), ("Q0", "R0", -0.2)], columns=[*report.PAIR, "score"]
+    )
+    missed = report.missed_copies(report.rank(candidates, truth), truth)
+    assert missed["query_id"].tolist()[3:] == ["Q1", "Q0"] and missed["rank"].tolist() == [0, 0, 0, 3, 2]
+    assert missed["score"].isna().tolist() == [True] * 3 + [False] * 2
+    submission = report.read_submission(data / "sub.h5")
+    missed = report.missed_copies(report.rank(candidates, truth), truth, submission)
+    assert missed["query_id"].tolist() == ["Q3", "Q5", EVIL, "Q1", "Q0"]  # R3 is a row of zeros: it has no score
+    query, reference = submission["query"], submission["reference"]
+    expected = [-np.square(query[q] - reference[r]).sum() for q, r in ((5, 5), (2, 2), (1, 1), (0, 0))]
+    np.testing.assert_allclose(missed["score"].tolist()[1:], expected, rtol=1e-5)
+    assert np.isnan(missed["score"].iloc[0])
+
+
+def test_scores_by_edit(data):
+    truth, edits = read_ground_truth(data / "truth.csv"), report.read_edits(data / "query_edits.csv")
+    rows = [("Q0", "R0", -0.1), ("Q1", "R7", -0.2), ("Q1", "R1", -0.3), ("Q4", "R6", -0.4), (EVIL, "R2", -0.5)]
+    ranking = report.rank(pd.DataFrame(rows, columns=[*report.PAIR, "score"]), truth)
+    assert report.scores_by_edit(ranking, truth, edits) == [
+        ("pad", 2, 1, 0, 0, 0),
+        ("over lay", 1, 1, 0, 0, 0.5),
+        ("crop", 2, 2, 0.5, 0.5, (1 + 2 / 3) / 2),
+        (EVIL, 1, 1, 1, 0, 1),
+        ("all queries", 6, 5, 0.4, 0.2, pytest.approx((1 + 2 / 3 + 3 / 5) / 5)),
+    ]  # jpeg, which every query has, is none
+
+
+# ---- pages ----
+
+
+def test_command_prints_and_shows_the_same(submission_page, data):
+    stdout, path = submission_page
+    first, *table, last = stdout.splitlines()
+    assert first.startswith("µAP 0.6190, R@P90 0.6000, queries 6, copies 5, candidates 42, true candidates 4")
+    assert last == f"{path}: {path.stat().st_size / 1e6:.1f} MB, " + last.partition("MB, ")[2]
+    text = " ".join(Page(path).text.split())
+    for line in table:
+        assert " ".join(line.split()) in text
+    assert re.search(r"threshold 0\.99 +0\.999200 +1\.0000 +0\.6000 +0\.7500 +3 +-0\.00", stdout)
+    assert re.search(r"threshold -0\.999 +unknown", stdout)
+    for sentence in "against truth.csv", "cosine is 1 + score / 2", "Confident mistakes", "none: this query is no copy":
+        assert sentence in text
+    missed = text[text.index("Missed copies") :]
+    assert "2 of the 5 pairs" in missed and "no cosine not a candidate query Q3 no such picture reference R3" in missed
+    assert "crop · over lay · jpeg" in text
+
+
+def test_page_is_whole_and_escaped(submission_page):
+    page = Page(submission_page[1])
+    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "object", "form", "base"}
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in {"src", "href", "xlink:href"} & attributes.keys():
+            assert attributes[name].startswith(("data:", "#")), (tag, attributes)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert EVIL in page.text and html.escape(EVIL, quote=False) not in page.text
+    assert [len(page.all(tag)) for tag in ("h1", "title", "svg")] == [1, 1, 2]
+    assert all(image["alt"] for image in page.all("img")) and all(svg["aria-label"] for svg in page.all("svg"))
+    assert page.text.count("no such picture") >= 2 and "cannot be read" in page.text  # and there is a page all the same
+
+
+def test_matching_track_and_explicit_files(data, tmp_path, capsys):
+    rows = [("Q0", "R0", -3), ("Q1", "R6", -7.5), ("Q5", "R5", -9)]
+    pd.DataFrame(rows, columns=[*report.PAIR, "score"]).to_csv(tmp_path / "s.csv", index=False)
+    truth = shutil.copy(data / "truth.csv", tmp_path)
+    assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
+    page = Page(tmp_path / "s.csv.html")
+    assert "cosine" not in page.text and "score -7.5" in page.text
+    assert not page.all("img") and "Kinds of edit" not in page.text  # neither is beside the ground truth
+    flags = (
+        "--images",
+        data,
+        "--edits",
+        data / "query_edits.csv",
+        "--gallery",
+        1,
+        "--precision",
+        0.3,
+        "--output",
+        tmp_path / "p",
+    )
+    assert report.main([str(tmp_path / "s.csv"), str(truth), *map(str, flags)]) == 0
+    page = Page(tmp_path / "p")
+    assert "Kinds of edit" in page.text and len(page.all("article")) == 3
+    assert [image["alt"] for image in page.all("img")][:2] == ["query Q0", "reference R0"]
+    assert "precision 0.3" in page.text and "precision 0.99" not in page.text
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("rows", [[("Q1", "R6", -7)], [("Q1", "R6", -7), ("Q2", "R2", -7)], [("Q0", "R0", 0)]])
+def test_few_candidates(rows, tmp_path, capsys):
+    pd.DataFrame(rows, columns=[*report.PAIR, "score"]).to_csv(tmp_path / "s.csv", index=False)
+    truth = write_truth(tmp_path / "t.csv", [("Q0", "R0"), ("Q1", "R1"), ("Q2", "")])
+    assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
+    text, found = Page(tmp_path / "s.csv.html").text, rows[0][0] == "Q0"
+    assert ("No pair of the ground truth is shown." in text) != found
+    assert ("No wrong pair is shown." in text) == found
+    assert re.search(r"precision 0\.9 +" + ("1.0000" if found else "none"), capsys.readouterr().out)
+    assert f"{1 if found else 2} of the 2 pairs of the ground truth are left out" in text
+
+
+def test_descriptors_of_other_lengths_have_no_cosine(data, tmp_path, capsys):
+    shutil.copy(data / "sub.h5", tmp_path)
+    with h5py.File(tmp_path / "sub.h5", "r+") as file:
+        file["query"][0] *= 3
+    assert report.main([str(tmp_path / "sub.h5"), str(data / "truth.csv")]) == 0
+    assert "cosine" not in capsys.readouterr().out + Page(tmp_path / "sub.h5.html").text
+
+
+def test_many_queries(tmp_path, capsys):
+    n = 3000
+    queries = pd.DataFrame({"query_id": np.repeat([f"Q{i}" for i in range(n)], 10), "reference_id": "R0"})
+    queries["reference_id"] = [f"R{i}" for i in range(10 * n)]
+    queries["score"] = -np.random.default_rng(0).random(10 * n)
+    queries.to_csv(tmp_path / "s.csv", index=False)
+    write_truth(tmp_path / "t.csv", queries[report.PAIR].to_numpy()[::10])
+    assert report.main([str(tmp_path / "s.csv"), str(tmp_path / "t.csv")]) == 0
+    assert len(Page(tmp_path / "s.csv.html").all("article")) == 3 * report.PAIRS
+    assert (tmp_path / "s.csv.html").stat().st_size < 300_000
+    capsys.readouterr()
+
+
+# ---- pages of match.py ----
+
+
+def test_match_page(pairs, tmp_path):
+    bad = [(os.fsdecode(b"/x/\xff.heic"), 'no "picture"'), (f"/x/{EVIL}", "empty")]
+    line = report.write_match_page(tmp_path / "m.html", pairs, bad, 0.604169)
+    assert line == f"{tmp_path}/m.html: 0.0 MB, 6 pictures, 1 no such picture"
+    page = Page(tmp_path / "m.html")
+    assert not page.all("script")
+    text = " ".join(page.text.split())
+    for part in (
+        "groups of copies 3",
+        "pairs 4",
+        "unreadable files 2",
+        "threshold 0.604169",
+        r"caf\xe9.jpg",
+        r"sub/\u202egnp.jpg",
+        EVIL.replace("/", "-"),
+        r'/x/\xff.heic no "picture"',
+        f"/x/{EVIL} empty",
+    ):
+        assert part in text, part
+    titles = re.findall(r"\d pictures \d pairs?(?:, the best)? \S+", text)
+    assert titles == ["3 pictures 2 pairs, the best 0.9300", "2 pictures 1 pair 0.9900", "2 pictures 1 pair 0.7000"]
+    assert re.search(r"1 . 2 0\.9300 1 . 3 0\.9100", text)
+
+
+def test_page_from_the_csv_of_match(pairs, tmp_path):
+    pairs.to_csv(tmp_path / "matches.csv", index=False, errors="surrogateescape")
+    result = run(SCRIPT, tmp_path / "matches.csv")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path}/matches.csv.html: 0.0 MB, 6 pictures, 1 no such picture\n"
+    report.write_match_page(tmp_path / "same.html", pairs)
+    assert (tmp_path / "matches.csv.html").read_bytes() == (tmp_path / "same.html").read_bytes()
+
+
+def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
+    report.write_match_page(tmp_path / "m.html", pairs[:0], [], 0.9)
+    assert "No two pictures are alike enough." in Page(tmp_path / "m.html").text
+    many = [(f"/a/{i}.jpg", f"/b/{i + 1}.jpg", 0.5 + i / 1000, i // 40) for i in range(400)]
+    report.write_match_page(
+        tmp_path / "m.html", pd.DataFrame(many, columns=report.MATCHES), [("x", "y")] * 900, gallery=2
+    )
+    page = Page(tmp_path / "m.html")
+    text = " ".join(page.text.split())
+    assert len(page.all("article")) == 2 and text.count("no such picture") == 2 * report.GROUP
+    assert "80 pictures 40 pairs" in text and "2 of 10 groups" in text and "and 700 more" in text
+    assert "query 1" in text and "reference 2" in text and "more pairs of 80 pictures" in text
+
+
+# ---- pictures ----
+
+
+def test_pictures_of_every_kind(tmp_path):
+    for number, (mode, suffix) in enumerate(
+        [("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "bmp"), ("L", "webp")]
+    ):
+        Image.new(mode, (300, 1000)).save(tmp_path / f"{number}.{suffix}")
+        shown = report.embed(tmp_path / f"{number}.{suffix}")
+        assert (shown["width"], shown["height"]) == (77, 256) and shown["data"].startswith("data:image/jpeg;base64,")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert report.embed(tmp_path / "turned.jpg")["height"] == 80  # as any other program shows it
+
+
+def test_pictures_that_are_none(tmp_path):
+    Image.new("1", (10001, 10000)).save(tmp_path / "bomb.png")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "figure.svg").write_text("<svg/>")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    reasons = {path.name: report.embed(path)["missing"] for path in tmp_path.iterdir()}
+    assert reasons == dict.fromkeys(("bomb.png", "empty.jpg", "figure.svg"), "cannot be read") | {
+        "pipe.jpg": "no such picture"
+    }
+    for name in None, tmp_path, tmp_path / ("x" * 5000), "a\0b":
+        assert report.embed(name)["missing"] == "no such picture"
+
+
+def test_an_id_leads_to_no_other_folder(tmp_path):
+    secret = photo(tmp_path / "secret.jpg", 0)
+    inside = photo(tmp_path / "input/reference_images/in.JPEG", 1)
+    find = [
+        report.find_picture(tmp_path / "input", "reference", name)
+        for name in ("in", "../../secret", str(secret)[:-4], "..", "", "é" * 200)
+    ]
+    assert find == [inside, None, None, None, None, None]
+
+
+def test_needs_no_torch():
+    """match.py --onnx makes its page without it."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import report; sys.exit('torch' in sys.modules)"
+    assert run("-c", code).returncode == 0
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["truth.csv"], ["query,reference,score,group", "GROUND_TRUTH"]),
+        (["none.csv"], ["none.csv", "no such file"]),
+        (["sub.h5"], ["sub.h5"]),
+        (["sub.h5", "none.csv"], ["none.csv", "no such file"]),
+        (["sub.h5", "truth.csv", "--edits", "truth.csv"], ["truth.csv", "edits"]),
+        (["sub.h5", "truth.csv", "--edits", "broken_edits.csv"], ["broken_edits.csv", "line 3"]),
+        (["sub.h5", "truth.csv", "--images", "none"], ["none", "folder"]),
+        (["sub.h5", "truth.csv", "--precision", "95"], ["--precision", "0.95"]),
+        (["sub.h5", "truth.csv", "--output", "sub.h5"], ["--output", "sub.h5"]),
+        (["sub.h5", "truth.csv", "--output", "none/p.html"], ["none"]),
+        (["matches.csv", "--threshold", "0.9"], ["--threshold", "GROUND_TRUTH"]),
+        (["nan.csv"], ["nan.csv", "finite"]),
+    ],
+)
+def test_refusals(flags, words, data, tmp_path, monkeypatch, capsys):
+    for name in "sub.h5", "truth.csv":
+        shutil.copy(data / name, tmp_path)
+    (tmp_path / "broken_edits.csv").write_text('query_id,edits\nQ0,"[[""crop"", {}]]"\nQ1,"{""a"": 1}"\n')
+    (tmp_path / "nan.csv").write_text("query,reference,score,group\na,b,nan,0\n")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    try:
+        code = report.main(flags)
+    except SystemExit as error:  # argparse's
+        code = error.code
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert sum("error:" in line for line in errors.splitlines()) == 1
+    assert all(word in errors for word in words), errors
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_refusal_as_a_user_sees_it(data):
+    assert_refused(run(SCRIPT, data / "sub.h5"), "sub.h5", "GROUND_TRUTH")
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("kind", ["submission", "matches"])
+def test_browser(kind, browser, submission_page, pairs, tmp_path):
+    path = submission_page[1]
+    if kind == "matches":
+        path = tmp_path / "m.html"
+        report.write_match_page(path, pairs, [("/x/" + "long" * 100, "empty")], 0.604169)
+    page, faults, requests, brightness = browser.new_page(), [], [], {}
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert widths and all(widths)
+    for scheme, width in ("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        texts = page.evaluate("[...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill)")
+        assert texts and paper not in texts
+        page.screenshot(path=tmp_path / "shot.png", full_page=True)
+        brightness[scheme, width] = np.asarray(Image.open(tmp_path / "shot.png").convert("L")).mean()
+    page.close()
+    assert faults == []
+    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    assert all(brightness["light", width] > 150 > 100 > brightness["dark", width] for width in (1280, 400))
