@@ -13,7 +13,8 @@ a folder read once; or one picture; or a text file of paths, one a line (or each
 Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first picture of an
         animation; upright as EXIF says and viewers show it; at most 100 million pixels. In a folder, files are chosen
         by suffix, then read by content. What cannot be read is named at the end, on stderr.
-Needs   the author's published weights, which are fetched once, or --weight FILE, or --onnx FILE (see export.py).
+Needs   nothing else: it describes with the small network in weights/, unless --weight names the published one, which is
+        fetched once, or a checkpoint, or --onnx a file of export.py.
 Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same picture. A group is all
         pictures that copies, and copies of copies, connect: over every pair at or above --threshold, reported or not.
         Paths keep their bytes: csv has them as they are, in quotes where they hold commas, quotes or line ends; JSON
@@ -60,8 +61,10 @@ from postprocess import (
 from validate_submission import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = "isc_ft_v107"  # the entry point of hubconf.py whose weights are used without --weight or --onnx
+PUBLISHED = ("isc_ft_v107", "isc_selfsup_v98")  # entry points of hubconf.py, whose weights are fetched
 THRESHOLD = 0.604169  # DataComp's for isc_ft_v107
+SMALL, SMALL_ARCH, SMALL_SIZE = ROOT / "weights" / "start.pth.tar", "test_byobnet", 96
+SMALL_THRESHOLD = 0.75  # its precision is 0.99 there, among 450 queries and 600 references (weights/README.md, phase 1)
 
 HEIC_SUFFIXES = (".heic", ".heif")
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *HEIC_SUFFIXES)
@@ -228,23 +231,26 @@ class Network:
 
 
 def torch_network(args):
-    """The network of --weight, or the published one, by torch. Raises InputError where it cannot be had."""
+    """The network of --weight, or the small one, by torch. Raises InputError where it cannot be had."""
     sys.path.insert(0, str(ROOT))
     try:
         import hubconf
         import torch
     except ImportError as error:
         raise InputError(f"{error.name}: is not installed; install requirements.txt, or give --onnx FILE") from None
-    arch, input_size = args.arch or hubconf.ARCH, args.input_size or 512
+    arch, input_size = (hubconf.ARCH, 512) if args.weight else (SMALL_ARCH, SMALL_SIZE)
+    arch, input_size = args.arch or arch, args.input_size or input_size
+    published = args.weight in PUBLISHED
+    weights = None if published else args.weight or SMALL
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        load = getattr(hubconf, PUBLISHED)
-        model, _ = load(weights=args.weight, arch=arch, input_size=input_size, device=device)
+        load = getattr(hubconf, args.weight if published else PUBLISHED[0])
+        model, _ = load(weights=weights, arch=arch, input_size=input_size, device=device)
     except ValueError as error:  # which names the file
         raise InputError(f"{error}") from None
     except OSError as error:
         remedy = "give --weight FILE, as scripts/download_weights.py fetches it, or --onnx FILE"
-        raise InputError(f"{PUBLISHED}: its weights cannot be fetched ({error}); {remedy}") from None
+        raise InputError(f"{args.weight}: cannot be fetched ({error}); {remedy}") from None
     except (RuntimeError, AssertionError) as error:  # of CUDA, and of a torch without it
         raise InputError(f"--device {args.device or 'cuda'}: {str(error).splitlines()[0]}") from None
     digest = hashlib.sha256(arch.encode())
@@ -594,9 +600,12 @@ def parse_args(argv=None):
     add, count = parser.add_argument, at_least(int, 1)
     add("queries", metavar="QUERIES", help="folder, picture, or text file of paths; alone: FOLDER, matched with itself")
     add("references", metavar="REFERENCES", nargs="?", help="folder, picture, or text file of paths")
-    add("--weight", metavar="FILE", help=f"checkpoint to describe with (default: the published {PUBLISHED})")
+    names = " or ".join(PUBLISHED)
+    add(
+        "--weight", metavar="FILE", help=f"checkpoint to describe with, or {names} (default: {SMALL.relative_to(ROOT)})"
+    )
     add("-a", "--arch", help="its backbone, any name timm knows (default: the published network's)")
-    add("--input-size", type=count, metavar="PIXELS", help="side of the input (default: 512, or as exported)")
+    add("--input-size", type=count, metavar="PIXELS", help="side of the input (default: 512, or the network's own)")
     add("--onnx", metavar="FILE", help="network that export.py has written, in place of a checkpoint; needs no torch")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")
@@ -604,8 +613,8 @@ def parse_args(argv=None):
     add(
         "--threshold",
         type=at_least(float, -1),
-        default=THRESHOLD,
-        help=f"least cosine of a match (default: %(default)s, DataComp's for {PUBLISHED}; other networks have others)",
+        help=f"least cosine of a match (default: {SMALL_THRESHOLD}; with --weight or --onnx {THRESHOLD}, which is "
+        f"DataComp's for {PUBLISHED[0]}; other networks have others)",
     )
     add("--top-k", type=count, default=10, help="matches of a query, the best (default: %(default)s)")
     add(
@@ -631,6 +640,8 @@ def parse_args(argv=None):
     args.output = args.output or ["-"]
     if args.onnx and (args.weight or args.arch):
         parser.error("--onnx: goes with neither --weight nor --arch")
+    if args.threshold is None:
+        args.threshold = THRESHOLD if args.weight or args.onnx else SMALL_THRESHOLD
     if args.threshold > 1:
         parser.error(f"--threshold {args.threshold}: no cosine is above 1")
     if wrong := [path for path in args.output if path != "-" and not path.endswith((".csv", ".jsonl"))]:
@@ -651,6 +662,9 @@ def main(argv=None):
             import report  # now, lest it be missing after hours
         paths, members, bad = collect([args.queries, args.references] if args.references else [args.queries])
         network = onnx_network(args) if args.onnx else torch_network(args)
+        if not (args.weight or args.onnx or args.quiet):
+            name = SMALL.relative_to(ROOT)
+            print(f"match.py: {name} describes; --weight {PUBLISHED[0]} is far larger, and published", file=sys.stderr)
         args.batch_size = args.batch_size or (32 if "cuda" in network.backend.lower() else 8)
         store = Cache(args.cache, network)
         table, groups = match(args, paths, members, network, store, bad)

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+import make_dataset
 import match
 import v107
 from conftest import ROOT, assert_refused, run
@@ -386,7 +387,9 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    refused(words=["isc_ft_v107", "no network", "--weight", "--onnx", "scripts/download_weights.py"])
+    for name in ("isc_ft_v107", "isc_selfsup_v98"):
+        words = [f"{name}: cannot be fetched", "no network", "--weight", "--onnx", "scripts/download_weights.py"]
+        refused("--weight", name, words=words)
     small = "-a", "test_efficientnet"
     refused("--weight", tmp_path / "missing.pth.tar", *small, words=["missing.pth.tar: is no checkpoint"])
     refused("--weight", checkpoint, "-a", "test_resnet", words=["small.pth.tar: is no checkpoint for these arguments"])
@@ -394,6 +397,21 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
     refused("--weight", checkpoint, *small, "--device", "nothing", words=["--device nothing: "])
     if not torch.cuda.is_available():
         refused("--weight", checkpoint, *small, "--device", "cuda", words=["--device cuda: "])
+
+
+def test_the_small_network_is_the_default(tmp_path, capfd):
+    """It finds edited copies of pictures that it has not seen, and says in a line that it is the small one."""
+    for i in range(8):
+        picture = make_dataset.dead_leaves(np.random.default_rng(i), 160)
+        picture.save(tmp_path / f"{i}.png")
+        picture.crop((6, 6, 154, 146)).save(tmp_path / f"{i}-copy.jpg", quality=50)
+    assert match.main([str(tmp_path), "--no-cache"]) == 0
+    out, err = capfd.readouterr()
+    found = {tuple(sorted(Path(path).stem for path in line.split(",")[:2])) for line in out.splitlines()[1:]}
+    assert found == {(f"{i}", f"{i}-copy") for i in range(8)}
+    assert "match.py: weights/start.pth.tar describes; --weight isc_ft_v107" in err
+    assert match.main([str(tmp_path), "--no-cache", "--quiet"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 # ---- cache ----
@@ -446,6 +464,7 @@ def test_goes_on_after_ctrl_c(folder, do, monkeypatch, tmp_path):
 KILLED = """
 import dataclasses, os, signal, sys
 sys.path[0] = sys.argv.pop(1)
+import make_dataset
 import match
 load, calls = match.onnx_network, []
 def killed(run):
