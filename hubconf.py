@@ -5,11 +5,14 @@
     descriptors = model(torch.stack([preprocess(Image.open(path)) for path in paths]))  # (n, 256), of length 1
 
 `isc_ft_v107` is the final network, which has seen the public queries' labels; `isc_selfsup_v98` the one before it.
-Two images are copies where the inner product of their descriptors is large. Paper: arXiv 2112.04323.
+Two images are copies where the inner product of their descriptors is large. EXIF's orientation is left to the caller
+(`ImageOps.exif_transpose`, as match.py does). Paper: arXiv 2112.04323.
 """
 
 import hashlib
+import os
 import sys
+import urllib.request
 from argparse import Namespace
 from pathlib import Path
 
@@ -61,9 +64,16 @@ def _load(name, pretrained, weights, sha256, arch, input_size, device):
 def _fetch(name):
     """The path of the release's file in torch.hub's cache, where it appears when it is whole."""
     path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(f"{RELEASE}/{name}", str(path))
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{name}.{os.getpid()}.tmp")
+    print(f"fetching {RELEASE}/{name} into {path.parent}", file=sys.stderr)
+    try:  # not by torch.hub's own, which does not notice a missing end
+        urllib.request.urlretrieve(f"{RELEASE}/{name}", unfinished)  # noqa: S310  the URL is this file's
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", metavar="DATA", help="to train: the folder of training images; to extract: the folder of all sets")
-    add("--mode", choices=["train", "extract"], default="train")
+    add("--mode", choices=["train", "extract"], default="train", help="train the stage, or describe images")
     add("-a", "--arch", default="tf_efficientnetv2_m_in21ft1k", help="backbone, any name timm knows")
     add("--input-size", type=int, default=384, help="side of the square input, pixels")  # v86: 256
     add("--gem-p", type=float, default=1.0, help="exponent of GeM pooling in training")

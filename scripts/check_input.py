@@ -265,7 +265,7 @@ def check(args):
         sys.stdout.flush()
     numbers = ", ".join(f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing)
     decoded = ", all decoded" if args.decode else ""
-    print(f"{args.input}: {count or 'no'} findings; {numbers}{decoded}")
+    print(f"{args.input}: {count or 'no'} finding{'s' if count != 1 else ''}; {numbers}{decoded}")
     return 1 if count else 0
 
 

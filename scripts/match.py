@@ -132,6 +132,8 @@ def collect(places):
                 number[file] = len(paths)
                 paths.append(path)
         members.append(np.array(list(dict.fromkeys(number[file] for file in real))))
+    if len(members) == 2 and set(members[0].tolist()) == set(members[1].tolist()):  # the same folder, given twice
+        members.pop()
     return paths, members, bad
 
 
@@ -245,7 +247,8 @@ def torch_network(args):
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         load = getattr(hubconf, args.weight if published else PUBLISHED[0])
-        model, _ = load(weights=weights, arch=arch, input_size=input_size, device=device)
+        with redirect_stderr(io.StringIO()) if args.quiet else nullcontext():  # what is fetched
+            model, _ = load(weights=weights, arch=arch, input_size=input_size, device=device)
     except ValueError as error:  # which names the file
         raise InputError(f"{error}") from None
     except OSError as error:
@@ -285,6 +288,8 @@ def onnx_network(args):
     gpu = "CUDAExecutionProvider", {"device_id": number or "0"}
     providers = [gpu] if cuda and device != "cpu" else ["CPUExecutionProvider"]
     onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised as well
+    if not Path(args.onnx).is_file():
+        raise InputError(f"{args.onnx}: no such file; make it with export.py")
     with Path(args.onnx).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -675,7 +680,7 @@ def main(argv=None):
         if args.report:
             report.write_match_page(Path(args.report), table, list(bad.items()), args.threshold)
         if not args.quiet:
-            counts = f"{len(paths)} pictures, {store.added} of them new to the cache"
+            counts = f"{len(paths)} pictures, {store.added} described now"
             print(f"match.py: {counts}; {len(table)} matches in {len(groups)} groups", file=sys.stderr)
         code = 0 if len(table) else 1
         if bad and args.bad_images == "error":

@@ -452,7 +452,7 @@ def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
     members = pd.concat(sides).drop_duplicates()
     sizes = members["group"].value_counts().reindex(matches["group"].unique())
     apart = not set(matches["query"]) & set(matches["reference"])
-    counts = {"groups of copies": sizes, "pictures in them": members, "pairs": matches, "unreadable files": bad}
+    counts = {"groups of copies": sizes, "pictures in these pairs": members, "pairs": matches, "unreadable files": bad}
     facts = {name: f"{len(things):,}" for name, things in counts.items()}
     if threshold is not None:
         facts["threshold"] = f"{threshold:.6g}"

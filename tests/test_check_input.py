@@ -62,7 +62,7 @@ def found(capsys, *command):
     """The exit code and the lines of findings; the last line must be a summary that counts them."""
     code = main([str(part) for part in command])
     *lines, summary = capsys.readouterr().out.splitlines()
-    number = re.search(r": (\S+) findings; ", summary)[1]
+    number = re.search(r": (\S+) findings?; ", summary)[1]
     assert len(lines) == (0 if number == "no" else int(number)) and code == bool(lines)
     return lines
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import pickle
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -62,10 +64,22 @@ def test_the_release_is_fetched_once(checkpoint, tmp_path, monkeypatch):
         checkpoint.rename(path)
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(urllib.request, "urlretrieve", download)
     for _ in range(2):
         load("isc_selfsup_v98")
     assert len(fetched) == 1 and fetched[0].endswith("/v1.0.1/isc_selfsup_v98.pth.tar")
+
+
+def test_a_download_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
+    def download(url, path):
+        path.write_bytes(b"the beginning")
+        raise urllib.error.ContentTooShortError("no end", b"")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(urllib.request, "urlretrieve", download)
+    with pytest.raises(OSError, match="no end"):
+        load()
+    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
 
 
 def test_random_weights_need_no_network():

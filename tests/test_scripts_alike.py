@@ -1,4 +1,4 @@
-"""The four experiments stand alone, read alike, and differ by the experiment only (DESIGN.md, SPEC.md section 1)."""
+"""The four experiments stand alone, read alike, and differ by the experiment only."""
 
 import ast
 import difflib
