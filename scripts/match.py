@@ -132,8 +132,6 @@ def collect(places):
                 number[file] = len(paths)
                 paths.append(path)
         members.append(np.array(list(dict.fromkeys(number[file] for file in real))))
-    if len(members) == 2 and set(members[0].tolist()) == set(members[1].tolist()):  # the same folder, given twice
-        members.pop()
     return paths, members, bad
 
 
@@ -680,7 +678,7 @@ def main(argv=None):
         if args.report:
             report.write_match_page(Path(args.report), table, list(bad.items()), args.threshold)
         if not args.quiet:
-            counts = f"{len(paths)} pictures, {store.added} described now"
+            counts = f"{len(paths)} pictures, {store.added} of them new"
             print(f"match.py: {counts}; {len(table)} matches in {len(groups)} groups", file=sys.stderr)
         code = 0 if len(table) else 1
         if bad and args.bad_images == "error":

@@ -147,7 +147,7 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
     }
     assert all(Path(row["query"]).is_relative_to(folder) for row in rows)
     assert len({row["group"] for row in rows}) == 2
-    assert "13 pictures, 11 described now; 5 matches in 2 groups" in err
+    assert "13 pictures, 11 of them new; 5 matches in 2 groups" in err
 
 
 def test_a_picture_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
