@@ -220,8 +220,10 @@ def test_torchrun_restarts(data, undisturbed, tmp_path, figure):
     figure("torchrun --max-restarts 2 with a killed rank: same bits")
 
 
-def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path):
+def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path, pytestconfig):
     """It passes SIGTERM on; the ranks save, and the same training goes on without it."""
+    if not pytestconfig.getoption("--long"):
+        pytest.skip("takes half a minute: make faults")
     run = Torchrun(data, tmp_path, "--checkpoint-every", 1000)
     run.agent.send_signal(signal.SIGTERM)
     assert run.agent.wait(timeout=60) != 0
