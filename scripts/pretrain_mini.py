@@ -952,7 +952,7 @@ def main(argv=None):
         folder = args.out / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         make = functools.partial(write_pictures, folder=folder, seed=args.seed)
-        parallel(make, range(args.pictures), os.cpu_count(), "pictures")
+        list(parallel(make, range(args.pictures), os.cpu_count(), "pictures"))
         write_images(args.out)
         train(args)
     except (v98.InputError, OSError) as error:
