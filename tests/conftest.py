@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,10 @@ def assert_refused(result, *words):
     assert "Traceback" not in result.stderr
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+def pytest_configure():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
 
 
 def pytest_addoption(parser):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import benchmark
-from conftest import assert_refused, run
+from conftest import run
 
 
 @pytest.fixture
@@ -161,5 +161,8 @@ def test_bad_input_is_refused(tmp_path, capsys):
         assert all(word in errors[0] for word in words), errors
 
 
-def test_an_unknown_part_is_refused_by_the_command():
-    assert_refused(run("scripts/benchmark.py", "everything"), "everything", "loss")
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["everything"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "everything" in line and "loss" in line

@@ -103,7 +103,7 @@ def test_other_runtimes(home):
     run_block(home, "Other runtimes", {"export.py": SMALL})
     clone = home / "clone"
     assert read_matches(clone / "copies.csv")["1.jpg", "renamed.jpg"] == 1
-    assert {path.name for path in clone.glob("isc.*")} == {"isc.onnx", "isc.pt", "isc.safetensors", "isc.json"}
+    assert [path.name for path in clone.glob("isc*")] == ["isc.onnx"]
 
 
 def test_every_block_of_commands_is_run():

@@ -426,7 +426,7 @@ def test_extraction_in_two_processes(house, checkpoint, tmp_path, call):
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6, "--target-set", "qrt"]
     for result in on_two_nodes(ROOT / "exp" / "v83.py", *flags, house / "input", output=tmp_path / "two"):
         assert result.returncode == 0, result.stderr
-    assert run(ROOT / "exp" / "v83.py", *flags, "--output", tmp_path / "one", house / "input").returncode == 0
+    assert call("v83", *flags, "--output", tmp_path / "one", house / "input").returncode == 0
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
         one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
         assert two.read_bytes() == one.read_bytes()
