@@ -17,7 +17,6 @@ Exit codes: 0; 2 for input that cannot be used, and for a file that disagrees: n
 """
 
 import argparse
-import hashlib
 import io
 import json
 import re
@@ -40,6 +39,7 @@ from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
 import make_dataset
+from download_weights import sha256_of
 from postprocess import at_least, atomic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
@@ -66,8 +66,6 @@ def create_network(args):
 def describe_config(args, model):
     """All that one must know to use the file, as a dict of plain values."""
     pretrained = model.backbone.default_cfg
-    with args.checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "arch": args.arch,
         "gem_eval_p": args.gem_eval_p,
@@ -85,7 +83,7 @@ def describe_config(args, model):
         "dim": model.fc.out_features,
         "descriptor": "float32 of length 1, to be compared by inner product",
         "weights": args.checkpoint.name,
-        "weights_sha256": digest,
+        "weights_sha256": sha256_of(args.checkpoint),
         "versions": {name: version(name) for name in ("torch", "timm", "onnx", "safetensors")},
     }
 

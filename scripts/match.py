@@ -48,6 +48,7 @@ import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from download_weights import sha256_of
 from postprocess import (
     at_least,
     atomic,
@@ -288,8 +289,7 @@ def onnx_network(args):
     onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised as well
     if not Path(args.onnx).is_file():
         raise InputError(f"{args.onnx}: no such file; make it with export.py")
-    with Path(args.onnx).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(Path(args.onnx))
     try:
         session = onnxruntime.InferenceSession(args.onnx, providers=providers)
         (images,), (output,) = session.get_inputs(), session.get_outputs()
