@@ -9,7 +9,7 @@ demo: .venv/ready  ## the whole solution on a small data set, on any machine, in
 	.venv/bin/python scripts/demo.py
 
 test: .venv/ready  ## all tests
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: .venv/ready  ## many more faults than the tests inject: kills, full disks, damaged files; at most 15 minutes
 	.venv/bin/python -m pytest tests/faults --long

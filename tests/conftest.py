@@ -1,5 +1,6 @@
 """What every test shares: the repository's root, the golden values, and a runner for whole commands."""
 
+import atexit
 import os
 import re
 import shlex
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,28 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
 
+@cache
+def warm_python():
+    """The command that does what `python` does, without the seconds that it takes to load torch and the others."""
+    folder = tempfile.TemporaryDirectory()  # whose name is short enough for a socket
+    script, address = str(ROOT / "tests" / "warm_python.py"), f"{folder.name}/socket"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen([sys.executable, script, address], env=env, **pipes)
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
+    return [sys.executable, "-IS", script, address]
+
+
 def run(*command, cwd=ROOT, timeout=300, **env):
-    """Run `python *command` as a user would, on the CPU and on one thread; returns the CompletedProcess (text)."""
+    """Run `python *command` as a user would, on the CPU and on one thread; returns the CompletedProcess (text).
+
+    A program (-c) has a process that has loaded nothing before, and so has what may use a GPU.
+    """
+    cold = command[0] == "-c" or "CUDA_VISIBLE_DEVICES" in env
+    python = [sys.executable] if cold else warm_python()
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [*python, *map(str, command)],
         cwd=cwd,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
@@ -42,7 +61,7 @@ def run_as_written(commands, cwd, scaled, **env):
     cases = "".join(f'  {script}) set -- "$@" {shlex.join(flags)};;\n' for script, flags in scaled.items())
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "python")
-        python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {sys.executable} "$@"\n')
+        python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {shlex.join(warm_python())} "$@"\n')
         python.chmod(0o755)
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
         shell = ["bash", "-euo", "pipefail", "-c", commands]
@@ -67,6 +86,13 @@ def pytest_configure():
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="inject many more faults: what `make faults` runs")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that workers that take a file at a time end at the same time."""
+    longest = ["test_training", "test_kills", "test_network", "test_benchmark", "test_checkpoints", "test_bad_images"]
+    longest += ["test_loss", "test_readme", "test_own_data"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 def pytest_terminal_summary(terminalreporter):
