@@ -1,5 +1,6 @@
 """Write a checkpoint as ONNX, TorchScript or safetensors, and prove that the file describes images as the network does.
 
+    python scripts/export.py small.onnx                                                 # the network in weights/
     python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.onnx            # for onnxruntime
     python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc16.onnx --precision fp16 --size dynamic
     python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.pt              # TorchScript
@@ -40,9 +41,10 @@ from tqdm import tqdm
 
 import make_dataset
 from download_weights import sha256_of
+from match import ROOT, SMALL, SMALL_ARCH, SMALL_SIZE
 from postprocess import at_least, atomic
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
+sys.path.insert(0, str(ROOT / "exp"))
 
 import v107
 from v107 import InputError
@@ -293,16 +295,13 @@ def parse_args(argv=None):
     """The command line; exits with code 2 and one line where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="of any stage, or the author's; only tensors are loaded")
+    what = "of any stage, or the author's; only tensors are loaded (default: the small network in weights/)"
+    add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=what)
     add("output", type=Path, metavar="OUTPUT", help=f"ends in {', '.join(FORMATS)}, which says the format")
     defaults = v107.parse_args(["."])
-    add("-a", "--arch", default=defaults.arch, help="backbone, any name timm knows (default: %(default)s)")
-    add(
-        "--input-size",
-        type=at_least(int, 32),
-        default=defaults.input_size,
-        help="side of the square input, pixels (default: %(default)s)",
-    )
+    arch, size = defaults.arch, defaults.input_size
+    add("-a", "--arch", help=f"backbone, any name timm knows (default: {arch}, small {SMALL_ARCH})")
+    add("--input-size", type=at_least(int, 32), help=f"side of the square input (default: {size}, small {SMALL_SIZE})")
     add("--gem-eval-p", type=float, default=defaults.gem_eval_p, help="exponent of GeM pooling (default: %(default)s)")
     add("--precision", choices=BOUNDS, default="fp32", help="of weights, and of an .onnx's backbone (default: fp32)")
     add(
@@ -314,6 +313,10 @@ def parse_args(argv=None):
     )
     add("--photos", type=Path, metavar="DIR", help="compare on the images in DIR, the first 32, before generated ones")
     args = parser.parse_args(argv)
+    if not args.checkpoint:
+        args.checkpoint, arch, size = SMALL, SMALL_ARCH, SMALL_SIZE
+        print(f"export.py: {SMALL.relative_to(ROOT)} is exported; give CHECKPOINT for another network", file=sys.stderr)
+    args.arch, args.input_size = args.arch or arch, args.input_size or size
     if args.output.suffix not in FORMATS:
         parser.error(f"{args.output}: has to end in one of {', '.join(FORMATS)}")
     if args.output.suffix == ".pt" and args.precision == "fp16":

@@ -7,8 +7,9 @@ Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a pictu
 one, edited by crops, borders, screens, rotation, shear, perspective, overlays, text, colour, fog, blur, noise and JPEG,
 which grow harder over the first steps. A third of the pictures are siblings of others in the batch: of the same colours
 or the same things in another layout, so that neither suffices to tell them apart. Views are small until the learning
-rate falls. Matrices are trained by Muon (Jordan et al. 2024), vectors by Adam; the weights kept are the running mean
-over the last few hundred steps. No photograph is involved.
+rate falls; from then on a quarter of the hard ones are by v98's hard augmentation. Matrices are trained by Muon (Jordan
+et al. 2024), vectors by Adam; the weights kept are the running mean over the last few hundred steps. No photograph is
+involved.
 
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
@@ -413,12 +414,13 @@ def colour_statistics(image):
 class Views:
     """Edited views, uint8 (size, size, 3), of pictures (n, SIDE, SIDE, 3); homographies are of the unit square."""
 
-    def __init__(self, pictures, size):
-        self.pictures, self.size = pictures, size
+    def __init__(self, pictures, size, augment=None):
+        self.pictures, self.size, self.augment = pictures, size, augment
 
     def seed(self, *key):
         """What is drawn next depends on the key alone."""
         self.rng = np.random.default_rng(key)
+        v98.seed_generators(*key)  # which augment() draws from
 
     def chance(self, probability):
         """Whether something of this probability happens."""
@@ -746,6 +748,11 @@ class Views:
             return self.overlay(self.degrade(image, k), k)
         return self.degrade(self.overlay(image, k), k)
 
+    def augmented(self, image):
+        """A view by the stages' hard augmentation, so that they do not begin with statistics unknown to BatchNorm."""
+        values = self.augment(Image.fromarray(image)).clamp(0, 1) * BYTES
+        return values.round().byte().permute(1, 2, 0).numpy()
+
     def plain(self, image):
         """The image as a reference is: only made smaller, by chance compressed."""
         image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
@@ -758,7 +765,7 @@ class Views:
             image = self.content() if image is None or self.chance(0.65) else self.sibling(image)
             image = self.busy(image) if self.chance(0.25) else image
             gentle[:] = self.plain(image) if self.chance(0.65) else self.edited(image, k / 2)
-            hard[:] = self.edited(image, k)
+            hard[:] = self.augmented(image) if self.augment and self.chance(0.25) else self.edited(image, k)
         return views.reshape(-1, *views.shape[2:])
 
 
@@ -774,8 +781,11 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         cv2.setNumThreads(1)
-        early = step < self.args.steps * (1 - self.args.decay)
-        views = Views(self.pictures, self.args.early_size if early else self.args.input_size)
+        if step < self.args.steps * (1 - self.args.decay):
+            views = Views(self.pictures, self.args.early_size)
+        else:
+            size, overlays = self.args.input_size, v98.list_images(self.args.out / "input" / "training_images")
+            views = Views(self.pictures, size, v98.hard_augmentation(size, (0, 0, 0), (1, 1, 1), overlays))
         views.seed(self.args.seed, 1, step)
         strength = min(1, 0.5 + 0.5 * step / self.args.ramp)
         return torch.from_numpy(views.pairs(self.args.pairs, strength))

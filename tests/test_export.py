@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import export
 import make_dataset
+import match
 import v107
-from conftest import run
+from conftest import ROOT, run
 
 SMALL, SAME = "test_resnet", "tf_mobilenetv3_small_minimal_100"  # the latter's padding depends on the size
 SIZE = 64
@@ -356,6 +357,15 @@ def test_bounds_are_strict():
 class Code:
     def __reduce__(self):
         return print, ("this ran",)
+
+
+def test_the_small_network_is_the_default(tmp_path, capsys):
+    assert export.main([str(tmp_path / "small.onnx")]) == 0
+    captured = capsys.readouterr()
+    assert f"export.py: {match.SMALL.relative_to(ROOT)} is exported" in captured.err
+    config = json.loads(session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map["config"])
+    assert (config["arch"], config["input_size"]) == (match.SMALL_ARCH, match.SMALL_SIZE)
+    assert config["weights_sha256"] == hashlib.sha256(match.SMALL.read_bytes()).hexdigest()
 
 
 def test_code_in_a_checkpoint_does_not_run(checkpoint, tmp_path, capsys):

@@ -1,0 +1,79 @@
+"""Perceptual hashes, which need no network, as submissions to compare a descriptor with.
+
+    python scripts/hash_images.py input --phase 2 --output exp/hashes
+    python scripts/eval_metrics.py exp/hashes/phash.csv input/private_ground_truth.csv
+
+Hashes of 256 bits of every query and reference, by imagehash. Writes dhash.csv and phash.csv: the ten nearest
+references of each query, with minus the number of bits that differ as score.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import imagehash
+import numpy as np
+from tqdm import tqdm
+
+from postprocess import atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
+
+import v98
+
+HASHES = {"dhash": imagehash.dhash, "phash": imagehash.phash}  # signs of differences; of cosine coefficients
+
+
+def hash_folder(folder):
+    """(ids, {name of the hash: bool (n, 256)}) of the images in a folder, as the stages read them.
+
+    Raises v98.InputError where there is none or one cannot be read.
+    """
+    paths, bits = v98.list_images(folder), {name: [] for name in HASHES}
+    for path in tqdm(paths, folder.name):
+        image = v98.open_image(path)
+        for name, function in HASHES.items():
+            bits[name].append(function(image, hash_size=16).hash.ravel())
+    return [Path(path).stem for path in paths], {name: np.array(rows) for name, rows in bits.items()}
+
+
+def match_hashes(query, reference, k=10):
+    """(query row, reference row, score) of each query's k nearest references; score is minus the bits that differ."""
+    query, reference = (2 * bits.astype(np.float32) - 1 for bits in (query, reference))
+    distances = (query.shape[1] - query @ reference.T) / 2
+    nearest = distances.argsort(axis=1, kind="stable")[:, :k]
+    return [(q, r, -int(distances[q, r])) for q, row in enumerate(nearest) for r in row.tolist()]
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder of reference_images/ and query_images/ (or ..._phase2/)")
+    add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="where dhash.csv and phash.csv go")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Write the submissions; returns the exit code: 0, or 2 with one line on stderr."""
+    args = parse_args(argv)
+    try:
+        query_ids, queries = hash_folder(args.data / ("query_images" if args.phase == 1 else "query_images_phase2"))
+        reference_ids, references = hash_folder(args.data / "reference_images")
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name in HASHES:
+            pairs = match_hashes(queries[name], references[name])
+            with atomic(args.output / f"{name}.csv") as path, path.open("w", newline="") as file:
+                rows = [(query_ids[q], reference_ids[r], score) for q, r, score in pairs]
+                csv.writer(file).writerows([("query_id", "reference_id", "score"), *rows])
+            print(args.output / f"{name}.csv")
+    except (v98.InputError, OSError) as error:
+        print(f"hash_images.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

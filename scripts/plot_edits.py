@@ -1,0 +1,98 @@
+"""How well submissions find the copies of each kind of edit: a table, and a picture of it.
+
+    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv dHash=dhash.csv -o edits.png
+
+Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and over all, of each
+NAME=FILE; a query may have several edits. They stand in query_edits.csv beside the ground truth (of make_dataset.py).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval_metrics import load_candidates, read_ground_truth
+from postprocess import atomic
+from report import rank, read_edits, scores_by_edit
+from validate_submission import InputError
+
+
+def edit_scores(submissions, ground_truth, edits):
+    """{kind of edit: {name: average precision}} of {name: file}, the first's lowest first, "all queries" at the end."""
+    truth, table = read_ground_truth(ground_truth), {}
+    for name, path in submissions.items():
+        ranking = rank(load_candidates(path, truth, ground_truth), truth)
+        for kind, *_, score in scores_by_edit(ranking, truth, edits):
+            if score is not None:
+                table.setdefault(kind, {})[name] = score
+    return table
+
+
+def markdown(table):
+    """The scores as a table in Markdown."""
+    names = list(table["all queries"])
+    lines = [["µAP", *names], ["---"] * (len(names) + 1)]
+    lines += [[kind, *(f"{scores[name]:.3f}" for name in names)] for kind, scores in table.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(table):
+    """A Figure of the scores: a group of bars for each kind of edit."""
+    names, height = list(table["all queries"]), 0.8 / len(table["all queries"])
+    figure = Figure(figsize=(8, 0.9 + 0.16 * (len(names) + 1) * len(table)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        rows = np.arange(len(table)) + (i - (len(names) - 1) / 2) * height
+        bars = axes.barh(rows, [scores[name] for scores in table.values()], height, label=name, color=f"C{i}")
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.set_yticks(range(len(table)), list(table))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.05)
+    axes.set_xlabel("micro average precision over the queries with this edit")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False)
+    return figure
+
+
+def named_file(text):
+    """(NAME, path) of NAME=FILE."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text}: must be NAME=FILE")
+    return name, Path(path)
+
+
+def parse_args(argv=None):
+    """The command line. Exits with one line and code 2 on a format that matplotlib does not write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
+    add("submissions", nargs="+", type=named_file, metavar="NAME=FILE", help=".h5 or .csv, as eval_metrics.py takes it")
+    add("--edits", type=Path, help="csv: query_id,edits (default: query_edits.csv beside the ground truth)")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
+    args = parser.parse_args(argv)
+    args.edits = args.edits or args.ground_truth.with_name("query_edits.csv")
+    formats = Figure().canvas.get_supported_filetypes()
+    if args.output.suffix[1:] not in formats:
+        parser.error(f"--output {args.output}: its suffix must be one of {', '.join(formats)}")
+    return args
+
+
+def main(argv=None):
+    """Print the table and draw it; returns the exit code: 0, or 2 with one line on stderr."""
+    args = parse_args(argv)
+    try:
+        table = edit_scores(dict(args.submissions), args.ground_truth, read_edits(args.edits))
+        with atomic(args.output) as path:
+            draw(table).savefig(path, format=args.output.suffix[1:], dpi=120)
+    except (InputError, OSError) as error:
+        print(f"plot_edits.py: error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
