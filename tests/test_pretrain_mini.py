@@ -57,6 +57,25 @@ def test_views_come_from_the_seed(strength):
     assert (first == again).all() and (first != other).any()
 
 
+def test_the_stages_augmentation_makes_a_quarter_of_the_hard_views():
+    made = views()
+    made.augment = lambda image: torch.full((3, 48, 48), 2.0)  # whiter than white
+    white = (made.pairs(200, 1) == 255).all(axis=(1, 2, 3))
+    assert not white[:200].any()
+    assert 30 <= white[200:].sum() <= 70
+
+
+def test_views_before_the_rate_falls_do_not_depend_on_the_number_of_steps(small, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    pretrain_mini.write_pictures(0, tmp_path / "pictures", 0)
+    pretrain_mini.write_images(tmp_path)
+    ten, hundred = (
+        pretrain_mini.Batches(pretrain_mini.parse_args(command(tmp_path, "--steps", steps))) for steps in ("10", "100")
+    )
+    assert torch.equal(ten[6], hundred[6]) and ten[6].shape == (8, 32, 32, 3)
+    assert ten[7].shape == (8, 48, 48, 3) and torch.equal(ten[7], ten[7])
+
+
 def test_identity_places_the_picture_as_it_is():
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     placed = views().place(image, np.eye(3), np.zeros_like(image))
