@@ -27,14 +27,14 @@ ARCH = "test_byobnet"  # the architecture of weights/, 0.27 million weights
 START = "weights/start.pth.tar"
 COMMON = f"-a {ARCH} --input-size 96"
 # A small network takes larger steps than the recipe's, which are divided by its number of GPUs.
-RECIPE = "--batch-size 32 --memory-size 1000 --reference-world-size 1"
+RECIPE = "--batch-size 64 --memory-size 4000 --reference-world-size 1"
 STAGES = {  # what each stage is trained with beyond COMMON; its defaults are the published recipe
     "untrained": f"v83 {RECIPE} --no-pretrained --lr 0 --epochs 1",  # only calibrates BatchNorm's statistics
     "start": "v83",  # only extracted
-    "v83": f"v83 {RECIPE} --weight start --lr 0.02 --epochs 1",
-    "v86": f"v86 {RECIPE} --weight v83 --lr 0.02 --epochs 1",
-    "v98": f"v98 {RECIPE} --weight v86 --lr 0.02 --epochs 2",
-    "v107": "v107 --batch-size 8 --weight v98 --epochs 4",
+    "v83": f"v83 {RECIPE} --weight start --lr 0.001 --epochs 1",
+    "v86": f"v86 {RECIPE} --weight v83 --lr 0.001 --epochs 1",
+    "v98": f"v98 {RECIPE} --weight v86 --lr 0.01 --epochs 3",
+    "v107": "v107 --batch-size 8 --reference-world-size 1 --weight v98 --lr 0.001 --epochs 2",
 }
 SUBTRACTED = ("v98", "v107")  # stages that are scored after negative embedding subtraction too
 HASHES = {"dhash": "dHash, 256 bits", "phash": "pHash, 256 bits"}

@@ -1,6 +1,6 @@
 """Train the small starting point, which takes the place of ImageNet weights, from nothing but generated pictures.
 
-    python scripts/pretrain_mini.py mini                     # hours on two CPU cores; the same command goes on
+    python scripts/pretrain_mini.py mini                     # an hour on two CPU cores; the same command goes on
     python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ... mini/input/training_images
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or gentle one and a hard
@@ -934,7 +934,7 @@ def parse_args(argv=None):
     add("--early-size", type=int, default=64, help="side until the rate falls, cheaper (default: %(default)s)")
     add("--pictures", type=int, default=20, help="thousands of generated pictures (default: %(default)s)")
     add("--pairs", type=int, default=128, help="pairs of views per step (default: %(default)s)")
-    add("--steps", type=int, default=20000, help="of training (default: %(default)s)")
+    add("--steps", type=int, default=5000, help="of training (default: %(default)s)")
     add("--lr", type=float, default=0.02, help="Muon's rate; Adam's is a tenth (default: %(default)s)")
     add("--wd", type=float, default=0.02, help="weight decay of matrices (default: %(default)s)")
     add("--temperature", type=float, default=0.07, help="of the loss (default: %(default)s)")

@@ -410,7 +410,7 @@ def test_the_small_network_is_the_default(tmp_path, capfd):
     out, err = capfd.readouterr()
     found = {tuple(sorted(Path(path).stem for path in line.split(",")[:2])) for line in out.splitlines()[1:]}
     assert found == {(f"{i}", f"{i}-copy") for i in range(8)}
-    assert "match.py: weights/start.pth.tar describes; --weight isc_ft_v107" in err
+    assert "match.py: weights/v98.pth.tar describes; --weight isc_ft_v107" in err
     assert match.main([str(tmp_path), "--no-cache", "--quiet"]) == 0
     assert capfd.readouterr().err == ""
 

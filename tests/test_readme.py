@@ -45,7 +45,7 @@ def home(tmp_path_factory):
     (archive / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     weights = home / "clone" / "exp" / "v107" / "train" / "checkpoint_0009.pth.tar"
     weights.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "weights" / "start.pth.tar", weights)
+    shutil.copy(ROOT / "weights" / "v98.pth.tar", weights)
     return home
 
 
