@@ -1,0 +1,75 @@
+"""weights/: what is there loads, is small, and came from the commands in make.sh, which feed one another."""
+
+import argparse
+import importlib
+import json
+import subprocess
+
+import pytest
+import torch
+
+import v98
+from conftest import ROOT
+
+WEIGHTS = ROOT / "weights"
+NAMES = ["start", "v98", "v107"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """[(script, its arguments)] of make.sh, whose `python` only notes them."""
+    folder = tmp_path_factory.mktemp("weights")
+    python, noted = folder / "python", folder / "noted"
+    python.write_text(f'#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done >> {noted}\necho >> {noted}\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin"}
+    subprocess.run(["bash", WEIGHTS / "make.sh", "mini"], env=environment, check=True, timeout=60)
+    lines = [line.split("\t")[:-1] for line in noted.read_text().splitlines()]
+    return [
+        (script, importlib.import_module(script.partition("/")[2][:-3]), flags) for script, *flags in lines[:-1]
+    ], lines[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_load_and_are_small(name):
+    model = v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), torch.device("cpu"))
+    checkpoint = v98.load_checkpoint([WEIGHTS / f"{name}.pth.tar"], model)
+    assert checkpoint["arch"] == "test_byobnet" and isinstance(checkpoint["args"], argparse.Namespace)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.pth.tar")) < 4e6
+
+
+def test_make_starts_each_stage_from_the_one_before(commands):
+    runs, (dash, *files) = commands
+    assert [script for script, *_ in runs] == [
+        "scripts/pretrain_mini.py",
+        *(f"exp/{stage}.py" for stage in ("v83", "v86", "v98")),
+        "scripts/make_dataset.py",
+        "exp/v107.py",
+    ]
+    written = "mini/start.pth.tar"
+    for script, module, flags in runs:
+        args = module.parse_args(flags)
+        if script.startswith("exp/"):
+            assert args.weight == written
+            written = f"{args.output}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
+    assert dash == "-"
+    assert files[1::2] == ["mini/v98.pth.tar", "mini/v107.pth.tar"]
+    assert files[2] == written and files[0].startswith("mini/v98/train/")
+
+
+def test_the_logs_are_of_these_commands(commands):
+    logged = {}
+    for name in NAMES:
+        for line in map(json.loads, (WEIGHTS / f"{name}.jsonl").read_text().splitlines()):
+            if "args" in line:
+                logged[line.get("stage", "pretrain_mini")] = line["args"]  # of a run that was resumed, the last
+    for _, module, flags in commands[0]:
+        if module.__name__ == "make_dataset":
+            continue
+        args = {name: str(value) if name == "out" else value for name, value in vars(module.parse_args(flags)).items()}
+        known = logged[module.__name__]
+        different = {name for name in args.keys() | known.keys() if args.get(name) != known.get(name)}
+        assert different <= {"data", "resume", "workers"}, {
+            name: (args.get(name), known.get(name)) for name in different
+        }
