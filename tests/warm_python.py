@@ -4,6 +4,8 @@ python warm_python.py SOCKET                 the server, which ends with its sta
 python -IS warm_python.py SOCKET SCRIPT ...  does what `python SCRIPT ...` does: same files, folder, environment, code
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -12,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 
 LIBRARIES = ("h5py", "pandas", "pylibmagic", "faiss", "timm", "torch.distributed.run", "augly.image", "cv2")
 LIBRARIES += ("torchvision.transforms.v2", "imagehash", "matplotlib.pyplot")
@@ -21,6 +24,7 @@ def serve(address):
     """Fork for each command, and return its arguments in the process that is to run it; None at the end."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # the collector shall not touch, and so copy, what the forks share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes away who has ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
@@ -62,6 +66,27 @@ def ask(address, argv):
         return int(connection.recv(16))
 
 
+def execute(argv):
+    """Do what `python SCRIPT ...` does, but for taking down all that is loaded, which costs seconds in a fork."""
+    sys.argv, sys.path[0] = argv, os.path.realpath(os.path.dirname(argv[0]))  # noqa: PTH120
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if not isinstance(code, int):  # sys.exit("message")
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # waits for the threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     address, *argv = sys.argv[1:]
     if argv:
@@ -70,6 +95,5 @@ if __name__ == "__main__":
             os.kill(os.getpid(), -code)
         sys.exit(code)
     if argv := serve(address):
-        sys.argv, sys.path[0] = argv, os.path.realpath(os.path.dirname(argv[0]))  # noqa: PTH120
-        sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        runpy.run_path(argv[0], run_name="__main__")
+        execute(argv)
+    os._exit(0)
