@@ -60,6 +60,8 @@ def main(argv=None):
     """Write the submissions; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     try:
+        if args.output.exists() and not args.output.is_dir():
+            raise v98.InputError(f"{args.output}: is no folder; choose another --output")
         query_ids, queries = hash_folder(args.data / ("query_images" if args.phase == 1 else "query_images_phase2"))
         reference_ids, references = hash_folder(args.data / "reference_images")
         args.output.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,8 @@ def parse_args(argv=None):
     add("--edits", type=Path, help="csv: query_id,edits (default: query_edits.csv beside the ground truth)")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
+    if len(dict(args.submissions)) < len(args.submissions):
+        parser.error("two submissions have one NAME; give each its own")
     args.edits = args.edits or args.ground_truth.with_name("query_edits.csv")
     formats = Figure().canvas.get_supported_filetypes()
     if args.output.suffix[1:] not in formats:

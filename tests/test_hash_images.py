@@ -64,3 +64,5 @@ def test_refuses_what_it_cannot_read(data):
     (data / "query_images" / "Q00009.jpg").write_text("no image")
     assert_refused(run(SCRIPT, data, "--output", data / "out"), data / "query_images" / "Q00009.jpg")
     assert not (data / "out").exists()
+    (data / "out").touch()
+    assert_refused(run(SCRIPT, data, "--output", data / "out"), data / "out", "--output")

@@ -60,6 +60,7 @@ def test_bad_input_is_refused(data, capsys):
     truth, output = str(data / "truth.csv"), str(data / "edits.png")
     for arguments, words in (
         ((truth, "one.csv", "-o", output), ["one.csv: must be NAME=FILE"]),
+        ((truth, f"a={data}/one.csv", f"a={data}/two.csv", "-o", output), ["NAME"]),
         ((truth, f"a={data}/one.csv", "-o", "edits.txt"), ["--output edits.txt", "png"]),
         ((truth, f"a={data}/none.csv", "-o", output), [f"{data}/none.csv"]),
         ((truth, f"a={data}/one.csv", "--edits", f"{data}/none.csv", "-o", output), [f"{data}/none.csv"]),
