@@ -155,7 +155,9 @@ def demo(folder):
             scores.append(evaluate(f"{stage} + NES", submission, folder, begin))
     begin = time.time()
     run(["scripts/hash_images.py", f"{folder}/input", "--phase", "2", "--output", f"{folder}/exp/hashes"])
-    scores += [evaluate(title, f"exp/hashes/{name}.csv", folder, begin) for name, title in HASHES.items()]
+    hashed = (time.time() - begin) / len(HASHES)
+    for name, title in HASHES.items():
+        scores.append(evaluate(title, f"exp/hashes/{name}.csv", folder, time.time() - hashed))
     print(f"\nA {ARCH} on small data, in {time.time() - start:.0f} s, with the demo's flags, not the recipe's:\n")
     print(table(scores))
     run(report_command(folder))

@@ -315,10 +315,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.checkpoint:
         args.checkpoint, arch, size = SMALL, SMALL_ARCH, SMALL_SIZE
-        print(f"export.py: {SMALL.relative_to(ROOT)} is exported; give CHECKPOINT for another network", file=sys.stderr)
     args.arch, args.input_size = args.arch or arch, args.input_size or size
     if args.output.suffix not in FORMATS:
-        parser.error(f"{args.output}: has to end in one of {', '.join(FORMATS)}")
+        parser.error(f"{args.output}: OUTPUT has to end in one of {', '.join(FORMATS)}")
     if args.output.suffix == ".pt" and args.precision == "fp16":
         parser.error("--precision fp16: is for .onnx and .safetensors; a CPU cannot check it in TorchScript in time")
     return args
@@ -332,6 +331,9 @@ def main(argv=None):
             raise InputError(f"{args.output}: is a folder, or in none that there is; give the name of a file")
         if args.output.exists() and args.checkpoint.exists() and args.output.samefile(args.checkpoint):
             raise InputError(f"{args.output}: is the checkpoint itself; give another name")
+        if args.checkpoint == SMALL:
+            name = SMALL.relative_to(ROOT)
+            print(f"export.py: {name} is exported; give CHECKPOINT for another network", file=sys.stderr)
         with warnings.catch_warnings(action="ignore"):  # of exporters and timm about themselves
             print(export(args))
     except (InputError, OSError) as error:

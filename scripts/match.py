@@ -607,8 +607,10 @@ def parse_args(argv=None):
     add(
         "--weight", metavar="FILE", help=f"checkpoint to describe with, or {names} (default: {SMALL.relative_to(ROOT)})"
     )
-    add("-a", "--arch", help="its backbone, any name timm knows (default: the published network's)")
-    add("--input-size", type=count, metavar="PIXELS", help="side of the input (default: 512, or the network's own)")
+    backbone = f"{SMALL_ARCH}; with --weight {PUBLISHED[0]}'s"
+    add("-a", "--arch", help=f"backbone of the weights, any name timm knows (default: {backbone})")
+    side = f"{SMALL_SIZE}; with --weight 512; with --onnx its own"
+    add("--input-size", type=count, metavar="PIXELS", help=f"side of the input (default: {side})")
     add("--onnx", metavar="FILE", help="network that export.py has written, in place of a checkpoint; needs no torch")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")

@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from eval_metrics import load_candidates, read_ground_truth
 from postprocess import atomic
 from report import rank, read_edits, scores_by_edit
 from validate_submission import InputError
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def edit_scores(submissions, ground_truth, edits):
@@ -65,7 +68,7 @@ def named_file(text):
 
 
 def parse_args(argv=None):
-    """The command line. Exits with one line and code 2 on a format that matplotlib does not write."""
+    """The command line. Exits with one line and code 2 where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
@@ -76,9 +79,10 @@ def parse_args(argv=None):
     if len(dict(args.submissions)) < len(args.submissions):
         parser.error("two submissions have one NAME; give each its own")
     args.edits = args.edits or args.ground_truth.with_name("query_edits.csv")
-    formats = Figure().canvas.get_supported_filetypes()
-    if args.output.suffix[1:] not in formats:
-        parser.error(f"--output {args.output}: its suffix must be one of {', '.join(formats)}")
+    if args.output.suffix not in FORMATS:
+        parser.error(f"--output {args.output}: must end in one of {', '.join(FORMATS)}")
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no such folder; make it first")
     return args
 
 
@@ -87,12 +91,12 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         table = edit_scores(dict(args.submissions), args.ground_truth, read_edits(args.edits))
-        with atomic(args.output) as path:
+        print(markdown(table))
+        with atomic(args.output) as path, rc_context({"text.parse_math": False}):  # a $ is a $
             draw(table).savefig(path, format=args.output.suffix[1:], dpi=120)
     except (InputError, OSError) as error:
         print(f"plot_edits.py: error: {error}", file=sys.stderr)
         return 2
-    print(markdown(table))
     return 0
 
 

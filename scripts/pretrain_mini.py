@@ -774,18 +774,17 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, args):
         files = sorted((args.out / "pictures").glob("*.npy"))[: args.pictures]
-        self.args, self.pictures = args, [np.load(path, mmap_mode="r") for path in files]
+        pictures, size = [np.load(path, mmap_mode="r") for path in files], args.input_size
+        overlays = v98.list_images(args.out / "input" / "training_images")
+        self.args, self.early = args, Views(pictures, args.early_size)
+        self.late = Views(pictures, size, v98.hard_augmentation(size, (0, 0, 0), (1, 1, 1), overlays))
 
     def __len__(self):
         return self.args.steps
 
     def __getitem__(self, step):
         cv2.setNumThreads(1)
-        if step < self.args.steps * (1 - self.args.decay):
-            views = Views(self.pictures, self.args.early_size)
-        else:
-            size, overlays = self.args.input_size, v98.list_images(self.args.out / "input" / "training_images")
-            views = Views(self.pictures, size, v98.hard_augmentation(size, (0, 0, 0), (1, 1, 1), overlays))
+        views = self.early if step < self.args.steps * (1 - self.args.decay) else self.late
         views.seed(self.args.seed, 1, step)
         strength = min(1, 0.5 + 0.5 * step / self.args.ramp)
         return torch.from_numpy(views.pairs(self.args.pairs, strength))

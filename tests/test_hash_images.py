@@ -1,6 +1,7 @@
 """hash_images.py: perceptual hashes of small folders, and what it refuses."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +58,19 @@ def test_match_hashes_ranks_by_differing_bits():
         scores = [score for _, _, score in rows]
         assert scores == sorted(scores, reverse=True)
         assert scores == [-int((query[q] != reference[r]).sum()) for q, r, _ in rows]
+
+
+def test_refuses_two_images_of_one_id(data, capsys):
+    picture(3).save(data / "query_images" / "Q00000.png")
+    assert hash_images.main([str(data), "--output", str(data / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert str(data / "query_images") in line and "suffix" in line
+
+
+def test_says_what_to_install(data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    assert hash_images.main([str(data), "--output", str(data / "out")]) == 2
+    assert "hash_images.py: error: imagehash: is not installed" in capsys.readouterr().err
 
 
 def test_refuses_what_it_cannot_read(data):

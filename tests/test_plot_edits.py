@@ -34,11 +34,11 @@ def data(tmp_path):
 
 
 def test_whole_command(data):
-    submissions = [f"{title}={data}/{title}.csv" for title in ("one", "two")]
+    submissions = [f"{title}={data}/{file}.csv" for title, file in (("one", "one"), (r"$\x$", "two"))]
     result = run(SCRIPT, data / "truth.csv", *submissions, "-o", data / "edits.png")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "| µAP | one | two |",
+        r"| µAP | one | $\x$ |",
         "| --- | --- | --- |",
         "| pad square | 0.500 | 0.250 |",
         "| crop | 1.000 | 0.000 |",
@@ -62,6 +62,7 @@ def test_bad_input_is_refused(data, capsys):
         ((truth, "one.csv", "-o", output), ["one.csv: must be NAME=FILE"]),
         ((truth, f"a={data}/one.csv", f"a={data}/two.csv", "-o", output), ["NAME"]),
         ((truth, f"a={data}/one.csv", "-o", "edits.txt"), ["--output edits.txt", "png"]),
+        ((truth, f"a={data}/one.csv", "-o", f"{data}/none/edits.png"), [f"{data}/none/edits.png"]),
         ((truth, f"a={data}/none.csv", "-o", output), [f"{data}/none.csv"]),
         ((truth, f"a={data}/one.csv", "--edits", f"{data}/none.csv", "-o", output), [f"{data}/none.csv"]),
     ):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ NAMES = ["start", "v98", "v107"]
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """[(script, its arguments)] of make.sh, whose `python` only notes them."""
+    """[(script, its module, its arguments)] of make.sh, whose `python` only notes them, and its last command."""
     folder = tmp_path_factory.mktemp("weights")
     python, noted = folder / "python", folder / "noted"
     python.write_text(f'#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done >> {noted}\necho >> {noted}\n')
     python.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin"}
-    subprocess.run(["bash", WEIGHTS / "make.sh", "mini"], env=environment, check=True, timeout=60)
-    lines = [line.split("\t")[:-1] for line in noted.read_text().splitlines()]
+    subprocess.run(["bash", WEIGHTS / "make.sh", folder / "mini"], env=environment, check=True, timeout=60)
+    lines = [line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()]
     return [
         (script, importlib.import_module(script.partition("/")[2][:-3]), flags) for script, *flags in lines[:-1]
     ], lines[-1]
@@ -67,9 +68,13 @@ def test_the_logs_are_of_these_commands(commands):
     for _, module, flags in commands[0]:
         if module.__name__ == "make_dataset":
             continue
-        args = {name: str(value) if name == "out" else value for name, value in vars(module.parse_args(flags)).items()}
-        known = logged[module.__name__]
+        args, known = vars(module.parse_args(flags)), logged[module.__name__]
+        for values in args, known:
+            values |= {name: Path(values[name]) for name in ("out", "data") if name in values}
         different = {name for name in args.keys() | known.keys() if args.get(name) != known.get(name)}
-        assert different <= {"data", "resume", "workers"}, {
-            name: (args.get(name), known.get(name)) for name in different
-        }
+        assert different <= {"resume", "workers"}, {name: (args.get(name), known.get(name)) for name in different}
+
+
+def test_make_needs_a_folder():
+    result = subprocess.run(["bash", WEIGHTS / "make.sh"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr == "make.sh: error: give a folder to make the weights in\n"

@@ -2,6 +2,8 @@
 
 python warm_python.py SOCKET                 the server, which ends with its standard input
 python -IS warm_python.py SOCKET SCRIPT ...  does what `python SCRIPT ...` does: same files, folder, environment, code
+
+What a library reads from the environment while it is imported, such as OMP_NUM_THREADS, is the server's.
 """
 
 import atexit

@@ -1,9 +1,11 @@
 #!/bin/bash
-# Makes the weights here, from nothing but generated pictures: weights/make.sh FOLDER, an hour or two on two CPU cores.
-# Started again, it goes on; FOLDER/*.pth.tar are the weights, in half precision.
+# Makes the weights here, from nothing but generated pictures, in a good hour on two CPU cores: weights/make.sh FOLDER
+# Started again, it goes on. FOLDER/start.pth.tar, v98.pth.tar and v107.pth.tar are the weights, in half precision.
 set -euo pipefail
+[ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-OUT=$1
 export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 COMMON="-a test_byobnet --input-size 96 --reference-world-size 1 --log-every 10 --resume auto"
 BATCH="--batch-size 64 --memory-size 4000"
