@@ -308,9 +308,9 @@ def draw_curve(ranking):
     if depth:
         x, label = recall[depth - 1], f"90% precision: recall {recall[depth - 1]:.4f}"
         axes.plot(x, precision[depth - 1], "o", color=TRUE, markersize=7, clip_on=False, zorder=3)
-    left = x < 0.6
-    offset = {"xytext": (8 if left else -8, 9), "textcoords": "offset points", "ha": "left" if left else "right"}
-    axes.annotate(label, (x, 0.9), **offset)
+    # Where the curve is not: right of the point above 90%, or, if there is no room, left of it below.
+    place, side = ((8, 9), "left") if x < 0.6 else ((-8, -16), "right")
+    axes.annotate(label, (x, 0.9), xytext=place, textcoords="offset points", ha=side)
     return svg(figure, "curve", f"Precision over recall. {label}")
 
 
