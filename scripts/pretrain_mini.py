@@ -379,12 +379,19 @@ def write_pictures(number, folder, seed):
 
 
 def write_images(out):
-    """Write the first pictures as images, two of three into training_images/, the others into reference_images/."""
+    """Write the first pictures as images, two of three into training_images/, the others into reference_images/.
+
+    Unless they are there: input/ appears when it is whole.
+    """
+    if (out / "input").exists():
+        return
     pictures = np.concatenate([np.load(path, mmap_mode="r") for path in sorted((out / "pictures").glob("*.npy"))[:3]])
+    unfinished = out / "unfinished"
     for i, picture in enumerate(pictures):
         folder, name = ("reference_images", f"R{i:06}.jpg") if i % 3 == 2 else ("training_images", f"T{i:06}.jpg")
-        (out / "input" / folder).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(out / "input" / folder / name, quality=95)
+        (unfinished / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(unfinished / folder / name, quality=95)
+    unfinished.replace(out / "input")
 
 
 # ---- views ----
