@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+ON_ONE_CORE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @cache
@@ -22,9 +24,8 @@ def warm_python():
     """The command that does what `python` does, without the seconds that it takes to load torch and the others."""
     folder = tempfile.TemporaryDirectory()  # whose name is short enough for a socket
     script, address = str(ROOT / "tests" / "warm_python.py"), f"{folder.name}/socket"
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen([sys.executable, script, address], env=env, **pipes)
+    server = subprocess.Popen([sys.executable, script, address], env=os.environ | ON_ONE_CORE, **pipes)
     assert server.stdout.readline() == b"ready\n"
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return [sys.executable, "-IS", script, address]
@@ -40,11 +41,29 @@ def run(*command, cwd=ROOT, timeout=300, **env):
     return subprocess.run(
         [*python, *map(str, command)],
         cwd=cwd,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
+        env=os.environ | ON_ONE_CORE | env,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+def called(main, argv, capture):
+    """The CompletedProcess that `run` would return, of main(argv) in this process; capture: capsys or capfd."""
+    capture.readouterr()
+    argv = [str(argument) for argument in argv]
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    return subprocess.CompletedProcess(argv, code, *capture.readouterr())
+
+
+def copy_repository(target):
+    """Make `target` what a clone is, as far as the README's commands need it."""
+    for folder in ("exp", "scripts", "weights"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("v[0-9]*[0-9]", "__*"))
+    shutil.copy(ROOT / "hubconf.py", target)
 
 
 def readme_block(heading):
@@ -63,7 +82,7 @@ def run_as_written(commands, cwd, scaled, **env):
         python = Path(folder, "python")
         python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {shlex.join(warm_python())} "$@"\n')
         python.chmod(0o755)
-        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
+        env |= ON_ONE_CORE | {"PATH": f"{folder}:{os.environ['PATH']}"}
         shell = ["bash", "-euo", "pipefail", "-c", commands]
         result = subprocess.run(shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

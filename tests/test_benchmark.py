@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import benchmark
-from conftest import run
+from conftest import assert_refused, called, run
 
 
 @pytest.fixture
@@ -152,13 +152,7 @@ def test_bad_input_is_refused(tmp_path, capsys):
         ("loss", "--photos", f"{tmp_path}/none"): (f"{tmp_path}/none",),
         ("loss", "--photos", f"{tmp_path}"): ("text.jpg",),
     }.items():
-        try:
-            code = benchmark.main(list(arguments))
-        except SystemExit as end:
-            code = end.code
-        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert code == 2 and len(errors) == 1, arguments
-        assert all(word in errors[0] for word in words), errors
+        assert_refused(called(benchmark.main, arguments, capsys), *words)
 
 
 def test_an_unknown_part_is_refused(capsys):

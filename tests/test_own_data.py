@@ -1,25 +1,16 @@
 """README, "Fine-tune on your own pictures": its commands, run in bash as they are written."""
 
 import json
-import shutil
 
 import pandas as pd
 import torch
 
 import v107
-from conftest import ROOT, readme_block, run_as_written
+from conftest import copy_repository, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
 SECTION = "Fine-tune on your own pictures"
 SMALL = {"ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet", "SIZE=512": "SIZE=32"}  # all that is replaced
-
-
-def copy_repository(target):
-    """What a clone has of it that the commands need."""
-    for folder in "exp", "scripts":
-        (target / folder).mkdir(parents=True)
-        for file in (ROOT / folder).glob("*.py"):
-            shutil.copy(file, target / folder)
 
 
 def files(folder):

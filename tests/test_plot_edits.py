@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import plot_edits
-from conftest import ROOT, assert_refused, run
+from conftest import ROOT, assert_refused, called, run
 
 SCRIPT = ROOT / "scripts" / "plot_edits.py"
 QUERIES = {  # its reference, its edits; the first submission finds crops, the second what was not cropped
@@ -66,12 +66,6 @@ def test_bad_input_is_refused(data, capsys):
         ((truth, f"a={data}/none.csv", "-o", output), [f"{data}/none.csv"]),
         ((truth, f"a={data}/one.csv", "--edits", f"{data}/none.csv", "-o", output), [f"{data}/none.csv"]),
     ):
-        try:
-            code = plot_edits.main(list(arguments))
-        except SystemExit as end:
-            code = end.code
-        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert code == 2 and len(errors) == 1, arguments
-        assert all(word in errors[0] for word in words), errors
+        assert_refused(called(plot_edits.main, arguments, capsys), *words)
     assert_refused(run(SCRIPT, truth, f"a={data}/none.csv", "-o", output), data / "none.csv")
     assert not (data / "edits.png").exists()

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import ROOT, readme_block, run_as_written
+from conftest import ROOT, copy_repository, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
 README = (ROOT / "README.md").read_text()
@@ -32,9 +32,7 @@ TESTS = {  # heading: what runs the commands below it
 def home(tmp_path_factory):
     """A home with a clone and Pictures/{new,archive}, of which two are copies of others."""
     home = tmp_path_factory.mktemp("home")
-    for folder in ("exp", "scripts", "weights"):
-        shutil.copytree(ROOT / folder, home / "clone" / folder, ignore=shutil.ignore_patterns("v[0-9]*[0-9]", "__*"))
-    shutil.copy(ROOT / "hubconf.py", home / "clone")
+    copy_repository(home / "clone")
     new, archive = home / "Pictures" / "new", home / "Pictures" / "archive"
     for i in range(12):
         folder = (new, archive)[i % 2]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
-from conftest import assert_refused, run
+from conftest import assert_refused, called, run
 from eval_metrics import micro_metrics, read_ground_truth
 
 SCRIPT = "scripts/report.py"
@@ -422,14 +422,7 @@ def test_refusals(flags, words, data, tmp_path, monkeypatch, capsys):
     (tmp_path / "nan.csv").write_text("query,reference,score,group\na,b,nan,0\n")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    try:
-        code = report.main(flags)
-    except SystemExit as error:  # argparse's
-        code = error.code
-    errors = capsys.readouterr().err
-    assert code == 2
-    assert sum("error:" in line for line in errors.splitlines()) == 1
-    assert all(word in errors for word in words), errors
+    assert_refused(called(report.main, flags, capsys), *words)
     assert sorted(tmp_path.iterdir()) == before
 
 

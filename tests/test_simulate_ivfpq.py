@@ -1,11 +1,9 @@
 """scripts/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its table."""
 
-from types import SimpleNamespace
-
 import pytest
 
 import simulate_ivfpq
-from conftest import ROOT, assert_refused, run
+from conftest import ROOT, assert_refused, called, run
 
 SMALL = ["--size", 5000, "--queries", 200, "--train-rows", 2000]
 NOISE = 0.03  # of a share over 200 queries that the approximation of distances may move
@@ -79,8 +77,4 @@ def test_nearer_copies_are_found_sooner():
     ],
 )
 def test_refuses(flags, capsys):
-    try:
-        code = simulate_ivfpq.main([str(flag) for flag in (*SMALL, *flags)])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert_refused(SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), flags[0])
+    assert_refused(called(simulate_ivfpq.main, (*SMALL, *flags), capsys), flags[0])

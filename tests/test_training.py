@@ -5,7 +5,6 @@ import csv
 import importlib
 import json
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import h5py
@@ -19,7 +18,7 @@ from stage_process import assert_same, free_port, load, log_lines
 import v83
 import v98
 import v107
-from conftest import ROOT, assert_refused, readme_block, run, run_as_written
+from conftest import ROOT, assert_refused, called, readme_block, run, run_as_written
 from frozen_batchnorm import stay_in_evaluation_mode
 
 STAGES = ["v83", "v86", "v98", "v107"]
@@ -216,13 +215,9 @@ def call(capfd):
     """Run a stage's main() in this process; returns what `run` would, of the subprocess."""
 
     def call(stage, *argv):
-        capfd.readouterr()
-        try:
-            code = importlib.import_module(stage).main([str(argument) for argument in argv])
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capfd.readouterr()
-        return subprocess.CompletedProcess([stage, *argv], code, out, err)
+        result = called(importlib.import_module(stage).main, argv, capfd)
+        result.args.insert(0, stage)
+        return result
 
     return call
 
