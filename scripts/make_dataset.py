@@ -55,6 +55,8 @@ from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from pictures import in_eight_bits, pixels_to_decode
+
 try:
     from pillow_heif import register_heif_opener
 except ImportError:
@@ -70,7 +72,6 @@ EMBEDDED = {
 HEIC = {".heic", ".heif", ".hif"}
 SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"} | HEIC
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
-MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 EMBEDDED_SHARES = {"references": 0.7, "distractors": 0.3}
 PHOTOS_SHARES = {"training": 0.5, "references": 0.3, "distractors": 0.2}
 KINDS = {"split": 0, "order": 1, "training": 2, "reference": 3, "query": 4}  # one random stream each, see `generator`
@@ -93,7 +94,7 @@ VERSIONS = {name: version(name) for name in ("augly", "numpy", "pillow")}  # tha
 if register_heif_opener:
     register_heif_opener()
     FORMATS.append("HEIF")
-warnings.filterwarnings("ignore", module="PIL")  # remarks on files that it reads all the same; MAX_PIXELS is checked
+warnings.filterwarnings("ignore", module="PIL")  # remarks on files that it reads all the same; pixels are counted here
 
 
 class InputError(ValueError):
@@ -151,12 +152,9 @@ def open_photograph(path, short_side=None):
         if path.suffix.lower() in HEIC and not register_heif_opener:
             raise ValueError("install pillow-heif for HEIC")
         image = Image.open(path, formats=FORMATS)
-        tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
-        if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
+        pixels_to_decode(image)
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = in_eight_bits(image)
         image = image if image.mode == "RGB" else image.convert("RGB")
         image.load()
     except Exception as error:  # file system, formats and decoders each fail in their own way

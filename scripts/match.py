@@ -49,6 +49,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from download_weights import sha256_of
+from pictures import MAX_PIXELS, in_eight_bits, pixels_to_decode
 from postprocess import (
     at_least,
     atomic,
@@ -70,7 +71,6 @@ SMALL_THRESHOLD = 0.75  # precision 0.99, recall 0.71, among 450 queries and 600
 HEIC_SUFFIXES = (".heic", ".heif")
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *HEIC_SUFFIXES)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
 
 SIMILARITIES = 2**24  # held at once, float32
@@ -178,18 +178,12 @@ class Budget:
 
 def read_picture(file, prepare, budget):
     """prepare(image) of the picture in an open file, upright and RGB; raises whatever its decoder does."""
-    with Image.open(file, formats=formats()) as image:
-        tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
-        pixels = max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0))
-        if pixels > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
-        with budget.take(pixels):
-            image.load()
-            with suppress(Exception):  # damaged EXIF: viewers do not turn the picture either
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
-                return prepare(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB"))
-            return prepare(image if image.mode == "RGB" else image.convert("RGB"))
+    with Image.open(file, formats=formats()) as image, budget.take(pixels_to_decode(image)):
+        image.load()
+        with suppress(Exception):  # damaged EXIF: viewers do not turn the picture either
+            ImageOps.exif_transpose(image, in_place=True)
+        upright = in_eight_bits(image)
+        return prepare(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 def why(error, path):

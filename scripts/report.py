@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from eval_metrics import as_text, load_candidates, micro_metrics, read_ground_truth
+from pictures import in_eight_bits, pixels_to_decode
 from postprocess import atomic, pair_scores
 from validate_submission import InputError, add_track_flags, read_csv, read_submission, track_of
 
@@ -53,7 +54,6 @@ except ImportError:  # HEIC pictures then cannot be shown
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", *(["HEIF"] if pillow_heif else [])]
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 FOLDERS = {"query": ("query_images", "query_images_phase2"), "reference": ("reference_images",)}
-MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 SIDE, QUALITY = 256, 70  # of pictures in the page: longer side in pixels, JPEG
 PRECISIONS = (0.99, 0.95, 0.9, 0.8)
 PAIRS, GROUPS, BAD = 12, 50, 200  # shown: pairs of each kind, groups (--gallery changes both), unreadable files
@@ -234,13 +234,9 @@ def shown(name):
 def open_picture(path):
     """The picture at `path`: RGB, upright, no side longer than SIDE. Raises some exception where there is none."""
     with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-        tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
-        if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
-            raise ValueError("too many pixels to decode")
+        pixels_to_decode(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
-        if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(in_eight_bits(image)).convert("RGB")
     image.thumbnail((SIDE, SIDE))
     return image
 
