@@ -15,11 +15,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from eval_metrics import load_candidates, read_ground_truth
+from plot_log import FORMATS
 from postprocess import atomic
 from report import rank, read_edits, scores_by_edit
 from validate_submission import InputError
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def edit_scores(submissions, ground_truth, edits):

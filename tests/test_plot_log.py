@@ -68,3 +68,4 @@ def test_what_is_no_log(tmp_path, capsys, text, words):
 def test_no_file_and_no_format(tmp_path):
     assert_refused(run(SCRIPT, tmp_path / "log.jsonl"), "log.jsonl")
     assert_refused(run(SCRIPT, "log.jsonl", "-o", "log.txt"), "--output log.txt", "png")
+    assert_refused(run(SCRIPT, "log.jsonl", "-o", "log.pgf"), "--output log.pgf", "png")
