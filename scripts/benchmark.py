@@ -203,7 +203,7 @@ def augmentation(size, photos):
     """
     published = published_open, published_moderate(size), published_hard(size, photos)
     transform = v83.moderate_augmentation(size, MEAN, STD), v83.hard_augmentation(size, MEAN, STD, np.array(photos))
-    ours, moments = (v83.open_image, *transform), {}
+    ours, moments = (partial(v83.open_image, fast=True), *transform), {}
 
     def run(pipeline, number):
         open_image, moderate, hard = pipeline
@@ -306,15 +306,16 @@ def training_step(images, _photos):
 # ---- extraction ----
 
 
-def extraction_input(size, photos):
-    """From file to network input.
+def extraction_input(case, photos):
+    """From file to network input. case: size, whether as --fast-input has it.
 
     A: PIL open, Resize, ToTensor, Normalize
     B: v83.open_image, v83.evaluation_transform
     """
+    size, fast = case
     resize, finish = transforms.Resize((size, size)), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     published = transforms.Compose([published_open, resize, *finish])
-    ours = transforms.Compose([v83.open_image, v83.evaluation_transform(size, MEAN, STD)])
+    ours = transforms.Compose([partial(v83.open_image, fast=fast), v83.evaluation_transform(size, MEAN, STD)])
 
     def run(read, _number):
         return [read(path) for path in photos]
@@ -694,7 +695,7 @@ PARTS = [
     Part(augmentation, "pairs", {"256 px": 256, "384 px": 384, "512 px": 512}),
     Part(loss, "images", {"256 x 20000": (256, 20_000), "512 x 20000": (512, 20_000)}),
     Part(training_step, "images", {"128 x 256 px": 128}),
-    Part(extraction_input, "images", {"512 px": 512}),
+    Part(extraction_input, "images", {"512 px": (512, False), "512 px, fast": (512, True)}),
     Part(extraction_model, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(extraction_onnx, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(evaluation, "queries", {"8000 x 10": 8_000}),

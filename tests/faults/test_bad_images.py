@@ -120,17 +120,20 @@ def test_what_can_be_read(tmp_path, name):
     GOOD[name](tmp_path / name)
     image = v83.open_image(tmp_path / name)
     assert image.mode == "RGB"
+    pixels = v83.open_image(tmp_path / name, fast=True)
+    assert pixels.dtype == v83.torch.uint8 and np.array_equal(pixels.permute(1, 2, 0), image)
     with Image.open(tmp_path / name) as original:
         assert image.size == original.size  # EXIF's orientation is not looked at, as in the published code
     if name == "16-bit.png":
         assert np.abs(np.asarray(image)[..., 0].ravel() - np.linspace(0, 255, 45 * 60)).max() <= 1
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read(tmp_path, name):
+def test_what_cannot_be_read(tmp_path, name, fast):
     BAD[name](tmp_path / name)
     with pytest.raises(v83.InputError, match=str(tmp_path / name)):
-        v83.open_image(tmp_path / name)
+        v83.open_image(tmp_path / name, fast)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
