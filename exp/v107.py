@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
     add("--tta", action="store_true", help="describe three scales and their mirror images, and average")  # v107
-    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read in half the time")
+    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read faster")
     add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
@@ -169,6 +169,7 @@ def describe_scales(model, images):  # v107
 # ---- model ----
 CUDA = torch.cuda.is_available()
 VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
+VERSIONS["opencv"] = cv2.__version__
 
 
 def gem(x, p, eps=1e-6):
@@ -285,7 +286,7 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-TO_FLOAT = (v2.PILToTensor(), torch.Tensor.contiguous, transforms.ConvertImageDtype(torch.float32))  # from pixels too
+TO_FLOAT = (v2.PILToTensor(), torch.Tensor.contiguous, transforms.ConvertImageDtype(torch.float32))  # like ToTensor
 
 
 class InputError(ValueError):
@@ -304,8 +305,8 @@ def list_images(folder):
     return np.array(paths)
 
 
-def open_image(path, fast=False):
-    """The first image at `path`: in mode RGB or, if fast, uint8 (3, h, w); raises InputError where there is none."""
+def open_image(path, pixels=False):
+    """The first image at `path`: PIL's, in mode RGB, or pixels, uint8 (3, h, w); raises InputError if there is none."""
     try:
         if not Path(path).is_file():  # a pipe would be waited for
             raise OSError("there is no such file")
@@ -315,17 +316,17 @@ def open_image(path, fast=False):
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
         if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if fast and (image.format, image.mode) == ("JPEG", "RGB"):  # of which OpenCV makes the same values sooner
-            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-            if pixels is not None:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
-        return v2.functional.pil_to_tensor(image.convert("RGB")) if fast else image.convert("RGB")
+        if pixels and (image.format, image.mode) == ("JPEG", "RGB"):  # of which OpenCV makes the same values sooner
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            if (decoded := cv2.imdecode(np.memmap(path, np.uint8, "r"), flags)) is not None:
+                return torch.from_numpy(decoded).permute(2, 0, 1)
+        return v2.functional.pil_to_tensor(image.convert("RGB")) if pixels else image.convert("RGB")
     except Exception as error:  # file system, formats and decoders each fail in their own way
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def evaluation_transform(input_size, mean, std):
-    """Resize to a square, normalise: callable from open_image's to float tensor (3, input_size, input_size)."""
+    """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
@@ -640,7 +641,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read, config = partial(open_image, fast=args.fast_input), model.backbone.default_cfg
+    read, config = partial(open_image, pixels=args.fast_input), model.backbone.default_cfg
     transform = transforms.Compose([read, evaluation_transform(args.input_size, config["mean"], config["std"])])
     model = partial(describe_scales, model) if args.tta else model  # v107
     with Path(args.weight).open("rb") as file:

@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--neg-margin", type=float, default=1.0, help="distance above which a negative pair costs nothing")
     add("--memory-size", type=int, default=20000, help="rows of the memory bank")
     add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
-    add("--exact", action="store_true", help="crop and jitter by Pillow, as published, not the faster near-equals")
+    add("--exact", action="store_true", help="read, crop, jitter by Pillow, as published, not the faster near-equals")
     add("--sample-size", type=int, default=1000000, help="how many training images to use, the first by name")
     add("--seed", type=int, default=99, help="decides every random draw, for any number of processes")  # v86: 9
     add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint; auto: the newest in --output")
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
-    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read in half the time")
+    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read faster")
     add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
@@ -115,7 +115,7 @@ def parse_args(argv=None):
 
 
 def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
-    """The hard view: callable from PIL image to float tensor (3, input_size, input_size)."""
+    """The hard view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     p = 0.30  # v86: 0.25
     jitter = transforms.ColorJitter if exact else ColorJitter
     shuffled = [
@@ -145,7 +145,7 @@ class TrainDataset:
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
         self.files, self.rows = [self.paths], args.ncrops
-        self.seed, self.epoch, self.fast = args.seed, 0, not args.exact
+        self.seed, self.epoch, self.pixels = args.seed, 0, not args.exact
         hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
         self.crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (args.ncrops - 1)
 
@@ -154,7 +154,7 @@ class TrainDataset:
 
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
-        image = open_image(self.paths[index], self.fast)
+        image = open_image(self.paths[index], self.pixels)
         views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
         return torch.stack(views), torch.tensor(labels)
 
@@ -162,6 +162,7 @@ class TrainDataset:
 # ---- model ----
 CUDA = torch.cuda.is_available()
 VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
+VERSIONS["opencv"] = cv2.__version__
 
 
 def gem(x, p, eps=1e-6):
@@ -285,8 +286,7 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
     def forward(self, image):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        pixels = v2.PILToTensor()(v2.functional.crop(image, top, left, height, width))
-        return v2.functional.resize(pixels, self.size, antialias=True)
+        return v2.functional.resized_crop(v2.PILToTensor()(image), top, left, height, width, self.size)
 
 
 class ColorJitter(transforms.ColorJitter):
@@ -313,7 +313,7 @@ class ColorJitter(transforms.ColorJitter):
 
 
 def moderate_augmentation(input_size, mean, std, exact=False):
-    """The moderate view: callable from PIL image to float tensor (3, input_size, input_size)."""
+    """The moderate view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     crop = (transforms.RandomResizedCrop if exact else RandomResizedCrop)(input_size, scale=(0.7, 1.0))
     geometry = [crop, transforms.RandomHorizontalFlip(p=0.5)]
     return transforms.Compose([*geometry, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
@@ -376,7 +376,7 @@ def overlay_emoji(image):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-TO_FLOAT = (v2.PILToTensor(), torch.Tensor.contiguous, transforms.ConvertImageDtype(torch.float32))  # from pixels too
+TO_FLOAT = (v2.PILToTensor(), torch.Tensor.contiguous, transforms.ConvertImageDtype(torch.float32))  # like ToTensor
 
 
 class InputError(ValueError):
@@ -395,8 +395,8 @@ def list_images(folder):
     return np.array(paths)
 
 
-def open_image(path, fast=False):
-    """The first image at `path`: in mode RGB or, if fast, uint8 (3, h, w); raises InputError where there is none."""
+def open_image(path, pixels=False):
+    """The first image at `path`: PIL's, in mode RGB, or pixels, uint8 (3, h, w); raises InputError if there is none."""
     try:
         if not Path(path).is_file():  # a pipe would be waited for
             raise OSError("there is no such file")
@@ -406,17 +406,17 @@ def open_image(path, fast=False):
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
         if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if fast and (image.format, image.mode) == ("JPEG", "RGB"):  # of which OpenCV makes the same values sooner
-            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-            if pixels is not None:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
-        return v2.functional.pil_to_tensor(image.convert("RGB")) if fast else image.convert("RGB")
+        if pixels and (image.format, image.mode) == ("JPEG", "RGB"):  # of which OpenCV makes the same values sooner
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            if (decoded := cv2.imdecode(np.memmap(path, np.uint8, "r"), flags)) is not None:
+                return torch.from_numpy(decoded).permute(2, 0, 1)
+        return v2.functional.pil_to_tensor(image.convert("RGB")) if pixels else image.convert("RGB")
     except Exception as error:  # file system, formats and decoders each fail in their own way
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def evaluation_transform(input_size, mean, std):
-    """Resize to a square, normalise: callable from open_image's to float tensor (3, input_size, input_size)."""
+    """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
@@ -729,7 +729,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read, config = partial(open_image, fast=args.fast_input), model.backbone.default_cfg
+    read, config = partial(open_image, pixels=args.fast_input), model.backbone.default_cfg
     transform = transforms.Compose([read, evaluation_transform(args.input_size, config["mean"], config["std"])])
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]

@@ -199,11 +199,11 @@ def augmentation(size, photos):
     """Both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
 
     A: PIL open, AugLy and torchvision transforms on PIL images in the published order, ToTensor, erasing, Normalize
-    B: v83.open_image, v83.moderate_augmentation, v83.hard_augmentation
+    B: v83.open_image(pixels=True), v83.moderate_augmentation, v83.hard_augmentation
     """
     published = published_open, published_moderate(size), published_hard(size, photos)
     transform = v83.moderate_augmentation(size, MEAN, STD), v83.hard_augmentation(size, MEAN, STD, np.array(photos))
-    ours, moments = (partial(v83.open_image, fast=True), *transform), {}
+    ours, moments = (partial(v83.open_image, pixels=True), *transform), {}
 
     def run(pipeline, number):
         open_image, moderate, hard = pipeline
@@ -310,12 +310,12 @@ def extraction_input(case, photos):
     """From file to network input. case: size, whether as --fast-input has it.
 
     A: PIL open, Resize, ToTensor, Normalize
-    B: v83.open_image, v83.evaluation_transform
+    B: v83.open_image(pixels=fast), v83.evaluation_transform
     """
     size, fast = case
     resize, finish = transforms.Resize((size, size)), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     published = transforms.Compose([published_open, resize, *finish])
-    ours = transforms.Compose([partial(v83.open_image, fast=fast), v83.evaluation_transform(size, MEAN, STD)])
+    ours = transforms.Compose([partial(v83.open_image, pixels=fast), v83.evaluation_transform(size, MEAN, STD)])
 
     def run(read, _number):
         return [read(path) for path in photos]

@@ -515,10 +515,10 @@ def test_the_same_seed_gives_the_same_view(stage, overlay_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pixels_give_the_view_of_their_image(stage, overlay_path, tmp_path):
-    """What open_image(fast=True) reads: every draw, every value."""
+    """What open_image(pixels=True) reads: every draw, every value."""
     module = STAGES[stage]
     picture(9, 7).resize((WIDTH, HEIGHT)).save(tmp_path / "image.jpg")
-    images = [module.open_image(tmp_path / "image.jpg", fast) for fast in (False, True)]
+    images = [module.open_image(tmp_path / "image.jpg", pixels) for pixels in (False, True)]
     usual, every = (module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]) for _ in range(2))
     transforms = [usual] * 20 + [certain(every)] * 5 + [module.moderate_augmentation(SIZE, MEAN, STD)] * 5
     for seed, transform in enumerate(transforms):

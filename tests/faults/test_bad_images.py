@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -120,7 +121,7 @@ def test_what_can_be_read(tmp_path, name):
     GOOD[name](tmp_path / name)
     image = v83.open_image(tmp_path / name)
     assert image.mode == "RGB"
-    pixels = v83.open_image(tmp_path / name, fast=True)
+    pixels = v83.open_image(tmp_path / name, pixels=True)
     assert pixels.dtype == v83.torch.uint8 and np.array_equal(pixels.permute(1, 2, 0), image)
     with Image.open(tmp_path / name) as original:
         assert image.size == original.size  # EXIF's orientation is not looked at, as in the published code
@@ -128,12 +129,26 @@ def test_what_can_be_read(tmp_path, name):
         assert np.abs(np.asarray(image)[..., 0].ravel() - np.linspace(0, 255, 45 * 60)).max() <= 1
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("pixels", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read(tmp_path, name, fast):
+def test_what_cannot_be_read(tmp_path, name, pixels):
     BAD[name](tmp_path / name)
     with pytest.raises(v83.InputError, match=str(tmp_path / name)):
-        v83.open_image(tmp_path / name, fast)
+        v83.open_image(tmp_path / name, pixels)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_what_follows_an_image_takes_no_memory(tmp_path, pixels):
+    path = tmp_path / "long.jpg"
+    picture()(path)
+    expected = np.asarray(v83.open_image(path))
+    os.truncate(path, 2**30)
+    tracemalloc.start()
+    image = v83.open_image(path, pixels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+    assert np.array_equal(image.permute(1, 2, 0) if pixels else image, expected)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
