@@ -71,7 +71,7 @@ def test_the_logs_are_of_these_commands(commands):
         args, known = vars(module.parse_args(flags)), logged[module.__name__]
         for values in args, known:
             values |= {name: Path(values[name]) for name in ("out", "data") if name in values}
-        different = {name for name in args.keys() | known.keys() if args.get(name) != known.get(name)}
+        different = {name for name in known if args.get(name) != known[name]}  # flags may have been added since
         assert different <= {"resume", "workers"}, {name: (args.get(name), known.get(name)) for name in different}
 
 
