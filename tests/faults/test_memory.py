@@ -16,7 +16,7 @@ v83.embed = lambda args, model, images, device: rows[: len(images)]
 
 def create_model(args, device):
     model = torch.nn.Identity()
-    model.backbone = argparse.Namespace(default_cfg={"mean": 0.5, "std": 0.5})
+    model.backbone = argparse.Namespace(default_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3})
     return model
 
 def peak():
