@@ -159,8 +159,7 @@ class TrainDataset:
 
 # ---- model ----
 CUDA = torch.cuda.is_available()
-VERSIONS = {name: version(name) for name in ("torch", "torchvision", "timm", "augly", "pillow")}
-VERSIONS["opencv"] = cv2.__version__
+VERSIONS = {x: version(x) for x in ("torch", "torchvision", "timm", "augly", "pillow")} | {"opencv": cv2.__version__}
 
 
 def gem(x, p, eps=1e-6):
@@ -813,6 +812,7 @@ def main(argv=None):
     try:
         code = train(args) if args.mode == "train" else extract(args)
     except (InputError, OSError, EOFError, RuntimeError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises a loader process's loss again, in here
         words = ("DataLoader worker", "Pin memory thread", "gloo", "NCCL")
         lost = isinstance(error, ConnectionError | EOFError | dist.DistError)
         lost = lost or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

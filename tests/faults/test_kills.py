@@ -28,6 +28,7 @@ from stage_process import (
 )
 
 import v83
+from conftest import called
 
 STEP = 8  # images that the network sees in a step of all processes
 
@@ -162,6 +163,29 @@ def test_a_killed_loader_process(start, data, tmp_path, figure, world_size):
     # torch raises the loss again wherever it first can, also where Python ignores it: in a destructor.
     assert "Traceback" not in run.errors().partition("Exception ignored in")[0]
     figure(f"killed loader, {world_size} process(es): the run ended after {time.monotonic() - begin:.1f} s")
+
+
+def test_a_loss_that_is_told_twice(tmp_path, monkeypatch, capfd):
+    """The connection to a loader process breaks first; torch's handler then raises while main() words the error."""
+
+    class Broken(ConnectionResetError):
+        def __str__(self):
+            os.kill(os.getpid(), signal.SIGCHLD)
+            return "reset by peer"
+
+    def lose(args):
+        def tell(*_):
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+        signal.signal(signal.SIGCHLD, tell)
+        raise Broken
+
+    monkeypatch.setattr(v83, "train", lose)
+    before = signal.getsignal(signal.SIGCHLD)
+    result = called(v83.main, [tmp_path], capfd)
+    signal.signal(signal.SIGCHLD, before)
+    assert result.returncode == 1
+    assert result.stderr == "v83.py: error: lost a process: reset by peer; continue with --resume auto\n"
 
 
 def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
