@@ -55,20 +55,24 @@ def start_server():
 # ---- in the process ----
 
 
-def count_images(module, path):
-    """Have the module's network note in the file at `path` each time how many images it is given."""
-    embed = module.embed
+def count_images(module, path, hold):
+    """Have the module's network note in the file at `path` how many images it is given, and stay there after `hold`."""
+    embed, seen = module.embed, 0
 
     def counted(args, model, images, device):
+        nonlocal seen
         result = embed(args, model, images, device)
         with path.open("a") as file:
             file.write(f"{len(images)}\n")
+        seen += len(images)
+        while hold is not None and seen >= hold:
+            time.sleep(1)
         return result
 
     module.embed = counted
 
 
-def run_stage(stage, argv, environment, limits, output):
+def run_stage(stage, argv, environment, limits, output, hold):
     """What the process does: the command, its messages into files in `output`, and at last its peak memory."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a command of its own
@@ -79,7 +83,7 @@ def run_stage(stage, argv, environment, limits, output):
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1]))
     module = importlib.import_module(stage)
-    count_images(module, output / "images")
+    count_images(module, output / "images", hold)
     code = module.main(argv)
     (output / "memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
     sys.exit(code)
@@ -98,9 +102,9 @@ def save_forever(path, number):
 
 
 class Run:
-    """A started command of `world_size` processes."""
+    """A started command of `world_size` processes, which wait to be killed after `hold` images each."""
 
-    def __init__(self, context, stage, *argv, folder, world_size=1, **limits):
+    def __init__(self, context, stage, *argv, folder, world_size=1, hold=None, **limits):
         self.outputs = [Path(folder, f"rank{rank}") for rank in range(world_size)]
         argv, environment = [str(argument) for argument in argv], {}
         if world_size > 1:
@@ -110,7 +114,7 @@ class Run:
         for rank, output in enumerate(self.outputs):
             output.mkdir(parents=True, exist_ok=True)
             own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
-            process = context.Process(target=run_stage, args=(stage, argv, own, limits, output))
+            process = context.Process(target=run_stage, args=(stage, argv, own, limits, output, hold))
             process.start()
             self.processes.append(process)
 

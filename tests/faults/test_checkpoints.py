@@ -26,7 +26,7 @@ def trained(undisturbed, tmp_path):
 @pytest.fixture
 def halfway(start, data, tmp_path):
     """A run that was killed in the middle of its second epoch."""
-    run = train(start, data, tmp_path)
+    run = train(start, data, tmp_path, hold=15 * 8)
     run.wait_for_images(15 * 8)
     run.kill()
     assert 0 < load(tmp_path / "train" / "last.pth.tar")["step"] < 10

@@ -137,7 +137,7 @@ def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
     run = start(stage, *argv, "--output", tmp_path / "one", folder=tmp_path / "one")
     assert run.wait() == [0], run.errors()
     images = run.images()
-    run = start(stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two")
+    run = start(stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two", hold=images // 4 + 1)
     assert run.wait_for_images(images // 4 + 1)
     run.kill()
     step = load(tmp_path / "two" / "train" / "last.pth.tar")["step"]
@@ -206,7 +206,7 @@ def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
 
 def test_another_number_of_processes(start, data, tmp_path):
     """In the middle of an epoch one process hands over to two: they go through the same samples."""
-    run = train(start, data, tmp_path, "--checkpoint-every", 4)
+    run = train(start, data, tmp_path, "--checkpoint-every", 4, hold=4 * STEP + 1)
     run.wait_for_images(4 * STEP + 1)
     run.kill()
     before = load(tmp_path / "train" / "last.pth.tar")
@@ -323,7 +323,7 @@ def test_kills_while_extracting(start, data, weight, extracted, tmp_path, kills,
 
 def interrupted(start, data, output, weight, *flags):
     """An extraction that was killed when it had described 40 images."""
-    run = extract(start, data, output, weight, *flags)
+    run = extract(start, data, output, weight, *flags, hold=40)
     run.wait_for_images(40)
     run.kill()
     assert list((output / "extract").glob("unfinished/*/*.npz"))
@@ -337,8 +337,8 @@ def test_sets_of_the_same_names_never_mix(start, data, weight, tmp_path):
     for i in range(9):
         shutil.copy(data / "query_images" / f"Q{i:05d}.jpg", root / "query_images" / f"{i}.jpg")
         shutil.copy(data / "reference_images" / f"R{i:06d}.jpg", root / "reference_images" / f"{i}.jpg")
-    run = extract(start, root, tmp_path, weight, "--target-set", "q")
-    run.wait_for_images(5)
+    run = extract(start, root, tmp_path, weight, "--target-set", "q", hold=9)
+    run.wait_for_images(9)
     run.kill()
     run = extract(start, root, tmp_path, weight, "--target-set", "r")
     assert run.wait() == [2] and "--start-over" in run.errors()
