@@ -319,12 +319,26 @@ def moderate_augmentation(input_size, mean, std, exact=False):
 
 
 def rotate(image):
-    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin or large stays as it is."""
-    degrees, (width, height) = random.uniform(0, 180), image.size
-    sine, cosine = abs(math.sin(math.radians(degrees))), abs(math.cos(math.radians(degrees)))
-    large = (width * cosine + height * sine) * (width * sine + height * cosine) > MAX_PIXELS  # with its empty corners
-    thin = min(rotated_rect_with_max_area(width, height, degrees)) < 2
-    return image if thin or large else imaugs.rotate(image, degrees=degrees)
+    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin for one stays as it is."""
+    return cut_rotated(image, random.uniform(0, 180))
+
+
+def cut_rotated(image, degrees):
+    """What AugLy's rotate() gives, pixel for pixel, without computing what it cuts away."""
+    half = np.array(rotated_rect_with_max_area(*image.size, degrees)) / 2
+    if half.min() < 1:
+        return image
+    if degrees == 90:  # which Pillow turns by whole pixels
+        return imaugs.rotate(image, degrees=degrees)
+    cosine, sine, center = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), np.array(image.size) / 2
+    inverse = np.round([[cosine, -sine], [sine, cosine]], 15)
+    corners = inverse @ ([[-1, 1, 1, -1], [-1, -1, 1, 1]] * center[:, None]) + center[:, None]
+    middle = (np.ceil(corners.max(axis=1)) - np.floor(corners.min(axis=1))) / 2  # of the whole rotated image
+    start, stop = (middle - half).astype(int), (middle + half).astype(int)
+    origin = inverse @ (0.5 - middle) + center
+    step, origin = (np.floor(x * 2**16 + 0.5) / 2**16 for x in (inverse, origin))  # as Pillow counts
+    matrix = np.column_stack([step, origin + step @ (start - 0.5)])
+    return image.transform(tuple(stop - start), Image.Transform.AFFINE, matrix.ravel().tolist())
 
 
 def overlay_and_crop(image, input_size, overlay_paths, exact, overlay_p, opacity_lower, sizes):
