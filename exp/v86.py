@@ -355,8 +355,17 @@ def overlay_and_crop(image, input_size, overlay_paths, exact, overlay_p, opacity
     x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
     height = int(background.height * size)
     if 0 < overlay.width * height // overlay.height * height < MAX_PIXELS // 4:  # else one of the two is too thin
-        background = imaugs.overlay_image(background, overlay, None, opacity, size, x, y).convert("RGB")
+        background = overlay_image(background, overlay, opacity, size, x, y)
     return crop(input_size, scale=(0.7, 1.0))(background)
+
+
+def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos):
+    """AugLy's, to the same pixels, without its way through RGBA."""
+    height = int(image.height * overlay_size)
+    overlay = overlay.resize((overlay.width * height // overlay.height, height))
+    image, mask = image.copy(), Image.new("L", overlay.size, int(255 * opacity))
+    image.paste(overlay, (int(image.width * x_pos), int(image.height * y_pos)), mask)
+    return image
 
 
 def shuffle_pixels(image):
