@@ -31,9 +31,9 @@ RECIPES = {
     "v98": {"J": 0.8, "p": 0.35, "edge_p": 0.30, "overlay_p": 0.10, "opacity": 0.4, "size": (0.2, 0.8)},
 }
 SHUFFLED = ("jitter", "pixelization", "shuffle_pixels", "encoding_quality", "rgb_to_grayscale", "blur", "perspective",
-            "hflip", "vflip", "overlay_text", "overlay_emoji", "apply_pil_filter")  # fmt: skip
-AUGLY = ("rotate", "overlay_image", "overlay_text", "overlay_emoji", "pixelization", "encoding_quality", "blur",
-         "apply_pil_filter")  # fmt: skip
+            "hflip", "vflip", "overlay_text", "overlay_emoji", "enhance_edges")  # fmt: skip
+AUGLY = ("overlay_text", "overlay_emoji", "pixelization", "encoding_quality", "blur")
+OURS = ("cut_rotated", "overlay_image", "shuffle_pixels", "enhance_edges")  # of the scripts
 TORCHVISION = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "rgb_to_grayscale",
                "perspective", "hflip", "vflip")  # fmt: skip
 WIDTH, HEIGHT, SIZE, DRAWS = 80, 72, 64, 2000
@@ -161,6 +161,36 @@ def test_shuffling_moves_a_tenth_and_never_the_same(hard):
     assert len({pattern.tobytes() for pattern in patterns}) == 20
 
 
+# ---- what is computed otherwise than by AugLy and Pillow, to the same pixels ----
+
+SIZES = [(80, 72), (71, 90), (300, 40), (9, 200), (2, 3)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_rotation_gives_auglys_pixels(width, height):
+    image = picture(width, height)
+    for degrees in [0.0, 1e-9, 45.0, 90.0, 90.1, 135.0, 180.0, *np.random.default_rng(0).uniform(0, 180, 40).tolist()]:
+        if min(v83.rotated_rect_with_max_area(width, height, degrees)) >= 2:
+            assert v83.cut_rotated(image, degrees) == imaugs.rotate(image, degrees=degrees), degrees
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES[:-1])  # on the last, an overlay would have no pixels
+def test_overlay_gives_auglys_pixels(width, height):
+    image, overlay = picture(width, height), picture(40, 50, seed=1)
+    before, rng = image.copy(), np.random.default_rng(0)
+    for opacity, size, x, y in rng.uniform((0.4, 0.5, 0, 0), 1, (40, 4)).tolist():
+        expected = imaugs.overlay_image(image, overlay, None, opacity, size, x, y).convert("RGB")
+        assert v83.overlay_image(image, overlay, opacity, size, x, y) == expected
+    assert image == before
+
+
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (1, 1)])
+@pytest.mark.parametrize("kind", v83.EDGE_FILTERS)
+def test_edges_give_pillows_pixels(kind, width, height):
+    for image in (picture(width, height), Image.new("RGB", (width, height), (255, 128, 1))):
+        assert v83.enhance_edges(image, kind) == image.filter(kind)
+
+
 # ---- near-equals of Pillow's operations ----
 
 
@@ -243,7 +273,8 @@ def draws(request, tmp_path_factory):
         for name, result in resized.items():
             patch.setattr(TF, name, stub(TF, name, result))
         stage = STAGES[request.param]
-        patch.setattr(stage, "shuffle_pixels", stub(stage, "shuffle_pixels"))
+        for name in OURS:
+            patch.setattr(stage, name, stub(stage, name))
         hard = stage.hard_augmentation(SIZE, MEAN, STD, [str(path)], exact=True)
         image = picture(WIDTH, HEIGHT)
         seed_all(2021)
@@ -273,8 +304,10 @@ def assert_uniform(values, low, high):
 
 def test_probabilities(draws):
     expected = dict.fromkeys(("pixelization", "shuffle_pixels", "rgb_to_grayscale", "blur", "erase"), 0.25)
-    expected |= dict.fromkeys(("rotate", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p)
-    expected |= {"hflip": 0.5, "vflip": 0.1, "apply_pil_filter": draws.edge_p, "overlay_image": draws.overlay_p}
+    expected |= dict.fromkeys(
+        ("cut_rotated", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p
+    )
+    expected |= {"hflip": 0.5, "vflip": 0.1, "enhance_edges": draws.edge_p, "overlay_image": draws.overlay_p}
     for name, p in expected.items():
         count = sum(any(call.name == name for call in calls) for calls in draws.calls)
         assert_probability(count, DRAWS, p, name)
@@ -286,8 +319,8 @@ def test_fixed_order_around_the_shuffled_list(draws):
     for calls in draws.calls:
         names = [call.name for call in calls]
         crop = names.index("resized_crop")
-        assert [name for name in names[:crop] if name != "rotate"] in ([], ["overlay_image"])
-        assert names[0] == "rotate" or "rotate" not in names
+        assert [name for name in names[:crop] if name != "cut_rotated"] in ([], ["overlay_image"])
+        assert names[0] == "cut_rotated" or "cut_rotated" not in names
         assert "erase" not in names[:-1]
 
 
@@ -309,7 +342,7 @@ def test_the_list_is_shuffled_uniformly(draws):
 
 
 def test_rotation_and_colour_ranges(draws):
-    assert_uniform([call.degrees for call in of(draws, "rotate")], 0, 180)
+    assert_uniform([call.degrees for call in of(draws, "cut_rotated")], 0, 180)
     for kind in ("brightness", "contrast", "saturation"):
         factors = [getattr(call, f"{kind}_factor") for call in of(draws, f"adjust_{kind}")]
         assert_uniform(factors, 1 - draws.J, 1 + draws.J)
@@ -347,7 +380,7 @@ def test_shuffled_operations_ranges(draws):
     assert_uniform([call.ratio for call in of(draws, "pixelization")], 0.1, 1)
     assert_uniform([call.radius for call in of(draws, "blur")], 0, 10)
     qualities = [call.quality for call in of(draws, "encoding_quality")]
-    filters = [call.filter_type for call in of(draws, "apply_pil_filter")]
+    filters = [call.kind for call in of(draws, "enhance_edges")]
     for choices, drawn in (
         ((10, 20, 30, 50), qualities),
         ((ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE), filters),
