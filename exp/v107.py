@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
     add("--tta", action="store_true", help="describe three scales and their mirror images, and average")  # v107
-    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read faster")
+    add("--fast-input", action="store_true", help="read what is only resized faster, to values within 1 of Pillow's")
     add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
@@ -147,7 +147,8 @@ class TrainDataset:  # v107
             )
         self.files, self.rows = [self.pairs.ravel(), self.negatives], 2 + args.num_negatives
         self.seed, self.epoch = args.seed, 0
-        self.plain = evaluation_transform(args.input_size, mean, std)
+        plain = [partial(open_image, pixels=args.fast_input), evaluation_transform(args.input_size, mean, std)]
+        self.plain = transforms.Compose(plain)
 
     def __len__(self):
         return len(self.pairs)
@@ -155,7 +156,7 @@ class TrainDataset:  # v107
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
         negatives = random.sample(range(len(self.negatives)), self.rows - 2)
-        views = [self.plain(open_image(path)) for path in (*self.pairs[index], *self.negatives[negatives])]
+        views = [self.plain(path) for path in (*self.pairs[index], *self.negatives[negatives])]
         labels = [index, index] + [1000000 + number for number in negatives]
         return torch.stack(views), torch.tensor(labels)
 

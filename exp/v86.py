@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
-    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read faster")
+    add("--fast-input", action="store_true", help="read what is only resized faster, to values within 1 of Pillow's")
     add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")

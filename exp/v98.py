@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--target-set", default="qr", help="what to describe: letters of q(uery), r(eference), t(raining)")
     add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
     add("--eval-subset", nargs="?", const="rids_subset.txt", help="file in DATA: only these references, an id a line")
-    add("--fast-input", action="store_true", help="extract from pixels within 1 of Pillow's, read faster")
+    add("--fast-input", action="store_true", help="read what is only resized faster, to values within 1 of Pillow's")
     add("--start-over", action="store_true", help="discard the unfinished extraction of other inputs")
     add("--dryrun", action="store_true", help="only the first 100 images of each set")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
@@ -146,7 +146,8 @@ class TrainDataset:
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
         self.references = list_images(Path(args.data).absolute().parent / "reference_images")  # v98
-        self.plain = evaluation_transform(args.input_size, mean, std)  # v98
+        plain = [partial(open_image, pixels=args.fast_input), evaluation_transform(args.input_size, mean, std)]  # v98
+        self.plain = transforms.Compose(plain)  # v98
         self.files, self.rows = [self.paths, self.references], args.ncrops + 2  # v98
         self.seed, self.epoch, self.pixels = args.seed, 0, not args.exact
         hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
@@ -160,7 +161,7 @@ class TrainDataset:
         image = open_image(self.paths[index], self.pixels)
         views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
         for number in random.sample(range(len(self.references)), 2):  # v98: negatives of every training image
-            views.append(self.plain(open_image(self.references[number])))
+            views.append(self.plain(self.references[number]))
             labels.append(1000000 + number)
         return torch.stack(views), torch.tensor(labels)
 

@@ -651,6 +651,21 @@ def test_pairs_and_their_negatives(house):
     assert len(set(negatives.values())) == len(negatives)
 
 
+@pytest.mark.parametrize("stage", [v98, v107], ids=["v98", "v107"])
+def test_fast_input_in_training(house, stage):
+    """What is only resized differs, by one at most of Pillow's values; views of v98's training image do not."""
+    samples, size = [], ["--input-size", "37"]  # at 32, halved, they are equal
+    for flags in ([], ["--fast-input"]):
+        args = stage.parse_args([*SCALED[stage.__name__], *size, *flags, str(house / "input" / "training_images")])
+        samples.append(stage.TrainDataset(args, (0.0,) * 3, (1 / 255,) * 3)[3])
+    (exact, labels), (fast, same_labels) = samples
+    assert torch.equal(labels, same_labels)
+    difference = (exact - fast).abs().amax(dim=(1, 2, 3))
+    resized = labels >= 1_000_000 if stage is v98 else labels >= 0
+    assert (difference[~resized] == 0).all()
+    assert 0.99 <= difference[resized].max() <= 1.01
+
+
 def test_references_as_negatives_of_v98(house):
     """Two plain references with every sample, labelled by a million and their position."""
     args = v98.parse_args([*SCALED["v98"], str(house / "input" / "training_images")])
