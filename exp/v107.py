@@ -286,8 +286,8 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-FLOAT = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
-TO_FLOAT = (v2.PILToTensor(), partial(torch.Tensor.to, **FLOAT), partial(torch.Tensor.div_, other=255))  # as ToTensor
+CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
+TO_FLOAT = (v2.PILToTensor(), CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # as ToTensor
 
 
 class InputError(ValueError):

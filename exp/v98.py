@@ -117,7 +117,6 @@ def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
     """The hard view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     p = 0.35  # v98: 0.30
     jitter = transforms.ColorJitter if exact else ColorJitter
-    edges = [imaugs.ApplyLambda(partial(enhance_edges, kind=kind)) for kind in EDGE_FILTERS]
     shuffled = [
         jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),  # v98: 0.75
         imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
@@ -130,14 +129,14 @@ def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
         transforms.RandomVerticalFlip(p=0.1),
         transforms.RandomApply([overlay_text], p=p),
         transforms.RandomApply([overlay_emoji], p=p),
-        imaugs.OneOf(edges, p=0.30),  # v98: as in v86
+        partial(enhance_edges, p=0.30),  # v98: as in v86
     ]
     overlay = {"overlay_p": 0.1, "opacity_lower": 0.4, "sizes": (0.2, 0.8)}  # v98: 0.075, 0.5, (0.3, 0.7)
     crop = partial(overlay_and_crop, input_size=input_size, overlay_paths=overlay_paths, exact=exact, **overlay)
-    geometry = [transforms.RandomApply([v2.ToPILImage(), rotate], p=p), crop, v2.ToPILImage()]
+    geometry = [transforms.RandomApply([v2.ToPILImage(), random_rotation], p=p), crop, v2.ToPILImage()]
     erase = transforms.RandomErasing(p=0.25, value="random", inplace=True)
-    finish = [transforms.RandomOrder(shuffled), *TO_FLOAT, erase, v2.Normalize(mean, std, inplace=True)]
-    return transforms.Compose([*geometry, *finish])
+    finish = [*TO_FLOAT, erase, v2.Normalize(mean, std, inplace=True)]
+    return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), *finish])
 
 
 class TrainDataset:
@@ -293,7 +292,7 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
     def forward(self, image):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         window = v2.PILToTensor()(image)[:, top : top + height, left : left + width].permute(1, 2, 0)
-        return v2.functional.resize(window.contiguous().permute(2, 0, 1), self.size)  # as fast as only this layout is
+        return v2.functional.resize(window.contiguous().permute(2, 0, 1), self.size)  # the layout resized fastest
 
 
 class ColorJitter(transforms.ColorJitter):
@@ -326,13 +325,13 @@ def moderate_augmentation(input_size, mean, std, exact=False):
     return transforms.Compose([*geometry, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
-def rotate(image):
+def random_rotation(image):
     """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin for one stays as it is."""
-    return cut_rotated(image, random.uniform(0, 180))
+    return rotate(image, random.uniform(0, 180))
 
 
-def cut_rotated(image, degrees):
-    """What AugLy's rotate() gives, pixel for pixel, without computing what it cuts away."""
+def rotate(image, degrees):
+    """AugLy's, to the same pixels (up to 31,000 a side), without computing what it cuts away."""
     half = np.array(rotated_rect_with_max_area(*image.size, degrees)) / 2
     if half.min() < 1:
         return image
@@ -340,11 +339,11 @@ def cut_rotated(image, degrees):
         return imaugs.rotate(image, degrees=degrees)
     cosine, sine, center = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), np.array(image.size) / 2
     inverse = np.round([[cosine, -sine], [sine, cosine]], 15)
-    corners = inverse @ ([[-1, 1, 1, -1], [-1, -1, 1, 1]] * center[:, None]) + center[:, None]
-    middle = (np.ceil(corners.max(axis=1)) - np.floor(corners.min(axis=1))) / 2  # of the whole rotated image
+    reach = abs(inverse) @ center  # from the center to the sides of the whole rotated image
+    middle = (np.ceil(center + reach) - np.floor(center - reach)) / 2
     start, stop = (middle - half).astype(int), (middle + half).astype(int)
     origin = inverse @ (0.5 - middle) + center
-    step, origin = (np.floor(x * 2**16 + 0.5) / 2**16 for x in (inverse, origin))  # as Pillow counts
+    step, origin = (np.floor(x * 2**16 + 0.5) / 2**16 for x in (inverse, origin))  # 16.16 fixed point, as in Pillow
     matrix = np.column_stack([step, origin + step @ (start - 0.5)])
     return image.transform(tuple(stop - start), Image.Transform.AFFINE, matrix.ravel().tolist())
 
@@ -359,24 +358,25 @@ def overlay_and_crop(image, input_size, overlay_paths, exact, overlay_p, opacity
     background, overlay = pair
     size, opacity = random.uniform(*sizes), random.uniform(opacity_lower, 1)
     x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
-    height = int(background.height * size)
-    if 0 < overlay.width * height // overlay.height * height < MAX_PIXELS // 4:  # else one of the two is too thin
-        background = overlay_image(background, overlay, opacity, size, x, y)
-    return crop(input_size, scale=(0.7, 1.0))(background)
+    return crop(input_size, scale=(0.7, 1.0))(overlay_image(background, overlay, opacity, size, x, y))
 
 
 def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos):
-    """AugLy's, to the same pixels, without its way through RGBA."""
+    """AugLy's, to the same pixels, without its way through RGBA; where one of the two is too thin, the image."""
     height = int(image.height * overlay_size)
-    overlay = overlay.resize((overlay.width * height // overlay.height, height))
-    image, mask = image.copy(), Image.new("L", overlay.size, int(255 * opacity))
-    image.paste(overlay, (int(image.width * x_pos), int(image.height * y_pos)), mask)
+    width = overlay.width * height // overlay.height
+    if not 0 < width * height < MAX_PIXELS // 4:
+        return image
+    image, mask = image.copy(), Image.new("L", (width, height), int(255 * opacity))
+    image.paste(overlay.resize(mask.size), (int(image.width * x_pos), int(image.height * y_pos)), mask)
     return image
 
 
-def enhance_edges(image, kind):
-    """One of Pillow's EDGE_FILTERS, by OpenCV to the same pixels; the outermost stay."""
-    pixels, (size, scale, _, kernel) = np.array(image), kind.filterargs
+def enhance_edges(image, p):
+    """With probability p, one of Pillow's EDGE_FILTERS, by OpenCV to the same pixels; border pixels stay."""
+    if random.random() > p:
+        return image
+    pixels, (size, scale, _, kernel) = np.array(image), random.choices(EDGE_FILTERS)[0].filterargs
     kernel = np.reshape(kernel, size) / scale
     pixels[1:-1, 1:-1] = cv2.filter2D(pixels, -1, kernel, delta=0.001)[1:-1, 1:-1]  # Pillow rounds halves up
     return Image.fromarray(pixels)
@@ -414,8 +414,8 @@ def overlay_emoji(image):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-FLOAT = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
-TO_FLOAT = (v2.PILToTensor(), partial(torch.Tensor.to, **FLOAT), partial(torch.Tensor.div_, other=255))  # as ToTensor
+CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
+TO_FLOAT = (v2.PILToTensor(), CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # as ToTensor
 
 
 class InputError(ValueError):
