@@ -147,8 +147,7 @@ class TrainDataset:  # v107
             )
         self.files, self.rows = [self.pairs.ravel(), self.negatives], 2 + args.num_negatives
         self.seed, self.epoch = args.seed, 0
-        plain = [partial(open_image, pixels=args.fast_input), evaluation_transform(args.input_size, mean, std)]
-        self.plain = transforms.Compose(plain)
+        self.read_plain = plain_reader(args, mean, std)
 
     def __len__(self):
         return len(self.pairs)
@@ -156,7 +155,7 @@ class TrainDataset:  # v107
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
         negatives = random.sample(range(len(self.negatives)), self.rows - 2)
-        views = [self.plain(path) for path in (*self.pairs[index], *self.negatives[negatives])]
+        views = [self.read_plain(path) for path in (*self.pairs[index], *self.negatives[negatives])]
         labels = [index, index] + [1000000 + number for number in negatives]
         return torch.stack(views), torch.tensor(labels)
 
@@ -329,6 +328,12 @@ def open_image(path, pixels=False):
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+
+
+def plain_reader(args, mean, std):
+    """The same from files: callable from path to float tensor (3, input_size, input_size)."""
+    read = partial(open_image, pixels=args.fast_input)
+    return transforms.Compose([read, evaluation_transform(args.input_size, mean, std)])
 
 
 def load(get, items, blank, indices):
@@ -642,8 +647,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read, config = partial(open_image, pixels=args.fast_input), model.backbone.default_cfg
-    transform = transforms.Compose([read, evaluation_transform(args.input_size, config["mean"], config["std"])])
+    read = plain_reader(args, *(model.backbone.default_cfg[name] for name in ("mean", "std")))
     model = partial(describe_scales, model) if args.tta else model  # v107
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
@@ -665,7 +669,7 @@ def extract(args):
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
     todo = share(todo)[0][rank::world_size]
-    collate = partial(load, transform, paths, torch.zeros(3, *[args.input_size] * 2))
+    collate = partial(load, read, paths, torch.zeros(3, *[args.input_size] * 2))
     loader = DataLoader(todo, None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
     for batch, (images, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
         rows = embed(args, model, images, device).float().cpu().numpy()

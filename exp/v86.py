@@ -454,6 +454,12 @@ def evaluation_transform(input_size, mean, std):
     return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
+def plain_reader(args, mean, std):
+    """The same from files: callable from path to float tensor (3, input_size, input_size)."""
+    read = partial(open_image, pixels=args.fast_input)
+    return transforms.Compose([read, evaluation_transform(args.input_size, mean, std)])
+
+
 def load(get, items, blank, indices):
     """Collated get(items[i]) for i in indices, and {position: why} where instead stands blank or, if None, another."""
     samples, bad = [], {}
@@ -763,8 +769,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read, config = partial(open_image, pixels=args.fast_input), model.backbone.default_cfg
-    transform = transforms.Compose([read, evaluation_transform(args.input_size, config["mean"], config["std"])])
+    read = plain_reader(args, *(model.backbone.default_cfg[name] for name in ("mean", "std")))
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
     inputs += map(vars(args).get, ("arch", "input_size", "fast_input", "gem_eval_p", "batch_size", "amp", "tta"))
@@ -785,7 +790,7 @@ def extract(args):
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
     todo = share(todo)[0][rank::world_size]
-    collate = partial(load, transform, paths, torch.zeros(3, *[args.input_size] * 2))
+    collate = partial(load, read, paths, torch.zeros(3, *[args.input_size] * 2))
     loader = DataLoader(todo, None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
     for batch, (images, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
         rows = embed(args, model, images, device).float().cpu().numpy()

@@ -145,8 +145,7 @@ class TrainDataset:
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
         self.references = list_images(Path(args.data).absolute().parent / "reference_images")  # v98
-        plain = [partial(open_image, pixels=args.fast_input), evaluation_transform(args.input_size, mean, std)]  # v98
-        self.plain = transforms.Compose(plain)  # v98
+        self.read_plain = plain_reader(args, mean, std)  # v98
         self.files, self.rows = [self.paths, self.references], args.ncrops + 2  # v98
         self.seed, self.epoch, self.pixels = args.seed, 0, not args.exact
         hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
@@ -160,7 +159,7 @@ class TrainDataset:
         image = open_image(self.paths[index], self.pixels)
         views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
         for number in random.sample(range(len(self.references)), 2):  # v98: negatives of every training image
-            views.append(self.plain(self.references[number]))
+            views.append(self.read_plain(self.references[number]))
             labels.append(1000000 + number)
         return torch.stack(views), torch.tensor(labels)
 
@@ -457,6 +456,12 @@ def open_image(path, pixels=False):
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+
+
+def plain_reader(args, mean, std):
+    """The same from files: callable from path to float tensor (3, input_size, input_size)."""
+    read = partial(open_image, pixels=args.fast_input)
+    return transforms.Compose([read, evaluation_transform(args.input_size, mean, std)])
 
 
 def load(get, items, blank, indices):
@@ -770,8 +775,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read, config = partial(open_image, pixels=args.fast_input), model.backbone.default_cfg
-    transform = transforms.Compose([read, evaluation_transform(args.input_size, config["mean"], config["std"])])
+    read = plain_reader(args, *(model.backbone.default_cfg[name] for name in ("mean", "std")))
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
     inputs += map(vars(args).get, ("arch", "input_size", "fast_input", "gem_eval_p", "batch_size", "amp", "tta"))
@@ -792,7 +796,7 @@ def extract(args):
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
     todo = share(todo)[0][rank::world_size]
-    collate = partial(load, transform, paths, torch.zeros(3, *[args.input_size] * 2))
+    collate = partial(load, read, paths, torch.zeros(3, *[args.input_size] * 2))
     loader = DataLoader(todo, None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
     for batch, (images, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
         rows = embed(args, model, images, device).float().cpu().numpy()
