@@ -5,12 +5,14 @@ The processes are forked from a server that has imported the stages, which saves
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -80,6 +82,7 @@ def run_stage(stage, argv, environment, limits, output, hold):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    faulthandler.register(signal.SIGUSR2)  # where it is, when it does not end
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1]))
     module = importlib.import_module(stage)
@@ -130,6 +133,10 @@ class Run:
             process.join(max(0, end - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         if None in codes:
+            for process in self.processes:
+                if process.exitcode is None:
+                    os.kill(process.pid, signal.SIGUSR2)
+                    time.sleep(1)
             self.kill()
             raise AssertionError(f"still running after {timeout} s: {codes}\n{self.errors()}")
         return codes
