@@ -552,6 +552,8 @@ def save(path, write, size):
         unfinished.replace(path)
         os.fsync(folder)
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # torch tells of its loss wherever the process is
+            raise
         raise InputError(f"{path}: its {size} bytes cannot be written ({error}); make room and go on") from error
     finally:
         os.close(folder)
