@@ -232,17 +232,36 @@ def test_extraction_of_every_stage(house, published, tmp_path, call, stage):
     assert_descriptors(submission["reference"], 12)
     assert_descriptors(np.load(tmp_path / "extract" / "train_feats.npy"), 40)
 
-    module, checkpoint = importlib.import_module(stage), load(weight)  # by hand, image by image
-    model = module.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
-    model.load_state_dict({key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()})
-    with Image.open(house / "input" / "query_images" / "Q00003.jpg") as image:
-        pixels = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).copy())
-    config = model.backbone.default_cfg
-    image = (pixels.permute(2, 0, 1) / 255 - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[
-        :, None, None
-    ]
+    model, image = by_hand(house, weight)
     with torch.inference_mode():
         np.testing.assert_allclose(submission["query"][3], model(image[None])[0].numpy(), atol=1e-5)
+
+
+def by_hand(house, weight):
+    """A checkpoint's network, and query 3 as it should be given to it."""
+    model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
+    model.load_state_dict({key.removeprefix("module."): value for key, value in load(weight)["state_dict"].items()})
+    with Image.open(house / "input" / "query_images" / "Q00003.jpg") as image:
+        pixels = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).copy())
+    mean, std = (torch.tensor(model.backbone.default_cfg[name])[:, None, None] for name in ("mean", "std"))
+    return model, (pixels.permute(2, 0, 1) / 255 - mean) / std
+
+
+def test_three_scales_and_their_mirror_images(house, published, tmp_path, call):
+    weight = house / "exp" / "v107" / "train" / "last.pth.tar"
+    flags = [*TINY, "--mode", "extract", "--weight", weight, "--output", tmp_path, "--target-set", "q", "--tta"]
+    assert call("v107", *flags, house / "input").returncode == 0
+    model, image = by_hand(house, weight)
+    total = 0
+    for scale in (1, 2**-0.5, 2**0.5):
+        at = ((np.arange(int(32 * scale)) + 0.5) / scale - 0.5).clip(0, 31)  # bilinear, without antialiasing
+        scaled = image.numpy()
+        for axis in (1, 2):
+            scaled = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(32), line), axis, scaled)
+        for view in (scaled, scaled[:, :, ::-1]):
+            with torch.inference_mode():
+                total = total + model(torch.tensor(view.copy(), dtype=torch.float32)[None])[0].numpy()
+    np.testing.assert_allclose(read(tmp_path)["query"][3], total / np.linalg.norm(total), atol=1e-5)
 
 
 @pytest.mark.parametrize("target_set", ["q", "r", "t", "qt"])
