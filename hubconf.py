@@ -36,7 +36,8 @@ def isc_ft_v107(pretrained=True, weights=None, sha256=None, arch=ARCH, input_siz
     sha256: refuse any other file (the author published none); input_size: side of the input, pixels. model takes float
     (n, 3, input_size, input_size) and returns float descriptors (n, 256) of length 1; preprocess takes a PIL image of
     any mode and returns float (3, input_size, input_size). Files are loaded as tensors only, never as code.
-    Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of this network.
+    Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of this network; and
+    where torch is older than 2.10, whose weights-only loader a file could make run code (CVE-2026-24747).
     """
     return _load("isc_ft_v107.pth.tar", pretrained, weights, sha256, arch, input_size, device)
 
@@ -47,6 +48,8 @@ def isc_selfsup_v98(pretrained=True, weights=None, sha256=None, arch=ARCH, input
 
 
 def _load(name, pretrained, weights, sha256, arch, input_size, device):
+    if torch.__version__ < "2.10":
+        raise ValueError(f"torch {torch.__version__} may run code in a file of weights; pip install 'torch>=2.10'")
     model = v107.create_model(Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)).eval()
     if weights or pretrained:
         path = Path(weights or _fetch(name))

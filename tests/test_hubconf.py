@@ -93,6 +93,13 @@ def test_the_checksum_is_checked(checkpoint):
         load(weights=str(checkpoint), sha256="0" * 64)
 
 
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.1+cu117"])
+def test_refuses_a_torch_that_may_run_code(checkpoint, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    with pytest.raises(ValueError, match=r"torch>=2\.10"):
+        load(weights=str(checkpoint))
+
+
 class Code:
     def __reduce__(self):
         return print, ("this ran",)
