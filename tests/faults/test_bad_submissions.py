@@ -370,7 +370,9 @@ def test_there_are_many_kinds():
 @each_of(ALL)
 def test_validator_refuses(tmp_path, capsys, name):
     path, words = place(tmp_path, name)
+    start = time.process_time()
     assert validate_submission.main([str(path), "--partial"]) == 2
+    assert time.process_time() - start < 2
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert output.out == "" and len(lines) == 1 and lines[0].startswith(f"validate_submission.py: error: {path}: ")

@@ -147,14 +147,19 @@ def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
     assert_same_run(tmp_path / "two", tmp_path / "one", epochs=2)
 
 
+def kill_loader(run):
+    """Kill the first process's first loader process."""
+    process = run.processes[0].pid
+    loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
+    os.kill(int(loader), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_killed_loader_process(start, data, tmp_path, figure, world_size):
     run = train(start, data, tmp_path, "-j", world_size, world_size=world_size)
     run.wait_for_images(16)
-    process = run.processes[0].pid
-    loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
     begin = time.monotonic()
-    os.kill(int(loader), signal.SIGKILL)
+    kill_loader(run)
     assert run.wait(60) == [1] * world_size, run.errors()
     lines = [line for line in run.errors().splitlines() if "error:" in line]
     assert len(lines) == world_size
@@ -186,6 +191,29 @@ def test_a_loss_that_is_told_twice(tmp_path, monkeypatch, capfd):
     signal.signal(signal.SIGCHLD, before)
     assert result.returncode == 1
     assert result.stderr == "v83.py: error: lost a process: reset by peer; continue with --resume auto\n"
+
+
+def test_a_loss_while_saving(tmp_path):
+    """It is not blamed on the disk."""
+
+    def write(path):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        v83.save(tmp_path / "last.pth.tar", write, 0)
+
+
+def test_a_lost_process_whose_loaders_live_on(start, data, tmp_path, pytestconfig, figure):
+    """They hold its connections until they notice, after five seconds, that it is gone."""
+    if not pytestconfig.getoption("--long"):
+        pytest.skip("waits for five seconds: make faults")
+    run = train(start, data, tmp_path, "-j", 2, world_size=2)
+    run.wait_for_images(16)
+    begin = time.monotonic()
+    run.processes[0].kill()
+    assert run.wait(60) == [-signal.SIGKILL, 1], run.errors()
+    assert "v83.py: error: lost a process: " in run.errors() and "Traceback" not in run.errors()
+    figure(f"a killed process, not its loader: the other ended after {time.monotonic() - begin:.1f} s")
 
 
 def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
@@ -268,10 +296,10 @@ def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path, pytestconf
 # ---- extraction ----
 
 
-def extract(start, data, output, weight, *flags, **options):
-    """Start v83's extraction of all sets in batches of five."""
+def extract(start, data, output, weight, *flags, stage="v83", **options):
+    """Start a stage's extraction of all sets in batches of five."""
     argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--batch-size", 5, "--target-set", "qrt"]
-    return start("v83", *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
+    return start(stage, *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +370,25 @@ def test_sets_of_the_same_names_never_mix(start, data, weight, tmp_path):
     run.kill()
     run = extract(start, root, tmp_path, weight, "--target-set", "r")
     assert run.wait() == [2] and "--start-over" in run.errors()
+
+
+def test_scales_never_mix(start, data, weight, tmp_path):
+    run = extract(start, data, tmp_path, weight, "--target-set", "q", stage="v107", hold=9)
+    run.wait_for_images(9)
+    run.kill()
+    run = extract(start, data, tmp_path, weight, "--target-set", "q", "--tta", stage="v107")
+    assert run.wait() == [2] and "--start-over" in run.errors()
+
+
+def test_a_killed_loader_process_of_an_extraction(start, data, weight, extracted, tmp_path):
+    run = extract(start, data, tmp_path, weight, "-j", 1, hold=40)
+    run.wait_for_images(40)
+    kill_loader(run)
+    assert run.wait(60) == [1], run.errors()
+    assert re.search(r"v83.py: error: lost a process: DataLoader worker .* is killed by signal: Killed", run.errors())
+    run = extract(start, data, tmp_path, weight)
+    assert run.wait() == [0], run.errors()
+    assert_same_files(tmp_path, extracted)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
