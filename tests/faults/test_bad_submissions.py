@@ -311,6 +311,7 @@ WRONG_CSV = {
     "score in words": (text(HEADER + line("Q00000", "R000000", "high")), "'high' in line 2"),
     "no query": (text(HEADER + line("", "R000000", 1)), "no query_id in line 2"),
     "control characters": (text(HEADER + line("Q00000", "R\x1b[2J", 1)), "control characters"),
+    "1 TB without a line": (sparse, "1000000000000 bytes"),
     "latin-1 csv": (text((HEADER + line("Q0000é", "R000000", 1)).encode("latin-1")), "not a readable csv"),
 }
 RULES_CSV = {
@@ -333,7 +334,6 @@ RULES_CSV = {
     "swapped columns": (text(HEADER + line("R000000", "Q00000", 1)), "'R000000' is not the id of a query"),
     "formula": (text(HEADER + line("=1+1", "R000000", 1)), "'=1+1'"),
     "500,001 rows": (too_many_rows, "500001 rows", "10 per query overall"),
-    "1 TB without a line": (sparse, "1000000000000 bytes"),
 }
 H5 = LIES | WRONG | RULES
 CSV = WRONG_CSV | RULES_CSV
