@@ -31,6 +31,11 @@ def warm_python():
     return [sys.executable, "-IS", script, address]
 
 
+def children(pid):
+    """Ids of a process's children, on Linux."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def run(*command, cwd=ROOT, timeout=300, **env):
     """Run `python *command` as a user would, on the CPU and on one thread; returns the CompletedProcess (text).
 

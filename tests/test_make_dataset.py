@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from conftest import ROOT, assert_refused, run
+from conftest import ROOT, assert_refused, children, run
 from make_dataset import (
     EDITS,
     EXAMPLES,
@@ -221,11 +221,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def children(pid):
-    """Ids of a process's children, on Linux."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -28,7 +27,7 @@ from stage_process import (
 )
 
 import v83
-from conftest import called
+from conftest import called, children
 
 STEP = 8  # images that the network sees in a step of all processes
 
@@ -149,9 +148,7 @@ def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
 
 def kill_loader(run):
     """Kill the first process's first loader process."""
-    process = run.processes[0].pid
-    loader = Path(f"/proc/{process}/task/{process}/children").read_text().split()[0]
-    os.kill(int(loader), signal.SIGKILL)
+    os.kill(children(run.processes[0].pid)[0], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -264,14 +261,11 @@ class Torchrun:
             assert self.agent.poll() is None and time.monotonic() < end, self.errors.read_text()
             time.sleep(0.01)
 
-    def ranks(self):
-        return map(int, Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split())
-
 
 def test_torchrun_restarts(data, undisturbed, tmp_path, figure):
     """A killed rank, and torchrun starts both again, with the same arguments."""
     run = Torchrun(data, tmp_path, "--checkpoint-every", 3)
-    os.kill(list(run.ranks())[1], signal.SIGKILL)
+    os.kill(children(run.agent.pid)[1], signal.SIGKILL)
     assert run.agent.wait(timeout=180) == 0, run.errors.read_text()
     assert len([line for line in log_lines(tmp_path) if "args" in line]) == 2
     assert_same_run(tmp_path, undisturbed[2])
