@@ -48,10 +48,10 @@ def isc_selfsup_v98(pretrained=True, weights=None, sha256=None, arch=ARCH, input
 
 
 def _load(name, pretrained, weights, sha256, arch, input_size, device):
-    if torch.__version__ < "2.10":
-        raise ValueError(f"torch {torch.__version__} may run code in a file of weights; pip install 'torch>=2.10'")
     model = v107.create_model(Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)).eval()
     if weights or pretrained:
+        if torch.__version__ < "2.10":
+            raise ValueError(f"torch {torch.__version__} may run code in a file of weights; pip install 'torch>=2.10'")
         path = Path(weights or _fetch(name))
         if sha256 and path.is_file():
             with path.open("rb") as file:
