@@ -261,7 +261,7 @@ def read_csv(path, columns):
         raise InputError(f"{path}: no such file; check the path")
     with path.open("rb") as file:
         if len(file.readline(2**16)) == 2**16:  # pandas would look for its end in memory
-            raise InputError(f"{path}: its {path.stat().st_size} bytes have no line ends, and are no csv")
+            raise InputError(f"{path}: {path.stat().st_size} bytes, whose first line has no end in 65536; is no csv")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False).fillna("")
     except ValueError as error:  # not text, not a table, empty
