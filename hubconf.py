@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "exp"))
 
 import v107
 
-dependencies = ["cv2", "h5py", "numpy", "PIL", "timm", "torch", "torchvision", "tqdm"]
+dependencies = ["h5py", "numpy", "PIL", "simplejpeg", "timm", "torch", "torchvision", "tqdm"]
 
 ARCH = "tf_efficientnetv2_m_in21ft1k"
 RELEASE = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1"

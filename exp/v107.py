@@ -24,15 +24,15 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import cv2
 import h5py
 import numpy as np
+import simplejpeg
 import timm
 import torch
 import torch.distributed as dist
@@ -168,7 +168,7 @@ def describe_scales(model, images):  # v107
 
 # ---- model ----
 CUDA = torch.cuda.is_available()
-VERSIONS = {x: version(x) for x in ("torch", "torchvision", "timm", "pillow")} | {"opencv": cv2.__version__}
+VERSIONS = {x: version(x) for x in ("torch", "torchvision", "timm", "pillow", "simplejpeg")}
 
 
 def gem(x, p, eps=1e-6):
@@ -316,10 +316,9 @@ def open_image(path, pixels=False):
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode")
         if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if pixels and (image.format, image.mode) == ("JPEG", "RGB"):  # of which OpenCV makes the same values sooner
-            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            if (decoded := cv2.imdecode(np.memmap(path, np.uint8, "r"), flags)) is not None:
-                return torch.from_numpy(decoded).permute(2, 0, 1)
+        if pixels and (image.format, image.mode) == ("JPEG", "RGB"):  # the same values, sooner
+            with suppress(ValueError):  # of a flaw, which is Pillow's to judge
+                return torch.from_numpy(simplejpeg.decode_jpeg(np.memmap(path, np.uint8, "r"))).permute(2, 0, 1)
         return v2.functional.pil_to_tensor(image.convert("RGB")) if pixels else image.convert("RGB")
     except Exception as error:  # file system, formats and decoders each fail in their own way
         raise InputError(f"{path}: cannot be read as an image ({error})") from error

@@ -19,7 +19,7 @@ import sys
 import threading
 
 LIBRARIES = ("h5py", "pandas", "pylibmagic", "faiss", "timm", "torch.distributed.run", "augly.image", "cv2")
-LIBRARIES += ("torchvision.transforms.v2", "imagehash", "matplotlib.pyplot")
+LIBRARIES += ("simplejpeg", "torchvision.transforms.v2", "imagehash", "matplotlib.pyplot")
 
 
 def serve(address):

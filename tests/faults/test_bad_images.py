@@ -137,6 +137,28 @@ def test_what_cannot_be_read(tmp_path, name, pixels):
         v83.open_image(tmp_path / name, pixels)
 
 
+@pytest.mark.parametrize("options", [{}, {"quality": 40, "subsampling": 0}, {"progressive": True}], ids=str)
+def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, options):
+    """Its verdict and its values, also where another decoder is the first to look."""
+    path, rng, verdicts = tmp_path / "image.jpg", np.random.default_rng(0), []
+    picture(size=(120, 90), **options)(path)
+    whole = path.read_bytes()
+    for position in rng.integers(2, len(whole), 150).tolist():
+        damaged = bytearray(whole)
+        damaged[position : position + 3] = rng.bytes(3)
+        path.write_bytes(damaged)
+        try:
+            expected = v83.open_image(path)
+        except v83.InputError:
+            expected = None
+            with pytest.raises(v83.InputError, match=str(path)):
+                v83.open_image(path, pixels=True)
+        else:
+            assert np.array_equal(v83.open_image(path, pixels=True).permute(1, 2, 0), expected)
+        verdicts.append(expected is None)
+    assert 0 < sum(verdicts) < 150
+
+
 @pytest.mark.parametrize("pixels", [False, True])
 def test_what_follows_an_image_takes_no_memory(tmp_path, pixels):
     path = tmp_path / "long.jpg"
