@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import random
 import shutil
 import signal
@@ -26,7 +27,7 @@ import time
 import zipfile
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from augly import image as imaugs
 from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms, utils
 from torchvision.transforms import v2
@@ -75,7 +76,7 @@ def parse_args(argv=None):
     add("--neg-margin", type=float, default=1.0, help="distance above which a negative pair costs nothing")
     add("--memory-size", type=int, default=20000, help="rows of the memory bank")
     add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
-    add("--exact", action="store_true", help="read, crop, jitter by Pillow, as published, not the faster near-equals")
+    add("--exact", action="store_true", help="make views by Pillow, as published, not by faster near-equals")
     add("--sample-size", type=int, default=1000000, help="how many training images to use, the first by name")
     add("--seed", type=int, default=9, help="decides every random draw, for any number of processes")
     add("--resume", metavar="FILE", help="continue the run that wrote this checkpoint; auto: the newest in --output")
@@ -116,26 +117,30 @@ def parse_args(argv=None):
 def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
     """The hard view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     p = 0.25
-    jitter = transforms.ColorJitter if exact else ColorJitter
+    crop, jitter, pixelization, blur, perspective = operations(exact)
     shuffled = [
         jitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
-        imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
+        pixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
         transforms.RandomApply([shuffle_pixels], p=0.25),
-        imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=p),
-        transforms.RandomGrayscale(p=0.25),
-        imaugs.RandomBlur(min_radius=0.0, max_radius=10.0, p=0.25),
-        transforms.RandomPerspective(p=p),
-        transforms.RandomHorizontalFlip(p=0.5),
-        transforms.RandomVerticalFlip(p=0.1),
-        transforms.RandomApply([overlay_text], p=p),
-        transforms.RandomApply([overlay_emoji], p=p),
+        transforms.RandomApply(by_pillow(imaugs.OneOf([imaugs.EncodingQuality(q) for q in (10, 20, 30, 50)])), p=p),
+        transforms.RandomApply(by_pillow(transforms.Grayscale(3)), p=0.25),
+        blur(min_radius=0.0, max_radius=10.0, p=0.25),
+        perspective(p=p),
+        transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5),
+        transforms.RandomApply([partial(cv2.flip, flipCode=0)], p=0.1),
+        transforms.RandomApply(by_pillow(overlay_text), p=p),
+        transforms.RandomApply(by_pillow(overlay_emoji), p=p),
         partial(enhance_edges, p=p),
     ]
     overlay = {"overlay_p": 0.05, "opacity_lower": 0.6, "sizes": (0.4, 0.6)}
-    crop = partial(overlay_and_crop, input_size=input_size, overlay_paths=overlay_paths, exact=exact, **overlay)
-    geometry = [transforms.RandomApply([v2.ToPILImage(), random_rotation], p=p), crop, v2.ToPILImage()]
+    crops = [crop(size=input_size, scale=scale) for scale in ((0.15, 1.0), (0.7, 1.0))]
+    geometry = [
+        to_array,
+        transforms.RandomApply([partial(random_rotation, exact=exact)], p=p),
+        partial(overlay_and_crop, crops=crops, overlay_paths=overlay_paths, exact=exact, **overlay),
+    ]
     erase = transforms.RandomErasing(p=0.25, value="random", inplace=True)
-    finish = [*TO_FLOAT, erase, v2.Normalize(mean, std, inplace=True)]
+    finish = [to_pixels, *TO_FLOAT, erase, v2.Normalize(mean, std, inplace=True)]
     return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), *finish])
 
 
@@ -145,7 +150,7 @@ class TrainDataset:
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
         self.files, self.rows = [self.paths], args.ncrops
-        self.seed, self.epoch, self.pixels = args.seed, 0, not args.exact
+        self.seed, self.epoch = args.seed, 0
         hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
         self.crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (args.ncrops - 1)
 
@@ -154,7 +159,7 @@ class TrainDataset:
 
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
-        image = open_image(self.paths[index], self.pixels)
+        image = open_image(self.paths[index], pixels=True)
         views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
         return torch.stack(views), torch.tensor(labels)
 
@@ -279,91 +284,163 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 FONTS = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1")
 EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
+ROUND_DOWN = -0.499  # as Pillow does, where OpenCV rounds
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, with the same draws, to uint8 (3, size, size): no value differs from Pillow's by more than one."""
+    """torchvision's, with the same draws, by torchvision: no value differs from Pillow's by more than one."""
 
     def forward(self, image):
-        top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        window = v2.PILToTensor()(image)[:, top : top + height, left : left + width].permute(1, 2, 0)
-        return v2.functional.resize(window.contiguous().permute(2, 0, 1), self.size)  # the layout resized fastest
+        top, left, height, width = self.get_params(to_pixels(image), self.scale, self.ratio)
+        return resize(np.ascontiguousarray(image[top : top + height, left : left + width]), self.size)
 
 
 class ColorJitter(transforms.ColorJitter):
-    """torchvision's, with the same draws, by OpenCV: saturation within one of Pillow's, hue with other rounding."""
+    """torchvision's, with the same draws, by OpenCV: 1 of 1,000 values is off by one, but hue is rounded otherwise."""
 
     def forward(self, image):
         cv2.setNumThreads(0)  # a loader process has its core
         order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
-        pixels = np.array(image)
         for kind in order.tolist():
             factor = factors[kind]
             if kind < 2:  # brightness: blend with black; contrast: with the mean gray
-                mean = round(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).mean()) if kind else 0
-                table = (factor * np.arange(256) + (1 - factor) * mean).clip(0, 255)
-                pixels = cv2.LUT(pixels, table.astype(np.uint8))
+                mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]) if kind else 0
+                image = cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + ROUND_DOWN)
             elif kind == 2:  # saturation: with its own gray
-                gray = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-                pixels = cv2.addWeighted(pixels, factor, gray, 1 - factor, 0)
+                gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+                image = cv2.addWeighted(image, factor, gray, 1 - factor, ROUND_DOWN)
             else:
-                hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+                hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
                 hsv[..., 0] += np.uint8(int(factor * 255) % 256)
-                pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-        return Image.fromarray(pixels)
+                image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        return image
+
+
+class RandomPixelization(imaugs.RandomPixelization):
+    """AugLy's, with the same draws, by torchvision: no value differs from Pillow's by more than two."""
+
+    def __call__(self, image):
+        if random.random() > self.p:
+            return image
+        size, ratio = image.shape[:2], random.uniform(self.min_val, self.max_val)
+        return resize(resize(image, [int(side * ratio) for side in size], Image.BICUBIC), size, Image.BICUBIC)
+
+
+class RandomBlur(imaugs.RandomBlur):
+    """AugLy's, with the same draws, by OpenCV: three boxes as Pillow's, rounded three times, not six."""
+
+    def __call__(self, image):
+        if random.random() > self.p:
+            return image
+        variance = random.uniform(self.min_val, self.max_val) ** 2 / 3  # of a box that reaches whole + part pixels
+        whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+        part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+        box = np.array([part, *[1] * (2 * whole + 1), part]) / (2 * whole + 1 + 2 * part)
+        for _ in range(3):
+            image = cv2.sepFilter2D(image, -1, box, box, borderType=cv2.BORDER_REPLICATE)
+        return image
+
+
+class RandomPerspective(transforms.RandomPerspective):
+    """torchvision's, with the same draws, by OpenCV: within one of Pillow's but for some pixels of the outline."""
+
+    def forward(self, image):
+        if torch.rand(1) >= self.p:
+            return image
+        size = image.shape[1::-1]
+        start, end = map(np.float32, self.get_params(*size, self.distortion_scale))
+        matrix = cv2.getPerspectiveTransform(end - 0.5, start + 0.5)  # in a frame of one pixel, lest the edge fade
+        framed = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        inside = np.pad(np.ones(image.shape[:2], np.uint8), 1)
+        warp = partial(cv2.warpPerspective, M=matrix, dsize=size)
+        seen = warp(inside, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+        return cv2.copyTo(warp(framed, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP), seen)
+
+
+def operations(exact):
+    """Crop, jitter, pixelization, blur, perspective, of arrays: near-equals, or by_pillow what they derive from."""
+    near_equals = RandomResizedCrop, ColorJitter, RandomPixelization, RandomBlur, RandomPerspective
+
+    def published(kind):
+        return lambda **recipe: transforms.Compose(by_pillow(kind.__base__(**recipe)))
+
+    return map(published, near_equals) if exact else near_equals
+
+
+def by_pillow(transform):
+    """The steps by which a transform of PIL images does for arrays, uint8 (h, w, 3)."""
+    return [Image.fromarray, transform, np.array]
+
+
+def to_array(image):
+    """PIL's image, or pixels (3, h, w), as what OpenCV takes: (h, w, 3), uint8."""
+    return np.array(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+
+
+def to_pixels(array):
+    """An array (h, w, 3) as pixels (3, h, w), in the same memory."""
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def resize(array, size, interpolation=Image.BILINEAR):
+    """To (height, width): within one of Pillow's values, within two where BICUBIC."""
+    return to_array(v2.functional.resize(to_pixels(array), size, interpolation))
 
 
 def moderate_augmentation(input_size, mean, std, exact=False):
     """The moderate view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    crop = (transforms.RandomResizedCrop if exact else RandomResizedCrop)(input_size, scale=(0.7, 1.0))
-    geometry = [crop, transforms.RandomHorizontalFlip(p=0.5)]
-    return transforms.Compose([*geometry, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+    crop, *_ = operations(exact)
+    geometry = [crop(size=input_size, scale=(0.7, 1.0)), transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5)]
+    return transforms.Compose([to_array, *geometry, to_pixels, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
-def random_rotation(image):
+def random_rotation(image, exact):
     """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin for one stays as it is."""
-    return rotate(image, random.uniform(0, 180))
+    return rotate(image, random.uniform(0, 180), exact)
 
 
-def rotate(image, degrees):
-    """AugLy's, to the same pixels (up to 31,000 a side), without computing what it cuts away."""
-    half = np.array(rotated_rect_with_max_area(*image.size, degrees)) / 2
+def rotate(image, degrees, exact):
+    """AugLy's, or nearly: without computing what it cuts away, and by OpenCV, for 1 of 200 pixels another neighbour."""
+    center = np.array(image.shape[1::-1]) / 2
+    half = np.array(rotated_rect_with_max_area(*center * 2, degrees)) / 2
     if half.min() < 1:
         return image
-    if degrees == 90:  # which Pillow turns by whole pixels
-        return imaugs.rotate(image, degrees=degrees)
-    cosine, sine, center = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), np.array(image.size) / 2
+    if exact or degrees == 90:  # which Pillow turns by whole pixels
+        return np.array(imaugs.rotate(Image.fromarray(image), degrees=degrees))
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     inverse = np.round([[cosine, -sine], [sine, cosine]], 15)
     reach = abs(inverse) @ center  # from the center to the sides of the whole rotated image
     middle = (np.ceil(center + reach) - np.floor(center - reach)) / 2
     start, stop = (middle - half).astype(int), (middle + half).astype(int)
-    origin = inverse @ (0.5 - middle) + center
-    step, origin = (np.floor(x * 2**16 + 0.5) / 2**16 for x in (inverse, origin))  # 16.16 fixed point, as in Pillow
-    matrix = np.column_stack([step, origin + step @ (start - 0.5)])
-    return image.transform(tuple(stop - start), Image.Transform.AFFINE, matrix.ravel().tolist())
+    matrix = np.column_stack([inverse, inverse @ (start + 0.5 - middle) + center - 0.5])
+    return cv2.warpAffine(image, matrix, tuple((stop - start).tolist()), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
 
 
-def overlay_and_crop(image, input_size, overlay_paths, exact, overlay_p, opacity_lower, sizes):
+def overlay_and_crop(image, crops, overlay_paths, exact, overlay_p, opacity_lower, sizes):
     """Lay another image over or under this one, then crop gently; or, with probability 1 - overlay_p, crop strongly."""
-    crop = transforms.RandomResizedCrop if exact else RandomResizedCrop
+    strong, gentle = crops
     if random.random() > overlay_p:
-        return crop(input_size, scale=(0.15, 1.0))(image)
-    pair = [v2.ToPILImage()(image), open_image(random.choice(overlay_paths))]
+        return strong(image)
+    pair = [image, to_array(open_image(random.choice(overlay_paths), pixels=True))]
     random.shuffle(pair)
-    background, overlay = pair
     size, opacity = random.uniform(*sizes), random.uniform(opacity_lower, 1)
     x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
-    return crop(input_size, scale=(0.7, 1.0))(overlay_image(background, overlay, opacity, size, x, y))
+    return gentle(overlay_image(*pair, opacity, size, x, y, exact))
 
 
-def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos):
-    """AugLy's, to the same pixels, without its way through RGBA; where one of the two is too thin, the image."""
-    height = int(image.height * overlay_size)
-    width = overlay.width * height // overlay.height
+def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos, exact):
+    """AugLy's, or, without its way through RGBA, within two of it; where one of the two is too thin, the image."""
+    height = int(len(image) * overlay_size)
+    width = overlay.shape[1] * height // len(overlay)
     if not 0 < width * height < MAX_PIXELS // 4:
         return image
-    image, mask = image.copy(), Image.new("L", (width, height), int(255 * opacity))
-    image.paste(overlay.resize(mask.size), (int(image.width * x_pos), int(image.height * y_pos)), mask)
+    if exact:
+        pair = map(Image.fromarray, (image, overlay))
+        return np.array(imaugs.overlay_image(*pair, None, opacity, overlay_size, x_pos, y_pos))
+    image, top, left = image.copy(), int(len(image) * y_pos), int(image.shape[1] * x_pos)
+    under, opacity = image[top : top + height, left : left + width], int(255 * opacity) / 255
+    over = resize(overlay, [height, width], Image.BICUBIC)[: len(under), : under.shape[1]]
+    under[:] = cv2.addWeighted(under, 1 - opacity, over, opacity, 0)
     return image
 
 
@@ -371,38 +448,48 @@ def enhance_edges(image, p):
     """With probability p, one of Pillow's EDGE_FILTERS, by OpenCV to the same pixels; border pixels stay."""
     if random.random() > p:
         return image
-    pixels, (size, scale, _, kernel) = np.array(image), random.choices(EDGE_FILTERS)[0].filterargs
+    edged, (size, scale, _, kernel) = image.copy(), random.choices(EDGE_FILTERS)[0].filterargs
     kernel = np.reshape(kernel, size) / scale
-    pixels[1:-1, 1:-1] = cv2.filter2D(pixels, -1, kernel, delta=0.001)[1:-1, 1:-1]  # Pillow rounds halves up
-    return Image.fromarray(pixels)
+    edged[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel, delta=0.001)[1:-1, 1:-1]  # Pillow rounds halves up
+    return edged
 
 
 def shuffle_pixels(image):
     """Shuffle a tenth of the pixels, by a pattern drawn here: AugLy's transform has one seed, hence one pattern."""
-    pixels, rng = np.array(image).reshape(-1, 3), np.random.default_rng(random.getrandbits(32))
+    pixels, rng = image.reshape(-1, 3).copy(), np.random.default_rng(random.getrandbits(32))
     chosen = rng.choice(len(pixels), len(pixels) // 10, replace=False)
     pixels[chosen] = pixels.take(rng.permutation(chosen), axis=0)
-    return Image.fromarray(pixels.reshape(*image.size[::-1], 3))
+    return pixels.reshape(image.shape)
 
 
 def overlay_text(image):
-    """Write one or two lines of five to nine random glyphs in a random font, size, colour and place."""
-    font, size, color = random.choice(FONTS), random.uniform(0.1, 0.3), [random.randrange(256) for _ in range(3)]
-    x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image
+    """Write one or two lines of five to nine random glyphs in a random font, size, colour and place, as AugLy does."""
+    file, size, color = random.choice(FONTS), random.uniform(0.1, 0.3), tuple(random.choices(range(256), k=3))
+    x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image.copy()
+    font = ImageFont.truetype(file, int(min(image.size) * size))
     for line in range(random.randint(1, 2)):
-        glyphs = [random.getrandbits(31) for _ in range(random.randint(5, 9))]  # modulo the number that the font has
+        text = "".join(random.choices(glyphs(file), k=random.randint(5, 9)))
         try:
-            written = imaugs.overlay_text(written, None, glyphs, font, size, 1.0, color, x, y + line * size)
+            ImageDraw.Draw(written).text((x * image.width, (y + line * size) * image.height), text, color, font)
         except (OSError, RuntimeError):  # a glyph that the font cannot lay out
             return image
-    return written.convert("RGB")
+    return written
+
+
+@cache
+def glyphs(file):
+    """The characters of a font, which AugLy keeps beside it."""
+    operations = pickletools.genops(Path(file).with_suffix(".pkl").read_bytes())  # which are read, not run
+    return [chr(point) for operation, point, _ in operations if operation.name.startswith("BININT")]
 
 
 def overlay_emoji(image):
     """Paste a random smiley of random size at a random place."""
     emoji, size = random.choice(EMOJIS), random.uniform(0.1, 0.3)
     x, y = random.uniform(0, 1), random.uniform(0, 1)
-    return imaugs.overlay_emoji(image, None, emoji, 1.0, size, x, y).convert("RGB")
+    sprite = Image.open(emoji).resize([int(image.height * size)] * 2).convert("RGBA")
+    image.paste(sprite, (int(image.width * x), int(image.height * y)), sprite)
+    return image
 
 
 # ---- data ----
@@ -410,7 +497,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
-TO_FLOAT = (v2.PILToTensor(), CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # as ToTensor
+TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # with PILToTensor as ToTensor
 
 
 class InputError(ValueError):
@@ -450,7 +537,8 @@ def open_image(path, pixels=False):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    return transforms.Compose([v2.Resize((input_size, input_size)), *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+    resize = [v2.Resize((input_size, input_size)), v2.PILToTensor()]
+    return transforms.Compose([*resize, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
 
 
 def plain_reader(args, mean, std):

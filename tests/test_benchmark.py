@@ -77,6 +77,8 @@ def test_augmentation_draws_the_same_distribution(photos):
     assert {name.partition(" ")[0] for name in found} == {"moderate", "hard", "each"}
     for values in found["hard mean A, B"], found["hard deviation A, B"]:
         assert len(values) == 2 and all(0 < value < 1 for value in values)
+    median, least = found["hard to --exact, PSNR dB, median, least"]
+    assert median > 40 and least > 25
 
 
 @pytest.mark.parametrize("name", ["moderate", "hard"])
