@@ -286,7 +286,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
-TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # with PILToTensor as ToTensor
+TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # after PILToTensor: ToTensor
 
 
 class InputError(ValueError):
@@ -326,8 +326,8 @@ def open_image(path, pixels=False):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    resize = [v2.Resize((input_size, input_size)), v2.PILToTensor()]
-    return transforms.Compose([*resize, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+    steps = [v2.Resize((input_size, input_size)), v2.PILToTensor(), *TO_FLOAT]
+    return transforms.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
 
 def plain_reader(args, mean, std):

@@ -294,7 +294,7 @@ ROUND_DOWN = -0.499  # as Pillow does, where OpenCV rounds
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, with the same draws, by torchvision: no value differs from Pillow's by more than one."""
+    """torchvision's, with the same draws, to nearly Pillow's values: see resize."""
 
     def forward(self, image):
         top, left, height, width = self.get_params(to_pixels(image), self.scale, self.ratio)
@@ -302,10 +302,9 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
 
 class ColorJitter(transforms.ColorJitter):
-    """torchvision's, with the same draws, by OpenCV: 1 of 1,000 values is off by one, but hue is rounded otherwise."""
+    """torchvision's, with the same draws, by OpenCV: 1 of 1,000 values is off by one; 2 of 5 by hue, up to 13."""
 
     def forward(self, image):
-        cv2.setNumThreads(0)  # a loader process has its core
         order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
         for kind in order.tolist():
             factor = factors[kind]
@@ -323,7 +322,7 @@ class ColorJitter(transforms.ColorJitter):
 
 
 class RandomPixelization(imaugs.RandomPixelization):
-    """AugLy's, with the same draws, by torchvision: no value differs from Pillow's by more than two."""
+    """AugLy's, with the same draws, to nearly Pillow's values: see resize."""
 
     def __call__(self, image):
         if random.random() > self.p:
@@ -333,7 +332,7 @@ class RandomPixelization(imaugs.RandomPixelization):
 
 
 class RandomBlur(imaugs.RandomBlur):
-    """AugLy's, with the same draws, by OpenCV: three boxes as Pillow's, rounded three times, not six."""
+    """AugLy's, with the same draws, by OpenCV: three boxes as Pillow's, rounded three times, not six; 3 off at most."""
 
     def __call__(self, image):
         if random.random() > self.p:
@@ -348,7 +347,7 @@ class RandomBlur(imaugs.RandomBlur):
 
 
 class RandomPerspective(transforms.RandomPerspective):
-    """torchvision's, with the same draws, by OpenCV: within one of Pillow's but for some pixels of the outline."""
+    """torchvision's, with the same draws, by OpenCV, which rounds where Pillow cuts off; outlines may differ."""
 
     def forward(self, image):
         if torch.rand(1) >= self.p:
@@ -366,11 +365,12 @@ class RandomPerspective(transforms.RandomPerspective):
 def operations(exact):
     """Crop, jitter, pixelization, blur, perspective, of arrays: near-equals, or by_pillow what they derive from."""
     near_equals = RandomResizedCrop, ColorJitter, RandomPixelization, RandomBlur, RandomPerspective
+    return [partial(published, kind.__base__) for kind in near_equals] if exact else near_equals
 
-    def published(kind):
-        return lambda **recipe: transforms.Compose(by_pillow(kind.__base__(**recipe)))
 
-    return map(published, near_equals) if exact else near_equals
+def published(kind, **recipe):
+    """A kind of transform of PIL images, for arrays."""
+    return transforms.Compose(by_pillow(kind(**recipe)))
 
 
 def by_pillow(transform):
@@ -380,7 +380,8 @@ def by_pillow(transform):
 
 def to_array(image):
     """PIL's image, or pixels (3, h, w), as what OpenCV takes: (h, w, 3), uint8."""
-    return np.array(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+    cv2.setNumThreads(0)  # a loader process has its core
+    return np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
 def to_pixels(array):
@@ -389,7 +390,7 @@ def to_pixels(array):
 
 
 def resize(array, size, interpolation=Image.BILINEAR):
-    """To (height, width): within one of Pillow's values, within two where BICUBIC."""
+    """To (height, width): as a rule within one of Pillow's values, two if BICUBIC; Pillow may do the height first."""
     return to_array(v2.functional.resize(to_pixels(array), size, interpolation))
 
 
@@ -401,7 +402,7 @@ def moderate_augmentation(input_size, mean, std, exact=False):
 
 
 def random_rotation(image, exact):
-    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; an image too thin for one stays as it is."""
+    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; one too thin (or, exact, too long) stays."""
     return rotate(image, random.uniform(0, 180), exact)
 
 
@@ -409,13 +410,13 @@ def rotate(image, degrees, exact):
     """AugLy's, or nearly: without computing what it cuts away, and by OpenCV, for 1 of 200 pixels another neighbour."""
     center = np.array(image.shape[1::-1]) / 2
     half = np.array(rotated_rect_with_max_area(*center * 2, degrees)) / 2
-    if half.min() < 1:
-        return image
-    if exact or degrees == 90:  # which Pillow turns by whole pixels
-        return np.array(imaugs.rotate(Image.fromarray(image), degrees=degrees))
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     inverse = np.round([[cosine, -sine], [sine, cosine]], 15)
     reach = abs(inverse) @ center  # from the center to the sides of the whole rotated image
+    if half.min() < 1 or (exact and 4 * reach.prod() > MAX_PIXELS):
+        return image
+    if exact or degrees == 90:  # which Pillow turns by whole pixels
+        return np.array(imaugs.rotate(Image.fromarray(image), degrees=degrees))
     middle = (np.ceil(center + reach) - np.floor(center - reach)) / 2
     start, stop = (middle - half).astype(int), (middle + half).astype(int)
     matrix = np.column_stack([inverse, inverse @ (start + 0.5 - middle) + center - 0.5])
@@ -435,7 +436,7 @@ def overlay_and_crop(image, crops, overlay_paths, exact, overlay_p, opacity_lowe
 
 
 def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos, exact):
-    """AugLy's, or, without its way through RGBA, within two of it; where one of the two is too thin, the image."""
+    """AugLy's, or nearly, without its way through RGBA (see resize); where one of the two is too thin, the image."""
     height = int(len(image) * overlay_size)
     width = overlay.shape[1] * height // len(overlay)
     if not 0 < width * height < MAX_PIXELS // 4:
@@ -484,9 +485,9 @@ def overlay_text(image):
 
 @cache
 def glyphs(file):
-    """The characters of a font, which AugLy keeps beside it."""
+    """The characters of a font, which AugLy keeps beside it, as one string."""
     operations = pickletools.genops(Path(file).with_suffix(".pkl").read_bytes())  # which are read, not run
-    return [chr(point) for operation, point, _ in operations if operation.name.startswith("BININT")]
+    return "".join(chr(point) for operation, point, _ in operations if operation.name.startswith("BININT"))
 
 
 def overlay_emoji(image):
@@ -503,7 +504,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
-TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # with PILToTensor as ToTensor
+TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # after PILToTensor: ToTensor
 
 
 class InputError(ValueError):
@@ -543,8 +544,8 @@ def open_image(path, pixels=False):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    resize = [v2.Resize((input_size, input_size)), v2.PILToTensor()]
-    return transforms.Compose([*resize, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+    steps = [v2.Resize((input_size, input_size)), v2.PILToTensor(), *TO_FLOAT]
+    return transforms.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
 
 def plain_reader(args, mean, std):

@@ -66,8 +66,8 @@ def piece(hard, name):
     found = hard.transforms[outer.index(name)] if name in outer else hard.transforms[3].transforms[SHUFFLED.index(name)]
     if name in ("overlay", "enhance_edges"):  # functions with their recipe
         found.keywords["overlay_p" if name == "overlay" else "p"] = 1.0
-    else:
-        found.p = 1.0
+    else:  # by_pillow's steps, or itself
+        (found.transforms[1] if type(found) is transforms.Compose else found).p = 1.0
     return found
 
 
@@ -323,7 +323,7 @@ def test_operations_are_near_the_published(stage, name):
 
 @pytest.fixture(scope="module", params=RECIPES)
 def draws(request, tmp_path_factory):
-    """What 2,000 hard augmentations of a stage ask of AugLy and torchvision: a list of calls for each draw.
+    """What 2,000 hard augmentations of a stage ask of the libraries, and of the script: a list of calls for each draw.
 
     The functions are replaced by stubs that note their arguments and return the image, so that a draw costs little.
     """
@@ -591,21 +591,22 @@ def certain(hard):
     return hard
 
 
-THIN = [(1, 1), (1, 500), (500, 1), (2, 2), (3, 400), (90, 70)]
+THIN = [(1, 1), (1, 500), (500, 1), (2, 2), (3, 400), (90, 70), (20000, 30)]
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("size", THIN, ids=lambda size: "{}x{}".format(*size))
-def test_thin_images(tmp_path, size):
+def test_thin_images(tmp_path, size, exact):
     """As the image and as the overlay, with the published probabilities and with every operation happening."""
     paths = []
     for width, height in THIN:
         paths.append(str(tmp_path / f"{width}x{height}.png"))
         picture(width, height).save(paths[-1])
     image = picture(*size)
-    usual = v98.hard_augmentation(SIZE, MEAN, STD, paths)
-    every = certain(v98.hard_augmentation(SIZE, MEAN, STD, paths))
+    usual = v98.hard_augmentation(SIZE, MEAN, STD, paths, exact)
+    every = certain(v98.hard_augmentation(SIZE, MEAN, STD, paths, exact))
     seed_all(0)
-    for transform in [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD)] * 5:
+    for transform in [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD, exact)] * 5:
         view = transform(image)
         assert view.shape == (3, SIZE, SIZE)
         assert view.dtype == torch.float32
@@ -620,6 +621,25 @@ def test_an_image_too_thin_to_be_cut_passes_unrotated(hard, size):
         assert sorted(rotation(image).shape[:2]) == sorted(size)
 
 
+def test_what_would_need_a_canvas_of_gigabytes_stays_unrotated_when_exact():
+    image = np.zeros((200, 60_000, 3), np.uint8)
+    assert v83.rotate(image, 45.0, exact=True) is image
+    assert v83.rotate(image, 45.0, exact=False).shape[0] in (141, 142)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_image_is_left_as_it_is(overlay_path, exact):
+    """It is that of both views; where it has their size, a crop may be all of it."""
+    image, moderate = array(SIZE, SIZE), v83.moderate_augmentation(SIZE, MEAN, STD, exact)
+    hard = certain(v83.hard_augmentation(SIZE, MEAN, STD, [overlay_path], exact))
+    before, pixels = image.copy(), torch.from_numpy(image).permute(2, 0, 1)
+    hard.transforms[2].keywords["overlay_p"] = 0.5
+    for view in (moderate, hard):
+        for seed in range(40):
+            seeded(seed, view, pixels)
+    assert (image == before).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
 def test_any_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
@@ -631,6 +651,8 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     seed_all(0)
     for transform in [hard] * 5 + [v83.moderate_augmentation(SIZE, MEAN, STD)]:
         assert transform(opened).shape == (3, SIZE, SIZE)
+        with Image.open(path) as unconverted:
+            assert transform(unconverted).shape == (3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -646,12 +668,32 @@ def test_the_same_seed_gives_the_same_view(stage, overlay_path):
     assert len({view.numpy().tobytes() for view in views}) == 20
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_views_reach_loader_processes_that_are_not_forked(stage, overlay_path):
+def test_the_views_reach_loader_processes_that_are_not_forked(stage, overlay_path, exact):
     """As of Python 3.14 they are not, on Linux: they get the data set by pickle."""
-    hard = STAGES[stage].hard_augmentation(SIZE, MEAN, STD, [overlay_path])
-    for views in (hard, STAGES[stage].moderate_augmentation(SIZE, MEAN, STD)):
+    hard = STAGES[stage].hard_augmentation(SIZE, MEAN, STD, [overlay_path], exact)
+    for views in (hard, STAGES[stage].moderate_augmentation(SIZE, MEAN, STD, exact)):
         assert ForkingPickler.dumps(views)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_flag_reaches_every_operation(stage, tmp_path, monkeypatch, exact):
+    module, calls = STAGES[stage], []
+    for folder in ("training_images", "reference_images"):
+        (tmp_path / folder).mkdir()
+        picture(WIDTH, HEIGHT).save(tmp_path / folder / "0.png")
+    for name in ("rotate", "overlay_image"):
+        monkeypatch.setattr(module, name, lambda image, *args: calls.append(args[-1]) or image)
+    args = module.parse_args([str(tmp_path / "training_images"), "--input-size", str(SIZE), *["--exact"] * exact])
+    moderate, hard = module.TrainDataset(args, MEAN, STD).crops
+    shuffled = dict(zip(SHUFFLED, hard.transforms[3].transforms, strict=True))
+    operations = [shuffled[name] for name in ("jitter", "pixelization", "blur", "perspective")]
+    operations += [moderate.transforms[1], *hard.transforms[2].keywords["crops"]]
+    assert {isinstance(operation, transforms.Compose) for operation in operations} == {exact}
+    certain(hard)(picture(WIDTH, HEIGHT))
+    assert calls == [exact] * 2
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -138,11 +138,15 @@ def test_what_cannot_be_read(tmp_path, name, pixels):
 
 
 @pytest.mark.parametrize("options", [{}, {"quality": 40, "subsampling": 0}, {"progressive": True}], ids=str)
-def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, options):
+def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options):
     """Its verdict and its values, also where another decoder is the first to look."""
     path, rng, verdicts = tmp_path / "image.jpg", np.random.default_rng(0), []
     picture(size=(120, 90), **options)(path)
     whole = path.read_bytes()
+    expected = np.asarray(v83.open_image(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "convert", None)  # which what is left to Pillow would need
+        assert np.array_equal(v83.open_image(path, pixels=True).permute(1, 2, 0), expected)
     for position in rng.integers(2, len(whole), 150).tolist():
         damaged = bytearray(whole)
         damaged[position : position + 3] = rng.bytes(3)
