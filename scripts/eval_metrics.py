@@ -258,8 +258,9 @@ def micro_metrics(candidates, truth):
     Sorted by score, wrong ones first among equals: average_precision = sum of precision x recall increment,
     recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that is repeated counts every time.
     """
-    positives = pd.MultiIndex.from_frame(truth[truth["reference_id"] != ""])
-    correct = pd.MultiIndex.from_frame(candidates[["query_id", "reference_id"]]).isin(positives)
+    positives, pairs = truth[truth["reference_id"] != ""], candidates[["query_id", "reference_id"]]
+    correct = pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)
+    correct[correct] = pd.MultiIndex.from_frame(pairs[correct]).isin(pd.MultiIndex.from_frame(positives))
     correct = correct[np.lexsort((correct, -candidates["score"].to_numpy()))]
     found = np.cumsum(correct)
     precision, recall = found / np.arange(1, len(correct) + 1), found / len(positives)
