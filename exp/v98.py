@@ -44,6 +44,7 @@ from augly import image as imaugs
 from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms, utils
 from torchvision.transforms import v2
@@ -800,18 +801,21 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in loader processes: this one decides when all stop
     bar = tqdm(iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    logged, started = done, time.time()
+    logged, started, buffers = done, time.time(), list(network.buffers())
+    groups = [[x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)]  # few launches for many
     for step, ((images, labels), bad) in enumerate(bar, start=done + 1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
-        before = [buffer.clone() for buffer in network.buffers()]
+        before = [parameters_to_vector(group) for group in groups]
         embeddings = embed(args, network, images.flatten(0, 1), device)
         loss = loss_function(embeddings, labels.flatten().to(device, non_blocking=True))
         scaler.scale(loss * scale).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        for buffer, kept in zip(network.buffers(), before, strict=True):  # BatchNorm's statistics of a step left out
-            buffer.copy_(torch.where(loss.isfinite(), buffer, kept))
+        for group, kept in zip(groups, before, strict=True):  # BatchNorm's statistics of a step left out
+            vector = torch.where(loss.isfinite(), parameters_to_vector(group), kept)
+            parts = vector.split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
         values = torch.stack([loss.detach(), *loss_function.stats.values()])
         state |= {"step": step, "history": torch.cat([state["history"].to(device), values[None]])}
         if step % args.log_every == 0 or step == len(batches):
