@@ -41,7 +41,7 @@ SUBMISSION = {1: "fb-isc-submission.h5", 2: "fb-isc-submission-phase2.h5"}
 SUFFIX = {1: "", 2: "_phase2"}
 MATCHES = 10  # references per query in the csv, the challenge's allowance
 BLOCK = 4096  # queries per call of faiss
-CHUNK = 1024  # rows whose neighbours are held at once: (CHUNK, k, dim)
+CHUNK = 256  # rows whose neighbours are held at once: (CHUNK, k, dim)
 MARGIN = 6  # neighbours fetched beyond k, so that rounding inside faiss does not decide who is the k-th
 GPU_MAX_K = 2048  # faiss's limit on GPUs
 
