@@ -8,7 +8,7 @@ A is the published pipeline, written here plainly, B is what this project's scri
 After a warm-up both run by turns: `ratio` is the median over the rounds of A's time divided by B's, beside its minimum
 and maximum; A/s and B/s are units per second in the median round. Peak memory is what A or B alone adds, in a process
 of its own, to what the process has before. All on one CPU thread; a GPU is used where there is one (by training-step,
-whose peak is the GPU's, search, and ranks).
+whose peak is the GPU's, the searches, and ranks).
 The photographs are mosaics of those inside scikit-image and scikit-learn, 1024 x 768, JPEG of quality 90.
 """
 
@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from augly import image as imaugs
 from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
+from faiss.contrib import exhaustive_search
 from PIL import Image, ImageFilter
 from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -474,6 +475,36 @@ def search(n, _photos):
     return Pair(len(queries), lambda _: index.search(queries, 10), ours, agreement)
 
 
+def evaluation_search(n, _photos):
+    """The 10 q nearest pairs, over all queries together, of q = 4096 queries and n references.
+
+    A: faiss's exhaustive range search, whose radius shrinks as results come in; sorted and cut
+    B: eval_metrics.nearest_pairs
+    """
+    torch.manual_seed(0)
+    rows = descriptors(n + 4096).numpy()
+    queries, references = rows[:4096], rows[4096:]
+    number, index = 10 * len(queries), faiss.IndexFlatL2(rows.shape[1])
+    index.add(references)
+
+    def baseline(_number):
+        batches = exhaustive_search.exponential_query_iterator(queries)
+        found = exhaustive_search.range_search_max_results(index, batches, 1e10, min_results=number, ngpu=-1)
+        _, limits, distance, column = found
+        row = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))
+        nearest = np.argsort(distance, kind="stable")[:number]
+        return distance[nearest], row[nearest], column[nearest]
+
+    def ours(_number):
+        return eval_metrics.nearest_pairs(queries, references, number)
+
+    def agreement(a, b):
+        pairs = [set(zip(*found[1:], strict=True)) for found in (a, b)]
+        return {"pairs in common %": 100 * len(pairs[0] & pairs[1]) / number, **compare(a[0], b[0])}
+
+    return Pair(len(queries), baseline, ours, agreement)
+
+
 def database_augmentation(n, _photos):
     """Given each descriptor's 10 nearest: random ones, as the sum does not care.
 
@@ -712,6 +743,7 @@ PARTS = [
     Part(extraction_onnx, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(evaluation, "queries", {"8000 x 10": 8_000}),
     Part(search, "queries", {"8192 x 20000": 20_000}),
+    Part(evaluation_search, "queries", {"4096 x 20000": 20_000}),
     Part(database_augmentation, "rows", {"50000": 50_000}, derived=at_a_million),
     Part(ranks, "images", {}, derived=efficiency),  # its cases are those of --ranks
 ]

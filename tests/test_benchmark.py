@@ -51,6 +51,11 @@ def test_search_agrees():
     assert found["equal indices %"] > 99 and found.get("max difference", 0) < 1e-5
 
 
+def test_evaluation_search_agrees():
+    found = agreement(benchmark.evaluation_search, 500)
+    assert found["pairs in common %"] > 99.9 and found.get("max difference", 0) < 1e-5
+
+
 def test_database_augmentation_agrees():
     found = agreement(benchmark.database_augmentation, 300)
     assert found["sums identical"] and found.get("max difference", 0) < 1e-6
