@@ -584,7 +584,7 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
     bar = tqdm(iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     logged, started, buffers = done, time.time(), list(network.buffers())
-    groups = [[x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)]  # few launches for many
+    groups = [[x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)]  # vectors: few launches
     for step, ((images, labels), bad) in enumerate(bar, start=done + 1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
         before = [parameters_to_vector(group) for group in groups]
