@@ -203,8 +203,8 @@ def augmentation(size, photos):
     B: v83.open_image(pixels=True), v83.moderate_augmentation, v83.hard_augmentation
     """
     published = published_open, published_moderate(size), published_hard(size, photos)
-    transform = v83.moderate_augmentation(size, MEAN, STD), v83.hard_augmentation(size, MEAN, STD, np.array(photos))
-    ours, moments = (partial(v83.open_image, pixels=True), *transform), {}
+    near, exact = (v83.hard_augmentation(size, MEAN, STD, np.array(photos), exact) for exact in (False, True))
+    ours, moments = (partial(v83.open_image, pixels=True), v83.moderate_augmentation(size, MEAN, STD), near), {}
 
     def run(pipeline, number):
         open_image, moderate, hard = pipeline
@@ -217,14 +217,13 @@ def augmentation(size, photos):
             moments.setdefault(pipeline, []).append((pixels.mean().item(), pixels.std().item()))
         return views
 
-    def to_exact(photo):
+    def to_exact(path):
         """Peak signal-to-noise ratio of the hard view to that by --exact, of the same draws."""
         views = []
-        for exact in (False, True):
-            v83.seed_generators(0, 0, photo)
-            hard = v83.hard_augmentation(size, MEAN, STD, np.array(photos), exact)
-            views.append(hard(v83.open_image(photos[photo], pixels=True)))
-        return compare_images(*([view.numpy()] for view in views)).get("PSNR dB", math.inf)
+        for hard in (near, exact):
+            v83.seed_generators(0, 0, photos.index(path))
+            views.append([hard(v83.open_image(path, pixels=True))])
+        return compare_images(*views).get("PSNR dB", math.inf)
 
     def agreement(a, b):
         """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
@@ -232,7 +231,7 @@ def augmentation(size, photos):
         (mean, deviation), error = both.mean(axis=1).T.tolist(), both[:, :, 0].std() / len(moments[ours]) ** 0.5
         found = {f"moderate {key}": value for key, value in compare_images(a, b).items()}
         found |= {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
-        ratios = [to_exact(photo) for photo in range(len(photos))]
+        ratios = [to_exact(path) for path in photos]
         return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)]}
 
     return Pair(len(photos), partial(run, published), partial(run, ours), agreement)

@@ -259,7 +259,7 @@ def micro_metrics(candidates, truth):
     recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that is repeated counts every time.
     """
     positives, pairs = truth[truth["reference_id"] != ""], candidates[["query_id", "reference_id"]]
-    correct = pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)
+    correct = pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)  # few are: pairs are slower
     correct[correct] = pd.MultiIndex.from_frame(pairs[correct]).isin(pd.MultiIndex.from_frame(positives))
     correct = correct[np.lexsort((correct, -candidates["score"].to_numpy()))]
     found = np.cumsum(correct)
