@@ -530,6 +530,8 @@ def test_emoji(draws):
     assert all(call.size == (size, size) for call, size in zip(emojis, sizes, strict=True))
     assert {6, 7, 18, 19} <= set(sizes) <= set(range(6, 20))
     assert np.mean(sizes) == pytest.approx(0.2 * SIZE - 0.5, abs=1)
+    whole = np.array([size for size in sizes if 6 < size < 19])  # 0.1 * SIZE to 0.3 * SIZE, cut off to whole pixels
+    assert_uniform(whole + np.random.default_rng(0).random(len(whole)), 7, 19)
     for axis in (0, 1):
         assert_uniform([(call.place[axis] + 0.5) / SIZE for call in emojis], 0, 1)
     assert 80 <= len({call.path for call in emojis}) <= 92
