@@ -30,6 +30,7 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import h5py
@@ -140,29 +141,30 @@ def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
         transforms.RandomApply([partial(random_rotation, exact=exact)], p=p),
         partial(overlay_and_crop, crops=crops, overlay_paths=overlay_paths, exact=exact, **overlay),
     ]
-    erase = transforms.RandomErasing(p=0.25, value="random", inplace=True)
-    finish = [to_pixels, *TO_FLOAT, erase, v2.Normalize(mean, std, inplace=True)]
-    return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), *finish])
+    erase = RandomErasing(p=0.25, value="random")
+    return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), erase, Finish(mean, std).view])
 
 
 class TrainDataset:
-    """Sample i: views of training image i, float (rows, 3, size, size), and their labels (rows,)."""
+    """Sample i: views of training image i and their labels."""
 
     def __init__(self, args, mean, std):
         self.paths = list_images(args.data)[: args.sample_size]
         self.files, self.rows = [self.paths], args.ncrops
-        self.seed, self.epoch = args.seed, 0
+        self.seed, self.epoch, self.mean, self.std = args.seed, 0, mean, std
         hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
-        self.crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (args.ncrops - 1)
+        crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (args.ncrops - 1)
+        self.crops = [transforms.Compose(crop.transforms[:-1]) for crop in crops]  # the device does the last
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
+        cv2.setNumThreads(0)  # a loader process has its core
         image = open_image(self.paths[index], pixels=True)
         views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
-        return torch.stack(views), torch.tensor(labels)
+        return views, labels
 
 
 # ---- model ----
@@ -357,6 +359,16 @@ class RandomPerspective(transforms.RandomPerspective):
         return cv2.copyTo(warp(framed, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP), seen)
 
 
+class RandomErasing(transforms.RandomErasing):
+    """torchvision's, with the same draws, of an array: a View, as erasing is the device's."""
+
+    def forward(self, image):
+        if torch.rand(1) >= self.p:
+            return View(image)
+        top, left, _, _, noise = self.get_params(pixels := to_pixels(image), self.scale, self.ratio)
+        return View(image) if noise is pixels else View(image, top, left, noise)  # found no place
+
+
 def operations(exact):
     """Crop, jitter, pixelization, blur, perspective, of arrays: near-equals, or by_pillow what they derive from."""
     near_equals = RandomResizedCrop, ColorJitter, RandomPixelization, RandomBlur, RandomPerspective
@@ -373,12 +385,6 @@ def by_pillow(transform):
     return [Image.fromarray, transform, np.array]
 
 
-def to_array(image):
-    """PIL's image, or pixels (3, h, w), as what OpenCV takes: (h, w, 3), uint8."""
-    cv2.setNumThreads(0)  # a loader process has its core
-    return np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
-
-
 def to_pixels(array):
     """An array (h, w, 3) as pixels (3, h, w), in the same memory."""
     return torch.from_numpy(array).permute(2, 0, 1)
@@ -393,7 +399,7 @@ def moderate_augmentation(input_size, mean, std, exact=False):
     """The moderate view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     crop, *_ = operations(exact)
     geometry = [crop(size=input_size, scale=(0.7, 1.0)), transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5)]
-    return transforms.Compose([to_array, *geometry, to_pixels, *TO_FLOAT, v2.Normalize(mean, std, inplace=True)])
+    return transforms.Compose([to_array, *geometry, View, Finish(mean, std).view])
 
 
 def random_rotation(image, exact):
@@ -498,8 +504,7 @@ def overlay_emoji(image):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-CONTIGUOUS_FLOAT = partial(torch.Tensor.float, memory_format=torch.contiguous_format)
-TO_FLOAT = (CONTIGUOUS_FLOAT, partial(torch.Tensor.div_, other=255))  # after PILToTensor: ToTensor
+NO_NOISE = torch.zeros(3, 0, 0)
 
 
 class InputError(ValueError):
@@ -539,17 +544,61 @@ def open_image(path, pixels=False):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    steps = [v2.Resize((input_size, input_size)), v2.PILToTensor(), *TO_FLOAT]
-    return transforms.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
+    return transforms.Compose([v2.Resize((input_size, input_size)), to_array, View, Finish(mean, std).view])
 
 
-def plain_reader(args, mean, std):
-    """The same from files: callable from path to float tensor (3, input_size, input_size)."""
+def plain_reader(args):
+    """The same without normalising, from files: callable from path to uint8 (input_size, input_size, 3)."""
     read = partial(open_image, pixels=args.fast_input)
-    return transforms.Compose([read, evaluation_transform(args.input_size, mean, std)])
+    return transforms.Compose([read, v2.Resize((args.input_size, args.input_size)), to_array])
 
 
-def load(get, items, blank, indices):
+def to_array(image):
+    """PIL's image, or pixels (3, h, w), as what OpenCV takes: (h, w, 3), uint8."""
+    return np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+
+
+class View(NamedTuple):
+    """What loaders make of an image: uint8 (h, w, 3), and float noise (3, height, width) to be put at (top, left)."""
+
+    pixels: np.ndarray
+    top: int = 0
+    left: int = 0
+    noise: torch.Tensor = NO_NOISE
+
+
+def collate(samples):
+    """(views, labels) of each sample as a batch: pixels (n, h, w, 3), labels (n,), places of noise, its values."""
+    views = [view for views, _ in samples for view in views]
+    labels = torch.tensor([label for _, labels in samples for label in labels])
+    places = [(row, view.top, view.left, *view.noise.shape[1:]) for row, view in enumerate(views) if len(view.noise[0])]
+    noise = torch.cat([view.noise.flatten() for view in views])
+    return default_collate([view.pixels for view in views]), labels, places, noise
+
+
+class Finish:
+    """ToTensor, what RandomErasing fills, Normalize: by the device, so that loaders have a quarter of the bytes."""
+
+    def __init__(self, mean, std, device="cpu"):
+        self.constants = torch.tensor([(255.0,) * 3, mean, std], device=device)[..., None, None]
+
+    def __call__(self, pixels, places=(), noise=NO_NOISE):
+        """Pixels, uint8 (n, h, w, 3), with noise in some places, as collate gives them -> float (n, 3, h, w)."""
+        white, mean, std = self.constants  # no numbers: CUDA would multiply by the reciprocal
+        pixels, noise = (x.to(white.device, non_blocking=True) for x in (pixels, noise))
+        images = pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format).div_(white)
+        values = noise.flatten().split([3 * height * width for *_, height, width in places])
+        for (row, top, left, height, width), part in zip(places, values, strict=True):
+            images[row, :, top : top + height, left : left + width] = part.view(3, height, width)
+        return images.sub_(mean).div_(std)
+
+    def view(self, view):
+        """The same of one View, float (3, h, w)."""
+        pixels, _, places, noise = collate([([view], [])])
+        return self(pixels, places, noise)[0]
+
+
+def load(get, items, blank, collate, indices):
     """Collated get(items[i]) for i in indices, and {position: why} where instead stands blank or, if None, another."""
     samples, bad = [], {}
     for position, index in enumerate(indices):
@@ -564,7 +613,7 @@ def load(get, items, blank, indices):
             if blank is None:
                 raise InputError(bad[position])
             samples.append(blank)
-    return default_collate(samples), bad
+    return collate(samples), bad
 
 
 def seed_generators(*key):
@@ -759,7 +808,7 @@ def train(args):
             for images, bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
                 if board and state["step"] == 1:
                     scale, shift = torch.tensor([std, mean])[..., None, None]
-                    views = (images[:8].flatten(0, 1) * scale + shift).clamp(0, 1)
+                    views = (images[: 8 * dataset.rows].cpu() * scale + shift).clamp(0, 1)
                     board.add_image("views", utils.make_grid(views, dataset.rows), epoch * steps + 1)
                 stops, bad = zip(*share((bool(stopping), bad)), strict=True)
                 for message in sorted({message for messages in bad for message in messages} - {*state["bad"]}):
@@ -788,18 +837,19 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
     # on (where each had its own rows' part of it, averaged by DDP). pytorch-metric-learning >= 1.0 gives N times that.
     scale = world_size / args.reference_world_size
     network.train()
-    collate = partial(load, dataset.__getitem__, range(len(dataset)), None)
-    loader = DataLoader(batches[done:], None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
+    get_batch = partial(load, dataset.__getitem__, range(len(dataset)), None, collate)
+    loader = DataLoader(batches[done:], None, collate_fn=get_batch, num_workers=args.workers, pin_memory=CUDA)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in loader processes: this one decides when all stop
     bar = tqdm(iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     logged, started, buffers = done, time.time(), list(network.buffers())
     groups = [[x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)]  # vectors: few launches
-    for step, ((images, labels), bad) in enumerate(bar, start=done + 1):
+    finish = Finish(dataset.mean, dataset.std, device)
+    for step, ((pixels, labels, places, noise), bad) in enumerate(bar, start=done + 1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
         before = [parameters_to_vector(group) for group in groups]
-        embeddings = embed(args, network, images.flatten(0, 1), device)
-        loss = loss_function(embeddings, labels.flatten().to(device, non_blocking=True))
+        embeddings = embed(args, network, images := finish(pixels, places, noise), device)
+        loss = loss_function(embeddings, labels.to(device, non_blocking=True))
         scaler.scale(loss * scale).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -863,7 +913,7 @@ def extract(args):
     sets = dict(zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True))  # views
     model = create_model(args, device).eval()
     load_checkpoint([args.weight], model)
-    read = plain_reader(args, *(model.backbone.default_cfg[name] for name in ("mean", "std")))
+    finish = Finish(*(model.backbone.default_cfg[name] for name in ("mean", "std")), device)
     with Path(args.weight).open("rb") as file:
         inputs = [hashlib.file_digest(file, "sha256").hexdigest(), os.path.realpath(args.data), VERSIONS, CUDA]
     inputs += map(vars(args).get, ("arch", "input_size", "fast_input", "gem_eval_p", "batch_size", "amp", "tta"))
@@ -884,10 +934,11 @@ def extract(args):
         if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
             todo.append(batch)
     todo = share(todo)[0][rank::world_size]
-    collate = partial(load, read, paths, torch.zeros(3, *[args.input_size] * 2))
-    loader = DataLoader(todo, None, collate_fn=collate, num_workers=args.workers, pin_memory=CUDA)
-    for batch, (images, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
-        rows = embed(args, model, images, device).float().cpu().numpy()
+    blank = np.zeros((args.input_size, args.input_size, 3), np.uint8)
+    get_batch = partial(load, plain_reader(args), paths, blank, default_collate)
+    loader = DataLoader(todo, None, collate_fn=get_batch, num_workers=args.workers, pin_memory=CUDA)
+    for batch, (pixels, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
+        rows = embed(args, model, finish(pixels), device).float().cpu().numpy()
         rows[list(unread)] = 0
         np.savez(shards[batch], rows=rows)
         bad += unread.values()

@@ -54,6 +54,7 @@ from PIL import Image, ImageFilter
 from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils.data import default_collate
 from torchvision import transforms
 
 import eval_metrics
@@ -114,6 +115,12 @@ def compare_images(a, b):
     noise = np.square(a - b).mean(axis=(1, 2, 3))
     found = {"identical %": 100 * float((noise == 0).mean()), **compare(a, b)} if noise.any() else {"identical": True}
     return found | ({"PSNR dB": -10 * math.log10(noise.max())} if noise.any() else {})
+
+
+def left_to_the_device(amount, function, *args):
+    """(function(*args), milliseconds for each unit of it): what B's loaders leave out, done by this CPU."""
+    start = time.perf_counter()
+    return function(*args), {"left to the device, ms here": 1e3 * (time.perf_counter() - start) / amount}
 
 
 def descriptors(n):
@@ -197,25 +204,35 @@ def published_emoji(image, emojis):
 
 
 def augmentation(size, photos):
-    """Both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
+    """A batch of both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
 
-    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, ToTensor, erasing, Normalize
-    B: v83.open_image(pixels=True), v83.moderate_augmentation, v83.hard_augmentation
+    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, to a batch of floats
+    B: v83.open_image(pixels=True), the views of v83.TrainDataset, v83.collate: uint8, for v83.Finish on the device
     """
-    published = published_open, published_moderate(size), published_hard(size, photos)
     near, exact = (v83.hard_augmentation(size, MEAN, STD, np.array(photos), exact) for exact in (False, True))
-    ours, moments = (partial(v83.open_image, pixels=True), v83.moderate_augmentation(size, MEAN, STD), near), {}
+    published = published_open, published_moderate(size), published_hard(size, photos), torch.stack
+    uint8 = [transforms.Compose(view.transforms[:-1]) for view in (v83.moderate_augmentation(size, MEAN, STD), near)]
+    ours = partial(v83.open_image, pixels=True), *uint8, lambda views: v83.collate([(views, range(len(views)))])
+    finish, batches = v83.Finish(MEAN, STD), {published: [], ours: []}
 
     def run(pipeline, number):
-        open_image, moderate, hard = pipeline
+        open_image, moderate, hard, collate = pipeline
         views = []
         for i, path in enumerate(photos):
             v83.seed_generators(0, number, i)
             image = open_image(path)
-            views.append(moderate(image))
-            pixels = hard(image)[:, ::8, ::8] / 2 + 0.5
-            moments.setdefault(pipeline, []).append((pixels.mean().item(), pixels.std().item()))
-        return views
+            views += [moderate(image), hard(image)]
+        batches[pipeline].append(collate(views))
+        return batches[pipeline][-1]
+
+    def complete(batch):
+        pixels, _, places, noise = batch
+        return finish(pixels, places, noise)
+
+    def moments(images):
+        """Mean and deviation (n, 2) of the pixels of hard views."""
+        pixels = images[1::2, :, ::8, ::8].flatten(1) / 2 + 0.5
+        return torch.stack([pixels.mean(dim=1), pixels.std(dim=1)], dim=1)
 
     def to_exact(path):
         """Peak signal-to-noise ratio of the hard view to that by --exact, of the same draws."""
@@ -227,12 +244,14 @@ def augmentation(size, photos):
 
     def agreement(a, b):
         """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
-        both = np.array([moments[published], moments[ours]])
-        (mean, deviation), error = both.mean(axis=1).T.tolist(), both[:, :, 0].std() / len(moments[ours]) ** 0.5
-        found = {f"moderate {key}": value for key, value in compare_images(a, b).items()}
+        number = len(photos) * len(batches[ours])
+        completed, rest = left_to_the_device(number, lambda: [complete(batch) for batch in batches[ours]])
+        both = np.stack([torch.cat([*map(moments, images)]) for images in (batches[published], completed)])
+        (mean, deviation), error = both.mean(axis=1).T.tolist(), both[:, :, 0].std() / both.shape[1] ** 0.5
+        found = {f"moderate {key}": value for key, value in compare_images(a[::2], completed[-1][::2]).items()}
         found |= {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
         ratios = [to_exact(path) for path in photos]
-        return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)]}
+        return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)], **rest}
 
     return Pair(len(photos), partial(run, published), partial(run, ours), agreement)
 
@@ -318,20 +337,27 @@ def training_step(images, _photos):
 
 
 def extraction_input(case, photos):
-    """From file to network input. case: size, whether as --fast-input has it.
+    """From file to a batch of the network's input. case: size, whether as --fast-input has it.
 
-    A: PIL open, Resize, ToTensor, Normalize
-    B: v83.open_image(pixels=fast), v83.evaluation_transform
+    A: PIL open, Resize, ToTensor, Normalize, to a batch of floats
+    B: v83.plain_reader, to a batch of uint8, for v83.Finish on the device
     """
     size, fast = case
     resize, finish = transforms.Resize((size, size)), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     published = transforms.Compose([published_open, resize, *finish])
-    ours = transforms.Compose([partial(v83.open_image, pixels=fast), v83.evaluation_transform(size, MEAN, STD)])
+    ours = v83.plain_reader(v83.parse_args([".", "--input-size", str(size), *["--fast-input"] * fast]))
 
-    def run(read, _number):
-        return [read(path) for path in photos]
+    def baseline(_number):
+        return torch.stack([published(path) for path in photos])
 
-    return Pair(len(photos), partial(run, published), partial(run, ours), compare_images)
+    def uint8(_number):
+        return default_collate([ours(path) for path in photos])
+
+    def agreement(a, b):
+        completed, rest = left_to_the_device(len(photos), v83.Finish(MEAN, STD), b)
+        return compare_images(a, completed) | rest
+
+    return Pair(len(photos), baseline, uint8, agreement)
 
 
 def random_network(arch, size):

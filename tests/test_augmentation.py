@@ -359,14 +359,13 @@ def draws(request, tmp_path_factory):
     def flip(image, flipCode):
         return note("hflip" if flipCode else "vflip", image)
 
-    def erase(image, call):
-        call.lowest = image.min()  # before it is normalised, in place
-        return image
+    def view(pixels, *erased):
+        return note("erase", View(pixels, *erased), erased=erased) if erased else View(pixels)
 
     def filter_pixels(pixels, _, kernel, **_kwargs):
         return note("enhance_edges", pixels, kernel=kernel)
 
-    resized = {"resized_crop": lambda image, call: image.resize((SIZE, SIZE)), "erase": erase}
+    resized = {"resized_crop": lambda image, call: image.resize((SIZE, SIZE))}
     with pytest.MonkeyPatch.context() as patch:
         for name in AUGLY:
             replacement = stub(imaugs.functional, name)
@@ -377,6 +376,8 @@ def draws(request, tmp_path_factory):
         for name, result in resized.items():
             patch.setattr(TF, name, stub(TF, name, result))
         stage = STAGES[request.param]
+        View = stage.View
+        patch.setattr(stage, "View", view)
         for name in OURS:
             patch.setattr(stage, name, stub(stage, name))
         patch.setattr(stage.cv2, "filter2D", filter_pixels)
@@ -538,17 +539,19 @@ def test_emoji(draws):
 
 
 def test_erasing(draws):
-    """Noise over 2% to 33% of an image that is not normalised yet."""
-    erased, ratios = of(draws, "erase"), []
-    for call in erased:
-        assert call.lowest >= 0
-        assert (call.h - 0.5) * (call.w - 0.5) <= 0.33 * SIZE**2
-        assert (call.h + 0.5) * (call.w + 0.5) >= 0.02 * SIZE**2
-        assert (call.h + 0.5) / (call.w - 0.5) >= 0.3
-        assert (call.h - 0.5) / (call.w + 0.5) <= 3.3
-        assert call.v.shape == (3, call.h, call.w)
-        ratios.append(np.log(call.h / call.w))
-    noise = torch.cat([call.v.flatten() for call in erased])
+    """Noise over 2% to 33% of an image."""
+    noises, ratios = [], []
+    for call in of(draws, "erase"):
+        top, left, noise = call.erased
+        _, height, width = noise.shape
+        assert 0 <= top <= SIZE - height and 0 <= left <= SIZE - width
+        assert (height - 0.5) * (width - 0.5) <= 0.33 * SIZE**2
+        assert (height + 0.5) * (width + 0.5) >= 0.02 * SIZE**2
+        assert (height + 0.5) / (width - 0.5) >= 0.3
+        assert (height - 0.5) / (width + 0.5) <= 3.3
+        ratios.append(np.log(height / width))
+        noises.append(noise.flatten())
+    noise = torch.cat(noises)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
     assert np.mean(np.array(ratios) > 0) == pytest.approx(0.5, abs=0.1)
@@ -708,6 +711,23 @@ def test_pixels_give_the_view_of_their_image(stage, overlay_path, tmp_path):
     transforms = [usual] * 20 + [certain(every)] * 5 + [module.moderate_augmentation(SIZE, MEAN, STD)] * 5
     for seed, transform in enumerate(transforms):
         assert torch.equal(*(seeded(seed, transform, image) for image in images))
+
+
+@pytest.mark.parametrize("size", [SIZE, 1], ids=["usual", "too small to erase"])
+def test_what_loaders_leave_to_the_device_gives_torchvisions_bits(size):
+    """Of a whole batch, and of each view alone: ToTensor, RandomErasing of the same draws, Normalize."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    erase = transforms.RandomErasing(p=0.7, value="random")
+    published = transforms.Compose([transforms.ToTensor(), erase, transforms.Normalize(mean, std)])
+    ours, finish = v83.RandomErasing(p=0.7, value="random"), v83.Finish(mean, std)
+    arrays = [array(size, size, seed) for seed in range(100)]
+    expected, views = ([seeded(i, transform, arrays[i]) for i in range(100)] for transform in (published, ours))
+    pixels, labels, places, noise = v83.collate([(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])])
+    assert pixels.dtype == torch.uint8 and labels.tolist() == [*range(100)]
+    assert len(places) == (0 if size == 1 else sum(len(view.noise[0]) > 0 for view in views))
+    assert torch.equal(finish(pixels, places, noise), torch.stack(expected))
+    assert torch.equal(torch.stack([finish.view(view) for view in views]), torch.stack(expected))
+    assert all((pixels[i].numpy() == arrays[i]).all() for i in range(100))
 
 
 def test_the_view_is_normalised(overlay_path):

@@ -10,7 +10,7 @@ number, output = int(sys.argv[1]), Path(sys.argv[2])
 paths = np.array([f"../input/reference_images/R{i:07d}.jpg" for i in range(number)])
 v83.extraction_sets = lambda args: {"reference": paths}
 v83.load_checkpoint = lambda paths, model: None
-v83.load = lambda get, paths, blank, batch: (torch.zeros(len(batch), 1), {})
+v83.load = lambda get, paths, blank, collate, batch: (torch.zeros(len(batch), 1, 1, 3, dtype=torch.uint8), {})
 rows = torch.randn(128, 256)
 v83.embed = lambda args, model, images, device: rows[: len(images)]
 
