@@ -72,3 +72,16 @@ def test_resuming_stays_close(data, tmp_path):
         for output in ("one", "two")
     )
     assert len(one) == 8 and two == pytest.approx(one, abs=1e-3)
+
+
+def test_no_step_waits_for_the_device(data, tmp_path):
+    """By torch's own warnings: twice as many steps, between two lines of the log, give no more of them."""
+    program = "import sys, torch, v83; torch.cuda.set_sync_debug_mode('warn'); sys.exit(v83.main(sys.argv[1:]))"
+    flags, counts = [*FLAGS, "--no-pretrained", "--epochs", 1, "--memory-size", 64, "--log-every", 100], []
+    for number in (16, 32):
+        command = ["-c", program, *flags, "--sample-size", number, "--output", tmp_path / str(number)]
+        environment = {"CUDA_VISIBLE_DEVICES": "0", "PYTHONWARNINGS": "always"}
+        result = run(*command, data / "training_images", cwd=ROOT / "exp", **environment)
+        assert result.returncode == 0, result.stderr
+        counts.append(result.stderr.count("synchronizing CUDA operation"))
+    assert counts[0] == counts[1] > 0

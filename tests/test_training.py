@@ -158,10 +158,13 @@ def test_resuming_is_exact(house, tmp_path, call):
     assert two == one
 
 
+@pytest.mark.parametrize("fused", [False, True])  # as on CUDA
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_step_that_is_not_finite_is_left_out(house, tmp_path, call, monkeypatch, step):
+def test_a_step_that_is_not_finite_is_left_out(house, tmp_path, call, monkeypatch, step, fused):
     """It reaches neither weights, momenta, BatchNorm's statistics nor the bank, and the log counts it."""
-    calls, gem = [], v83.gem
+    calls, gem, sgd = [], v83.gem, torch.optim.SGD
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.zeros_like(x, **options) / 0)  # any memory
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: sgd(*args, **options | {"fused": fused}))
 
     def overflow_once(x, p):
         calls.append(p)
