@@ -747,6 +747,14 @@ def parameter_groups(model, weight_decay):
     return groups
 
 
+def create_optimizer(args, model):
+    """SGD; on CUDA fused, as that one takes the scaler's verdict without waiting for the device."""
+    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=CUDA)
+    for parameter in model.parameters():  # or, fused, a first step left out takes for momentum what memory holds
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def train(args):
     """Train the stage, with checkpoints and log.jsonl in <output>/train; returns the exit code."""
     device, folder, stopping = join(args), Path(args.output, "train"), []
@@ -766,8 +774,7 @@ def train(args):
     if args.weight and not resumed:
         load_checkpoint([args.weight], model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
-    # Fused, it is the one that takes the scaler's verdict without waiting for the device.
-    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=CUDA)
+    optimizer = create_optimizer(args, model)
     # In every precision the scaler leaves out a step whose gradients are not finite; but for float16 it stays at 1.
     half = CUDA and args.amp == "fp16"
     scaler = torch.amp.GradScaler(device.type, *(() if half else (1.0, 1 + 1e-9, 1 - 1e-9)))
@@ -779,8 +786,6 @@ def train(args):
         state |= {name: checkpoint[name] for name in state.keys() & checkpoint.keys()}
         fixed = about if state["step"] else ["files"]  # between two epochs, seed and batch may change
         changed = [name for name in fixed if checkpoint.get(name, about[name]) != about[name]]
-    for parameter in model.parameters():  # or, fused, a first step left out takes for momentum what memory holds
-        optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
     if len(set(share((bool(resumed), state["epoch"], state["step"])))) > 1 or changed:
         raise InputError(f"--resume {args.resume}: is of other {' and '.join(changed) or 'steps on other nodes'}")
     if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d

@@ -37,6 +37,7 @@ from unittest import mock
 
 # Looking for a GPU must not spoil CUDA for the processes that are forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says that there is no GPU, and more
 
 import faiss
 import numpy as np
@@ -294,43 +295,72 @@ def loss(sizes, _photos):
     return Pair(rows, partial(step, published), partial(step, ours), agreement)
 
 
-def training_step(images, _photos):
-    """Forward, loss, backward and update in float16, of noise that is in pinned memory.
+def training_step(case, _photos):
+    """Eight steps in float16, of a batch of noise that is in pinned memory. case: architecture, pixels, images a step.
 
-    A: eager, NCHW, autocast, pytorch-metric-learning's loss, SGD
-    B: v83.create_model, v83.embed, v83.MemoryBankContrastiveLoss, SGD
+    The device is busy, by a profile of another call, while it computes or copies.
+
+    A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every step
+    B: v83.create_model, v83.create_optimizer, v83.train_one_epoch, of uint8
     """
     if not v83.CUDA:
         raise Skipped("needs a CUDA device")
-    args, device = v83.parse_args(["."]), torch.device("cuda")
     torch.backends.cudnn.benchmark = True
-    batch, labels = torch.randn(images, 3, 256, 256).pin_memory(), torch.arange(images, device=device) // 2
+    return training_steps(*case, torch.device("cuda"))
 
-    def published_embed(model):
-        with torch.autocast("cuda", torch.float16):
-            return model(batch.to(device))
 
-    def trainer(model, embed, criterion):
-        model.train().to(device), criterion.to(device)
-        optimizer, scaler = torch.optim.SGD(v83.parameter_groups(model, 1e-6), 0.01, 0.9), torch.amp.GradScaler("cuda")
+def training_steps(arch, size, images, device):
+    """The same on any device; a CPU has no pinned memory, and v83 no float16 there."""
+    flags = ["-a", arch, "--input-size", size, "-b", images // 2, "--lr", 0.01, "-j", 0]
+    args, steps, half = v83.parse_args([".", *map(str, flags)]), 8, size // 2
+    pixels, labels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8), torch.arange(images) // 2
+    places, noise = [(1, 0, 0, half, half)], torch.randn(3 * half**2)
+    floats = v83.Finish(MEAN, STD)(pixels, places, noise)
+    if v83.CUDA:
+        pixels, labels, noise, floats = (x.pin_memory() for x in (pixels, labels, noise, floats))
+    loader = [((pixels, labels, places, noise), {})] * steps
+    dataset = torch.utils.data.TensorDataset(torch.zeros(steps * args.batch_size))
+    dataset.rows, dataset.mean, dataset.std = 2, MEAN, STD
 
-        def step(_number):
-            value = criterion(embed(model).float(), labels)
-            scaler.scale(value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            return value.item()  # which waits for the GPU
-
-        return step
-
-    published, ours = v83.ISCNet(timm.create_model(args.arch, features_only=True)), v83.create_model(args, device)
+    published, ours = v83.ISCNet(timm.create_model(arch, features_only=True)).to(device), v83.create_model(args, device)
     published.load_state_dict(ours.state_dict())
     published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size)
-    baseline = trainer(published, published_embed, published_loss)
-    loss_function = v83.MemoryBankContrastiveLoss(args.memory_size)
-    step = trainer(ours, lambda model: v83.embed(args, model, batch, device), loss_function)
-    return Pair(images, baseline, step, lambda a, b: {"loss difference": abs(a - b)})
+    loss_function = v83.MemoryBankContrastiveLoss(args.memory_size).to(device)
+    published_optimizer = torch.optim.SGD(v83.parameter_groups(published, args.wd), args.lr, args.momentum)
+    optimizer = v83.create_optimizer(args, ours)
+    scalers = [torch.amp.GradScaler(device.type) for _ in range(2)]
+
+    def baseline(_number):
+        losses = []
+        for _ in range(steps):
+            with torch.autocast(device.type):
+                embeddings = published.train()(floats.to(device))
+            value = published_loss(embeddings.float(), labels.to(device))
+            scalers[0].scale(value / args.reference_world_size).backward()
+            scalers[0].step(published_optimizer)
+            scalers[0].update()
+            published_optimizer.zero_grad()
+            losses.append(value.item())
+        return statistics.mean(losses)
+
+    def step(_number):
+        state, lines = {"epoch": 0, "step": 0, "skipped": 0, "history": torch.zeros(0, 5)}, []
+        parts = dataset, ours, loss_function, optimizer, scalers[1], lambda **line: lines.append(line)
+        with mock.patch.object(v83, "DataLoader", lambda *_, **__: loader):
+            list(v83.train_one_epoch(args, state, *parts))
+        return lines[-1]["loss"]
+
+    def busy(function):
+        with torch.profiler.profile() as profile:
+            function(0)
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
+            return covered(trace, lambda event: event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+
+    def agreement(a, b):
+        return {"mean loss A, B": [a, b], "device busy % A, B": [busy(baseline), busy(step)]}
+
+    return Pair(steps * images, baseline, step, agreement)
 
 
 # ---- extraction ----
@@ -564,7 +594,6 @@ def database_augmentation(n, _photos):
 def train_rank(argv, trace):
     """What each process does: v83's training, on one thread; rank 0 writes a profile of it to `trace`, if given."""
     torch.set_num_threads(1)
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says that there is no GPU, and more
     with torch.profiler.profile() if trace else nullcontext() as profile:
         code, peak = with_peak(lambda: v83.main(argv))
     if trace and os.environ["RANK"] == "0":
@@ -572,18 +601,22 @@ def train_rank(argv, trace):
     return code, peak
 
 
-def communication(trace):
-    """Percentage of the time between the first and the last step of a trace that collective operations cover."""
+def covered(trace, chosen):
+    """Percentage of the time between the first and the last step of a trace that the chosen events cover."""
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
     steps = [event for event in events if event["name"].startswith("Optimizer.step")]
     start, end = steps[0]["ts"], steps[-1]["ts"]
-    covered, reached = 0, start
+    total, reached = 0, start
     for event in sorted(events, key=lambda event: event["ts"]):
-        if re.match("gloo:|ncclDevKernel", event["name"]):
+        if chosen(event):
             last = min(event["ts"] + event["dur"], end)
-            covered += max(0, last - max(event["ts"], reached))
+            total += max(0, last - max(event["ts"], reached))
             reached = max(reached, last)
-    return 100 * covered / (end - start)
+    return 100 * total / (end - start)
+
+
+def is_communication(event):
+    return re.match("gloo:|ncclDevKernel", event["name"])
 
 
 def ranks(counts, _photos):
@@ -620,7 +653,8 @@ def ranks(counts, _photos):
 
     def agreement(a, b):
         run(counts[1], 0, folder / "trace.json")
-        return {"communication %": communication(folder / "trace.json"), "loss difference": abs(a["loss"] - b["loss"])}
+        share = covered(folder / "trace.json", is_communication)
+        return {"communication %": share, "loss difference": abs(a["loss"] - b["loss"])}
 
     def measured(result):
         return result["seconds"], result["peak"]
@@ -698,6 +732,8 @@ def answer(sender, function, args):
             result = function(*args)
     except Skipped as reason:
         result = reason
+    except torch.OutOfMemoryError:
+        result = Skipped("needs a GPU of more memory")
     sender.send(result)
 
 
@@ -762,7 +798,7 @@ def line(row):
 PARTS = [
     Part(augmentation, "pairs", {"256 px": 256, "384 px": 384, "512 px": 512}),
     Part(loss, "images", {"256 x 20000": (256, 20_000), "512 x 20000": (512, 20_000)}),
-    Part(training_step, "images", {"128 x 256 px": 128}),
+    Part(training_step, "images", {"256 x 256 px": ("tf_efficientnetv2_m_in21ft1k", 256, 256)}),
     Part(extraction_input, "images", {"512 px": (512, False), "512 px, fast": (512, True)}),
     Part(extraction_model, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(extraction_onnx, "images", {"2 x 512 px": (ARCH, 512)}),
