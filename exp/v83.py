@@ -258,16 +258,21 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
     @torch.no_grad()
     def compare(self, unit, labels, own, number):
         """Block by block: numbers of near and of active pairs, cost, its gradient; for positives, for negatives."""
-        sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
+        sums, gradient, ordered = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape), labels.sort().values
         size = len(self.bank) if unit.is_cuda else 1024  # few launches there, little memory here
         blocks = zip(*(rows.split(size) for rows in (number, self.bank, self.bank_labels)), strict=True)
         for block, bank, bank_labels in blocks:
             bank = F.normalize(bank)
             similarity = unit @ bank.T
-            near = (similarity > 0.9999 - self.neg_margin**2 / 2) | (labels[:, None] == bank_labels)
-            # On a CPU, few pairs are worth looking at; on CUDA, choosing them would wait for the device.
-            dense = unit.is_cuda or near.count_nonzero() > near.numel() // 16
-            i, j = (number[: len(unit), None], block - block[0]) if dense else near.nonzero(as_tuple=True)
+            dense, i, j = True, number[: len(unit), None], block - block[0]
+            if not unit.is_cuda:  # where choosing would wait for the device; here, few pairs are worth looking at
+                near = similarity > 0.9999 - self.neg_margin**2 / 2
+                place = torch.searchsorted(ordered, bank_labels).clamp(max=len(ordered) - 1)
+                known = (ordered[place] == bank_labels).nonzero()[:, 0]
+                near[:, known] |= labels[:, None] == bank_labels[known]
+                chosen = np.flatnonzero(near.numpy())  # six times as fast as torch's
+                if len(chosen) <= near.numel() // 16:
+                    dense, (i, j) = False, map(torch.from_numpy, np.divmod(chosen, near.shape[1]))
             distance = (2 - 2 * similarity[i, j]).clamp(min=1e-12).sqrt()
             same, valid = labels[i] == bank_labels[j], block[j] < self.filled
             for kind, pairs, cost, sign in (
