@@ -142,7 +142,7 @@ def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
         partial(overlay_and_crop, crops=crops, overlay_paths=overlay_paths, exact=exact, **overlay),
     ]
     erase = RandomErasing(p=0.25, value="random")
-    return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), erase, Finish(mean, std).view])
+    return transforms.Compose([*geometry, transforms.RandomOrder(shuffled), erase, Finish(mean, std).one])
 
 
 class TrainDataset:
@@ -258,7 +258,7 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
     @torch.no_grad()
     def compare(self, unit, labels, own, number):
         """Block by block: numbers of near and of active pairs, cost, its gradient; for positives, for negatives."""
-        sums, gradient, ordered = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape), labels.sort().values
+        sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
         size = len(self.bank) if unit.is_cuda else 1024  # few launches there, little memory here
         blocks = zip(*(rows.split(size) for rows in (number, self.bank, self.bank_labels)), strict=True)
         for block, bank, bank_labels in blocks:
@@ -267,10 +267,9 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
             dense, i, j = True, number[: len(unit), None], block - block[0]
             if not unit.is_cuda:  # where choosing would wait for the device; here, few pairs are worth looking at
                 near = similarity > 0.9999 - self.neg_margin**2 / 2
-                place = torch.searchsorted(ordered, bank_labels).clamp(max=len(ordered) - 1)
-                known = (ordered[place] == bank_labels).nonzero()[:, 0]
+                known = torch.from_numpy(np.flatnonzero(np.isin(bank_labels, labels)))
                 near[:, known] |= labels[:, None] == bank_labels[known]
-                chosen = np.flatnonzero(near.numpy())  # six times as fast as torch's
+                chosen = np.flatnonzero(near)  # six times as fast as torch's
                 if len(chosen) <= near.numel() // 16:
                     dense, (i, j) = False, map(torch.from_numpy, np.divmod(chosen, near.shape[1]))
             distance = (2 - 2 * similarity[i, j]).clamp(min=1e-12).sqrt()
@@ -404,7 +403,7 @@ def moderate_augmentation(input_size, mean, std, exact=False):
     """The moderate view: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
     crop, *_ = operations(exact)
     geometry = [crop(size=input_size, scale=(0.7, 1.0)), transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5)]
-    return transforms.Compose([to_array, *geometry, View, Finish(mean, std).view])
+    return transforms.Compose([to_array, *geometry, View, Finish(mean, std).one])
 
 
 def random_rotation(image, exact):
@@ -549,7 +548,7 @@ def open_image(path, pixels=False):
 
 def evaluation_transform(input_size, mean, std):
     """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3, input_size, input_size)."""
-    return transforms.Compose([v2.Resize((input_size, input_size)), to_array, View, Finish(mean, std).view])
+    return transforms.Compose([v2.Resize((input_size, input_size)), to_array, View, Finish(mean, std).one])
 
 
 def plain_reader(args):
@@ -559,7 +558,7 @@ def plain_reader(args):
 
 
 def to_array(image):
-    """PIL's image, or pixels (3, h, w), as what OpenCV takes: (h, w, 3), uint8."""
+    """PIL's image, or pixels (3, h, w), as an array (h, w, 3), uint8."""
     return np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
@@ -573,12 +572,12 @@ class View(NamedTuple):
 
 
 def collate(samples):
-    """(views, labels) of each sample as a batch: pixels (n, h, w, 3), labels (n,), places of noise, its values."""
+    """(views, labels) of each sample as a batch: pixels (n, h, w, 3), places of noise, its values, labels (n,)."""
     views = [view for views, _ in samples for view in views]
     labels = torch.tensor([label for _, labels in samples for label in labels])
     places = [(row, view.top, view.left, *view.noise.shape[1:]) for row, view in enumerate(views) if len(view.noise[0])]
     noise = torch.cat([view.noise.flatten() for view in views])
-    return default_collate([view.pixels for view in views]), labels, places, noise
+    return default_collate([view.pixels for view in views]), places, noise, labels
 
 
 class Finish:
@@ -595,15 +594,15 @@ class Finish:
         values = noise.flatten().split([3 * height * width for *_, height, width in places])
         for (row, top, left, height, width), part in zip(places, values, strict=True):
             images[row, :, top : top + height, left : left + width] = part.view(3, height, width)
-        return images.sub_(mean).div_(std)
+        return images.sub_(mean).div_(std).to(memory_format=torch.channels_last)
 
-    def view(self, view):
+    def one(self, view):
         """The same of one View, float (3, h, w)."""
-        pixels, _, places, noise = collate([([view], [])])
-        return self(pixels, places, noise)[0]
+        *views, _ = collate([([view], [])])
+        return self(*views)[0].contiguous()
 
 
-def load(get, items, blank, collate, indices):
+def load(get, items, blank, collate_fn, indices):
     """Collated get(items[i]) for i in indices, and {position: why} where instead stands blank or, if None, another."""
     samples, bad = [], {}
     for position, index in enumerate(indices):
@@ -618,7 +617,7 @@ def load(get, items, blank, collate, indices):
             if blank is None:
                 raise InputError(bad[position])
             samples.append(blank)
-    return collate(samples), bad
+    return collate_fn(samples), bad
 
 
 def seed_generators(*key):
@@ -673,11 +672,11 @@ def hash_files(*lists):
     return digest
 
 
-def embed(args, model, images, device):
+def embed(args, model, images):
     """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
-    with torch.autocast(device.type, dtype, enabled=CUDA and args.amp != "off"):
-        return model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
+    with torch.autocast(images.device.type, dtype, enabled=CUDA and args.amp != "off"):
+        return model(images)
 
 
 # ---- checkpoint ----
@@ -746,12 +745,11 @@ def parameter_groups(model, weight_decay):
     return groups
 
 
-def create_optimizer(args, model):
-    """SGD; on CUDA fused, as that one takes the scaler's verdict without waiting for the device."""
-    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=CUDA)
-    for parameter in model.parameters():  # or, fused, a first step left out takes for momentum what memory holds
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+def prepare_momenta(optimizer, model):
+    """As fused SGD needs them: laid out as their parameters, and there, lest a first step left out take any memory."""
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        state["momentum_buffer"] = torch.zeros_like(parameter).add_(state.get("momentum_buffer", 0))
 
 
 def train(args):
@@ -773,7 +771,8 @@ def train(args):
     if args.weight and not resumed:
         load_checkpoint([args.weight], model)
     loss_function = MemoryBankContrastiveLoss(args.memory_size, 256, args.pos_margin, args.neg_margin).to(device)
-    optimizer = create_optimizer(args, model)
+    # Fused, it takes the scaler's verdict on a step without waiting for the device.
+    optimizer = torch.optim.SGD(parameter_groups(model, args.wd), args.lr, args.momentum, fused=CUDA)
     # In every precision the scaler leaves out a step whose gradients are not finite; but for float16 it stays at 1.
     half = CUDA and args.amp == "fp16"
     scaler = torch.amp.GradScaler(device.type, *(() if half else (1.0, 1 + 1e-9, 1 - 1e-9)))
@@ -785,6 +784,7 @@ def train(args):
         state |= {name: checkpoint[name] for name in state.keys() & checkpoint.keys()}
         fixed = about if state["step"] else ["files"]  # between two epochs, seed and batch may change
         changed = [name for name in fixed if checkpoint.get(name, about[name]) != about[name]]
+    prepare_momenta(optimizer, model)
     if len(set(share((bool(resumed), state["epoch"], state["step"])))) > 1 or changed:
         raise InputError(f"--resume {args.resume}: is of other {' and '.join(changed) or 'steps on other nodes'}")
     if CUDA and world_size > 1:  # torch's own converter drops the activation of timm's fused BatchNormAct2d
@@ -818,11 +818,10 @@ def train(args):
         log_file.writelines(state["log"])
         log(args=vars(args), device=torch.cuda.get_device_name() if CUDA else "cpu", **about)
         for epoch in range(state["epoch"], args.epochs):
-            for images, bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
+            for views, bad in train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
                 if board and state["step"] == 1:
-                    scale, shift = torch.tensor([std, mean])[..., None, None]
-                    views = (images[: 8 * dataset.rows].cpu() * scale + shift).clamp(0, 1)
-                    board.add_image("views", utils.make_grid(views, dataset.rows), epoch * steps + 1)
+                    images = Finish((0.0,) * 3, (1.0,) * 3)(*views)[: 8 * dataset.rows].clamp(0, 1)
+                    board.add_image("views", utils.make_grid(images, dataset.rows), epoch * steps + 1)
                 stops, bad = zip(*share((bool(stopping), bad)), strict=True)
                 for message in sorted({message for messages in bad for message in messages} - {*state["bad"]}):
                     state["bad"].append(message)
@@ -840,7 +839,7 @@ def train(args):
 
 
 def train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
-    """The rest of a pass over the data. Yields each step's images and what could not be read; logs now and then."""
+    """The rest of a pass over the data. Yields each step's views and what could not be read; logs now and then."""
     (rank, world_size), size, epoch, done = process(), args.batch_size, state["epoch"], state["step"]
     device, dataset.epoch = loss_function.bank.device, epoch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[: len(dataset) // size * size]
@@ -858,10 +857,10 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
     logged, started, buffers = done, time.time(), list(network.buffers())
     groups = [[x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)]  # vectors: few launches
     finish = Finish(dataset.mean, dataset.std, device)
-    for step, ((pixels, labels, places, noise), bad) in enumerate(bar, start=done + 1):
+    for step, ((*views, labels), bad) in enumerate(bar, start=done + 1):
         seed_generators(args.seed, epoch, step, rank)  # without workers, loading has used the same generators
         before = [parameters_to_vector(group) for group in groups]
-        embeddings = embed(args, network, images := finish(pixels, places, noise), device)
+        embeddings = embed(args, network, finish(*views))
         loss = loss_function(embeddings, labels.to(device, non_blocking=True))
         scaler.scale(loss * scale).backward()
         scaler.step(optimizer)
@@ -886,7 +885,7 @@ def train_one_epoch(args, state, dataset, network, loss_function, optimizer, sca
             log(**line, images_per_second=(step - logged) * size * dataset.rows / (time.time() - started))
             bar.set_postfix(loss=line["loss"])
             logged, started = step, time.time()
-        yield images, list(bad.values())
+        yield views, list(bad.values())
 
 
 # ---- extract ----
@@ -951,7 +950,7 @@ def extract(args):
     get_batch = partial(load, plain_reader(args), paths, blank, default_collate)
     loader = DataLoader(todo, None, collate_fn=get_batch, num_workers=args.workers, pin_memory=CUDA)
     for batch, (pixels, unread) in zip(todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True):
-        rows = embed(args, model, finish(pixels), device).float().cpu().numpy()
+        rows = embed(args, model, finish(pixels)).float().cpu().numpy()
         rows[list(unread)] = 0
         np.savez(shards[batch], rows=rows)
         bad += unread.values()

@@ -214,7 +214,7 @@ def augmentation(size, photos):
     published = published_open, published_moderate(size), published_hard(size, photos), torch.stack
     uint8 = [transforms.Compose(view.transforms[:-1]) for view in (v83.moderate_augmentation(size, MEAN, STD), near)]
     ours = partial(v83.open_image, pixels=True), *uint8, lambda views: v83.collate([(views, range(len(views)))])
-    finish, batches = v83.Finish(MEAN, STD), {published: [], ours: []}
+    kept = {published: [], ours: []}
 
     def run(pipeline, number):
         open_image, moderate, hard, collate = pipeline
@@ -223,17 +223,17 @@ def augmentation(size, photos):
             v83.seed_generators(0, number, i)
             image = open_image(path)
             views += [moderate(image), hard(image)]
-        batches[pipeline].append(collate(views))
-        return batches[pipeline][-1]
+        batch = collate(views)
+        kept[pipeline].append(sample(batch) if pipeline == published else batch)
+        return batch
 
     def complete(batch):
-        pixels, _, places, noise = batch
-        return finish(pixels, places, noise)
+        *views, _ = batch
+        return v83.Finish(MEAN, STD)(*views)
 
-    def moments(images):
-        """Mean and deviation (n, 2) of the pixels of hard views."""
-        pixels = images[1::2, :, ::8, ::8].flatten(1) / 2 + 0.5
-        return torch.stack([pixels.mean(dim=1), pixels.std(dim=1)], dim=1)
+    def sample(images):
+        """One of 64 pixels of the hard ones of a batch of floats."""
+        return images[1::2, :, ::8, ::8].clone()
 
     def to_exact(path):
         """Peak signal-to-noise ratio of the hard view to that by --exact, of the same draws."""
@@ -245,11 +245,12 @@ def augmentation(size, photos):
 
     def agreement(a, b):
         """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
-        number = len(photos) * len(batches[ours])
-        completed, rest = left_to_the_device(number, lambda: [complete(batch) for batch in batches[ours]])
-        both = np.stack([torch.cat([*map(moments, images)]) for images in (batches[published], completed)])
-        (mean, deviation), error = both.mean(axis=1).T.tolist(), both[:, :, 0].std() / both.shape[1] ** 0.5
-        found = {f"moderate {key}": value for key, value in compare_images(a[::2], completed[-1][::2]).items()}
+        completed, rest = left_to_the_device(len(photos), complete, b)
+        samples = kept[published], [sample(complete(batch)) for batch in kept[ours]]
+        pixels = np.stack([torch.cat(views).flatten(1) / 2 + 0.5 for views in samples])
+        mean, deviation = (each(pixels, axis=2).mean(axis=1).tolist() for each in (np.mean, np.std))
+        error = pixels.mean(axis=2).std() / pixels.shape[1] ** 0.5
+        found = {f"moderate {key}": value for key, value in compare_images(a[::2], completed[::2]).items()}
         found |= {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
         ratios = [to_exact(path) for path in photos]
         return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)], **rest}
@@ -301,7 +302,7 @@ def training_step(case, _photos):
     The device is busy, by a profile of another call, while it computes or copies.
 
     A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every step
-    B: v83.create_model, v83.create_optimizer, v83.train_one_epoch, of uint8
+    B: v83.create_model, v83.train_one_epoch, SGD fused, of uint8
     """
     if not v83.CUDA:
         raise Skipped("needs a CUDA device")
@@ -318,7 +319,7 @@ def training_steps(arch, size, images, device):
     floats = v83.Finish(MEAN, STD)(pixels, places, noise)
     if v83.CUDA:
         pixels, labels, noise, floats = (x.pin_memory() for x in (pixels, labels, noise, floats))
-    loader = [((pixels, labels, places, noise), {})] * steps
+    loader = [((pixels, places, noise, labels), {})] * steps
     dataset = torch.utils.data.TensorDataset(torch.zeros(steps * args.batch_size))
     dataset.rows, dataset.mean, dataset.std = 2, MEAN, STD
 
@@ -327,7 +328,8 @@ def training_steps(arch, size, images, device):
     published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size)
     loss_function = v83.MemoryBankContrastiveLoss(args.memory_size).to(device)
     published_optimizer = torch.optim.SGD(v83.parameter_groups(published, args.wd), args.lr, args.momentum)
-    optimizer = v83.create_optimizer(args, ours)
+    optimizer = torch.optim.SGD(v83.parameter_groups(ours, args.wd), args.lr, args.momentum, fused=v83.CUDA)
+    v83.prepare_momenta(optimizer, ours)
     scalers = [torch.amp.GradScaler(device.type) for _ in range(2)]
 
     def baseline(_number):
@@ -420,7 +422,10 @@ def extraction_model(sizes, _photos):
     device = torch.device("cpu")
     model = v83.create_model(args, device)
     model.load_state_dict(published.state_dict())
-    ours = partial(v83.embed, args, model.eval(), images, device)
+    model.eval()
+
+    def ours():
+        return v83.embed(args, model, images.to(memory_format=torch.channels_last))
 
     def run(embed, _number):
         with torch.inference_mode():
@@ -605,6 +610,7 @@ def covered(trace, chosen):
     """Percentage of the time between the first and the last step of a trace that the chosen events cover."""
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
     steps = [event for event in events if event["name"].startswith("Optimizer.step")]
+    steps = [event for event in steps if event.get("cat") != "gpu_user_annotation"]  # when the device did the same
     start, end = steps[0]["ts"], steps[-1]["ts"]
     total, reached = 0, start
     for event in sorted(events, key=lambda event: event["ts"]):

@@ -426,7 +426,6 @@ class Views:
 
     def seed(self, *key):
         """What is drawn next depends on the key alone."""
-        cv2.setNumThreads(0)  # a loader process has its core
         self.rng = np.random.default_rng(key)
         v98.seed_generators(*key)  # which augment() draws from
 

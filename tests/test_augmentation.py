@@ -722,11 +722,11 @@ def test_what_loaders_leave_to_the_device_gives_torchvisions_bits(size):
     ours, finish = v83.RandomErasing(p=0.7, value="random"), v83.Finish(mean, std)
     arrays = [array(size, size, seed) for seed in range(100)]
     expected, views = ([seeded(i, transform, arrays[i]) for i in range(100)] for transform in (published, ours))
-    pixels, labels, places, noise = v83.collate([(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])])
+    pixels, places, noise, labels = v83.collate([(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])])
     assert pixels.dtype == torch.uint8 and labels.tolist() == [*range(100)]
     assert len(places) == (0 if size == 1 else sum(len(view.noise[0]) > 0 for view in views))
     assert torch.equal(finish(pixels, places, noise), torch.stack(expected))
-    assert torch.equal(torch.stack([finish.view(view) for view in views]), torch.stack(expected))
+    assert torch.equal(torch.stack([finish.one(view) for view in views]), torch.stack(expected))
     assert all((pixels[i].numpy() == arrays[i]).all() for i in range(100))
 
 

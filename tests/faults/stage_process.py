@@ -61,9 +61,9 @@ def count_images(module, path, hold):
     """Have the module's network note in the file at `path` how many images it is given, and stay there after `hold`."""
     embed, seen = module.embed, 0
 
-    def counted(args, model, images, device):
+    def counted(args, model, images):
         nonlocal seen
-        result = embed(args, model, images, device)
+        result = embed(args, model, images)
         with path.open("a") as file:
             file.write(f"{len(images)}\n")
         seen += len(images)
