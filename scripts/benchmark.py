@@ -325,7 +325,7 @@ def training_steps(arch, size, images, device):
 
     published, ours = v83.ISCNet(timm.create_model(arch, features_only=True)).to(device), v83.create_model(args, device)
     published.load_state_dict(ours.state_dict())
-    published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size)
+    published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size).to(device)
     loss_function = v83.MemoryBankContrastiveLoss(args.memory_size).to(device)
     published_optimizer = torch.optim.SGD(v83.parameter_groups(published, args.wd), args.lr, args.momentum)
     optimizer = torch.optim.SGD(v83.parameter_groups(ours, args.wd), args.lr, args.momentum, fused=v83.CUDA)
@@ -804,7 +804,7 @@ def line(row):
 PARTS = [
     Part(augmentation, "pairs", {"256 px": 256, "384 px": 384, "512 px": 512}),
     Part(loss, "images", {"256 x 20000": (256, 20_000), "512 x 20000": (512, 20_000)}),
-    Part(training_step, "images", {"256 x 256 px": ("tf_efficientnetv2_m_in21ft1k", 256, 256)}),
+    Part(training_step, "images", {"256 x 256 px": (ARCH, 256, 256)}),
     Part(extraction_input, "images", {"512 px": (512, False), "512 px, fast": (512, True)}),
     Part(extraction_model, "images", {"2 x 512 px": (ARCH, 512)}),
     Part(extraction_onnx, "images", {"2 x 512 px": (ARCH, 512)}),
