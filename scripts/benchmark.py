@@ -208,23 +208,28 @@ def augmentation(size, photos):
     """A batch of both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
 
     A: PIL open, AugLy and torchvision transforms on PIL images in the published order, to a batch of floats
-    B: v83.open_image(pixels=True), the views of v83.TrainDataset, v83.collate: uint8, for v83.Finish on the device
+    B: v83.TrainDataset, v83.collate: uint8, for v83.Finish on the device
     """
-    near, exact = (v83.hard_augmentation(size, MEAN, STD, np.array(photos), exact) for exact in (False, True))
-    published = published_open, published_moderate(size), published_hard(size, photos), torch.stack
-    uint8 = [transforms.Compose(view.transforms[:-1]) for view in (v83.moderate_augmentation(size, MEAN, STD), near)]
-    ours = partial(v83.open_image, pixels=True), *uint8, lambda views: v83.collate([(views, range(len(views)))])
-    kept = {published: [], ours: []}
+    flags = ["--input-size", size, "--sample-size", len(photos), "--seed", 0, Path(photos[0]).parent]
+    dataset = v83.TrainDataset(v83.parse_args([*map(str, flags)]), MEAN, STD)
+    moderate, hard = published_moderate(size), published_hard(size, dataset.paths.tolist())
+    near, exact = (v83.hard_augmentation(size, MEAN, STD, dataset.paths, exact) for exact in (False, True))
+    kept = {"A": [], "B": []}
 
-    def run(pipeline, number):
-        open_image, moderate, hard, collate = pipeline
+    def baseline(number):
         views = []
-        for i, path in enumerate(photos):
+        for i, path in enumerate(dataset.paths):
             v83.seed_generators(0, number, i)
-            image = open_image(path)
+            image = published_open(path)
             views += [moderate(image), hard(image)]
-        batch = collate(views)
-        kept[pipeline].append(sample(batch) if pipeline == published else batch)
+        batch = torch.stack(views)
+        kept["A"].append(sample(batch))
+        return batch
+
+    def ours(number):
+        dataset.epoch = number
+        batch = v83.collate([dataset[i] for i in range(len(dataset))])
+        kept["B"].append(batch)
         return batch
 
     def complete(batch):
@@ -238,15 +243,15 @@ def augmentation(size, photos):
     def to_exact(path):
         """Peak signal-to-noise ratio of the hard view to that by --exact, of the same draws."""
         views = []
-        for hard in (near, exact):
+        for view in (near, exact):
             v83.seed_generators(0, 0, photos.index(path))
-            views.append([hard(v83.open_image(path, pixels=True))])
+            views.append([view(v83.open_image(path, pixels=True))])
         return compare_images(*views).get("PSNR dB", math.inf)
 
     def agreement(a, b):
         """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
         completed, rest = left_to_the_device(len(photos), complete, b)
-        samples = kept[published], [sample(complete(batch)) for batch in kept[ours]]
+        samples = kept["A"], [sample(complete(batch)) for batch in kept["B"]]
         pixels = np.stack([torch.cat(views).flatten(1) / 2 + 0.5 for views in samples])
         mean, deviation = (each(pixels, axis=2).mean(axis=1).tolist() for each in (np.mean, np.std))
         error = pixels.mean(axis=2).std() / pixels.shape[1] ** 0.5
@@ -255,7 +260,7 @@ def augmentation(size, photos):
         ratios = [to_exact(path) for path in photos]
         return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)], **rest}
 
-    return Pair(len(photos), partial(run, published), partial(run, ours), agreement)
+    return Pair(len(photos), baseline, ours, agreement)
 
 
 # ---- training ----
