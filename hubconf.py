@@ -1,12 +1,15 @@
-"""The published descriptors in a line, on a CPU or a GPU, from the author's weights or from a checkpoint of one's own.
+"""The published descriptors in a line, on a CPU or a GPU, from the author's weights or from a
+checkpoint of one's own.
 
     model, preprocess = torch.hub.load(REPOSITORY, "isc_ft_v107")  # its weights are fetched once
-    model, preprocess = torch.hub.load(".", "isc_ft_v107", source="local", weights="checkpoint_0009.pth.tar")
-    descriptors = model(torch.stack([preprocess(Image.open(path)) for path in paths]))  # (n, 256), of length 1
+    model, preprocess = torch.hub.load(".", "isc_ft_v107", source="local",
+    weights="checkpoint_0009.pth.tar") descriptors = model(torch.stack([preprocess(Image.open(path))
+    for path in paths]))  # (n, 256), of length 1
 
-`isc_ft_v107` is the final network, which has seen the public queries' labels; `isc_selfsup_v98` the one before it.
-Two images are copies where the inner product of their descriptors is large. EXIF's orientation is left to the caller
-(`ImageOps.exif_transpose`, as match.py does). Paper: arXiv 2112.04323.
+`isc_ft_v107` is the final network, which has seen the public queries' labels; `isc_selfsup_v98` the
+one before it. Two images are copies where the inner product of their descriptors is large. EXIF's
+orientation is left to the caller (`ImageOps.exif_transpose`, as match.py does). Paper: arXiv
+2112.04323.
 """
 
 import hashlib
@@ -29,35 +32,48 @@ ARCH = "tf_efficientnetv2_m_in21ft1k"
 RELEASE = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1"
 
 
-def isc_ft_v107(pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"):
+def isc_ft_v107(
+    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"
+):
     """The final network of the winning solution: (model, preprocess), ready for evaluation.
 
-    pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this arch in their place;
-    sha256: refuse any other file (the author published none); input_size: side of the input, pixels. model takes float
-    (n, 3, input_size, input_size) and returns float descriptors (n, 256) of length 1; preprocess takes a PIL image of
-    any mode and returns float (3, input_size, input_size). Files are loaded as tensors only, never as code.
-    Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of this network; and
-    where torch is older than 2.10, whose weights-only loader a file could make run code (CVE-2026-24747).
+    pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this
+    arch in their place; sha256: refuse any other file (the author published none); input_size: side
+    of the input, pixels. model takes float (n, 3, input_size, input_size) and returns float
+    descriptors (n, 256) of length 1; preprocess takes a PIL image of any mode and returns float (3,
+    input_size, input_size). Files are loaded as tensors only, never as code. Raises ValueError,
+    which names the file, where it is not the one wanted or not a checkpoint of this network; and
+    where torch is older than 2.10, whose weights-only loader a file could make run code
+    (CVE-2026-24747).
     """
     return _load("isc_ft_v107.pth.tar", pretrained, weights, sha256, arch, input_size, device)
 
 
-def isc_selfsup_v98(pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"):
+def isc_selfsup_v98(
+    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"
+):
     """The network before it saw any label, which isc_ft_v107 was fine-tuned from; see there."""
     return _load("isc_selfsup_v98.pth.tar", pretrained, weights, sha256, arch, input_size, device)
 
 
 def _load(name, pretrained, weights, sha256, arch, input_size, device):
-    model = v107.create_model(Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)).eval()
+    model = v107.create_model(
+        Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)
+    ).eval()
     if weights or pretrained:
         if torch.__version__ < "2.10":
-            raise ValueError(f"torch {torch.__version__} may run code in a file of weights; pip install 'torch>=2.10'")
+            raise ValueError(
+                f"torch {torch.__version__} may run code in a file of weights; pip install "
+                f"'torch>=2.10'"
+            )
         path = Path(weights or _fetch(name))
         if sha256 and path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != sha256.lower():
-                raise ValueError(f"{path}: is not the file that sha256 names but {digest}; move it away")
+                raise ValueError(
+                    f"{path}: is not the file that sha256 names but {digest}; move it away"
+                )
         v107.load_checkpoint([path], model)
     config = model.backbone.default_cfg
     transform = v107.evaluation_transform(input_size, config["mean"], config["std"])

@@ -1,15 +1,17 @@
-"""How fast each part is, against the published way of doing it, in the same run: what `make benchmark` runs.
+"""How fast each part is, against the published way of doing it, in the same run: what `make
+benchmark` runs.
 
-    python scripts/benchmark.py                              # everything, at most 10 minutes on two cores
-    python scripts/benchmark.py loss search --rounds 9       # some parts, more often
-    python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
+    python scripts/benchmark.py                              # everything, at most 10 minutes on two
+    cores python scripts/benchmark.py loss search --rounds 9       # some parts, more often python
+    scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
 
-A is the published pipeline, written here plainly, B is what this project's scripts do: see each part's description.
-After a warm-up both run by turns: `ratio` is the median over the rounds of A's time divided by B's, beside its minimum
-and maximum; A/s and B/s are units per second in the median round. Peak memory is what A or B alone adds, in a process
-of its own, to what the process has before. All on one CPU thread; a GPU is used where there is one (by training-step,
-whose peak is the GPU's, the searches, and ranks).
-The photographs are mosaics of those inside scikit-image and scikit-learn, 1024 x 768, JPEG of quality 90.
+A is the published pipeline, written here plainly, B is what this project's scripts do: see each
+part's description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's
+time divided by B's, beside its minimum and maximum; A/s and B/s are units per second in the median
+round. Peak memory is what A or B alone adds, in a process of its own, to what the process has
+before. All on one CPU thread; a GPU is used where there is one (by training-step, whose peak is the
+GPU's, the searches, and ranks). The photographs are mosaics of those inside scikit-image and
+scikit-learn, 1024 x 768, JPEG of quality 90.
 """
 
 import argparse
@@ -70,7 +72,10 @@ import v83
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # as timm gives them for the recipe's backbone
 PHOTOS = 16  # photographs, at most: as many pairs or images are made in a round
 ARCH = "tf_efficientnetv2_m"
-SMALL_ARCH, BATCH = "test_resnet", 16  # what `ranks` trains, of 0.4 million weights, and with how many images a step
+SMALL_ARCH, BATCH = (
+    "test_resnet",
+    16,
+)  # what `ranks` trains, of 0.4 million weights, and with how many images a step
 
 
 class Skipped(Exception):
@@ -78,13 +83,17 @@ class Skipped(Exception):
 
 
 class Pair(NamedTuple):
-    """A and B, ready to run on the same input: each takes the number of the round, and returns its result."""
+    """A and B, ready to run on the same input: each takes the number of the round, and returns its
+    result.
+    """
 
     amount: int  # units that one call does
     baseline: Callable
     ours: Callable
     agreement: Callable  # (A's last result, B's) -> {what: number, numbers or yes/no}
-    measured: Callable | None = None  # result -> (seconds, bytes at the peak), where those of the call say nothing
+    measured: Callable | None = (
+        None  # result -> (seconds, bytes at the peak), where those of the call say nothing
+    )
 
 
 @dataclass(frozen=True)
@@ -107,25 +116,41 @@ class Part:
 def compare(a, b):
     """How far two arrays of numbers are apart: {"identical": True}, or their largest difference."""
     a, b = np.asarray(a), np.asarray(b)
-    return {"identical": True} if np.array_equal(a, b) else {"max difference": float(np.abs(a - b).max())}
+    return (
+        {"identical": True}
+        if np.array_equal(a, b)
+        else {"max difference": float(np.abs(a - b).max())}
+    )
 
 
 def compare_images(a, b):
-    """The same of lists of normalised images, where 1 is white, with the least peak signal-to-noise ratio."""
+    """The same of lists of normalised images, where 1 is white, with the least peak signal-to-noise
+    ratio.
+    """
     a, b = (np.stack(images) * STD[0] for images in (a, b))
     noise = np.square(a - b).mean(axis=(1, 2, 3))
-    found = {"identical %": 100 * float((noise == 0).mean()), **compare(a, b)} if noise.any() else {"identical": True}
+    found = (
+        {"identical %": 100 * float((noise == 0).mean()), **compare(a, b)}
+        if noise.any()
+        else {"identical": True}
+    )
     return found | ({"PSNR dB": -10 * math.log10(noise.max())} if noise.any() else {})
 
 
 def left_to_the_device(amount, function, *args):
-    """(function(*args), milliseconds for each unit of it): what B's loaders leave out, done by this CPU."""
+    """(function(*args), milliseconds for each unit of it): what B's loaders leave out, done by this
+    CPU.
+    """
     start = time.perf_counter()
-    return function(*args), {"left to the device, ms here": 1e3 * (time.perf_counter() - start) / amount}
+    return function(*args), {
+        "left to the device, ms here": 1e3 * (time.perf_counter() - start) / amount
+    }
 
 
 def descriptors(n):
-    """Unit rows (n, 256) float32 with a direction in common: cosine 0.38 on average, above 0.5 for 0.1% of pairs."""
+    """Unit rows (n, 256) float32 with a direction in common: cosine 0.38 on average, above 0.5 for
+    0.1% of pairs.
+    """
     common, own = F.normalize(torch.randn(1, 256)), F.normalize(torch.randn(n, 256))
     return F.normalize(0.38**0.5 * common + 0.62**0.5 * own)
 
@@ -139,20 +164,30 @@ def published_open(path):
 
 def published_moderate(size):
     """The moderate view of v83."""
-    geometry = [transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(p=0.5)]
+    geometry = [
+        transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
+        transforms.RandomHorizontalFlip(p=0.5),
+    ]
     return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 def published_hard(size, overlay_paths):
     """The hard view of v83."""
-    fonts = sorted(str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1")
+    fonts = sorted(
+        str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1"
+    )
     emojis = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
-    edges = [imaugs.ApplyPILFilter(edge) for edge in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)]
+    edges = [
+        imaugs.ApplyPILFilter(edge)
+        for edge in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
+    ]
     shuffled = [
         transforms.ColorJitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
         imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
         imaugs.ShufflePixels(factor=0.1, p=0.25),
-        imaugs.OneOf([imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=0.25),
+        imaugs.OneOf(
+            [imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=0.25
+        ),
         transforms.RandomGrayscale(p=0.25),
         imaugs.RandomBlur(min_radius=0.0, max_radius=10.0, p=0.25),
         transforms.RandomPerspective(p=0.25),
@@ -163,8 +198,16 @@ def published_hard(size, overlay_paths):
         imaugs.OneOf(edges, p=0.25),
     ]
     crop = partial(published_crop, size=size, overlay_paths=overlay_paths)
-    order = [transforms.RandomApply([published_rotation], p=0.25), crop, transforms.RandomOrder(shuffled)]
-    finish = [transforms.ToTensor(), transforms.RandomErasing(p=0.25, value="random"), transforms.Normalize(MEAN, STD)]
+    order = [
+        transforms.RandomApply([published_rotation], p=0.25),
+        crop,
+        transforms.RandomOrder(shuffled),
+    ]
+    finish = [
+        transforms.ToTensor(),
+        transforms.RandomErasing(p=0.25, value="random"),
+        transforms.Normalize(MEAN, STD),
+    ]
     return transforms.Compose([*order, *finish])
 
 
@@ -175,7 +218,9 @@ def published_rotation(image):
 
 
 def published_crop(image, size, overlay_paths):
-    """With probability 0.05 another image over or under this one, cropped gently; else cropped strongly."""
+    """With probability 0.05 another image over or under this one, cropped gently; else cropped
+    strongly.
+    """
     if random.random() > 0.05:
         return transforms.RandomResizedCrop(size, scale=(0.15, 1.0))(image)
     pair = [image, published_open(random.choice(overlay_paths))]
@@ -187,12 +232,18 @@ def published_crop(image, size, overlay_paths):
 
 
 def published_text(image, fonts):
-    font, size, color = random.choice(fonts), random.uniform(0.1, 0.3), [random.randrange(256) for _ in range(3)]
+    font, size, color = (
+        random.choice(fonts),
+        random.uniform(0.1, 0.3),
+        [random.randrange(256) for _ in range(3)],
+    )
     x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image
     for line in range(random.randint(1, 2)):
         glyphs = [random.getrandbits(31) for _ in range(random.randint(5, 9))]
         try:
-            written = imaugs.overlay_text(written, None, glyphs, font, size, 1.0, color, x, y + line * size)
+            written = imaugs.overlay_text(
+                written, None, glyphs, font, size, 1.0, color, x, y + line * size
+            )
         except (OSError, RuntimeError):  # a glyph that the font cannot lay out
             return image
     return written.convert("RGB")
@@ -205,15 +256,27 @@ def published_emoji(image, emojis):
 
 
 def augmentation(size, photos):
-    """A batch of both views of v83 of each photograph, from its file; the same seeds for A and B, others in each round.
+    """A batch of both views of v83 of each photograph, from its file; the same seeds for A and B,
+    others in each round.
 
-    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, to a batch of floats
+    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, to a batch
+    of floats
     B: v83.TrainDataset, v83.collate: uint8, for v83.Finish on the device
     """
-    flags = ["--input-size", size, "--sample-size", len(photos), "--seed", 0, Path(photos[0]).parent]
+    flags = [
+        "--input-size",
+        size,
+        "--sample-size",
+        len(photos),
+        "--seed",
+        0,
+        Path(photos[0]).parent,
+    ]
     dataset = v83.TrainDataset(v83.parse_args([*map(str, flags)]), MEAN, STD)
     moderate, hard = published_moderate(size), published_hard(size, dataset.paths.tolist())
-    near, exact = (v83.hard_augmentation(size, MEAN, STD, dataset.paths, exact) for exact in (False, True))
+    near, exact = (
+        v83.hard_augmentation(size, MEAN, STD, dataset.paths, exact) for exact in (False, True)
+    )
     kept = {"A": [], "B": []}
 
     def baseline(number):
@@ -249,16 +312,24 @@ def augmentation(size, photos):
         return compare_images(*views).get("PSNR dB", math.inf)
 
     def agreement(a, b):
-        """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and deviation of pixels."""
+        """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and
+        deviation of pixels.
+        """
         completed, rest = left_to_the_device(len(photos), complete, b)
         samples = kept["A"], [sample(complete(batch)) for batch in kept["B"]]
         pixels = np.stack([torch.cat(views).flatten(1) / 2 + 0.5 for views in samples])
         mean, deviation = (each(pixels, axis=2).mean(axis=1).tolist() for each in (np.mean, np.std))
         error = pixels.mean(axis=2).std() / pixels.shape[1] ** 0.5
-        found = {f"moderate {key}": value for key, value in compare_images(a[::2], completed[::2]).items()}
+        found = {
+            f"moderate {key}": value
+            for key, value in compare_images(a[::2], completed[::2]).items()
+        }
         found |= {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
         ratios = [to_exact(path) for path in photos]
-        return found | {"hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)], **rest}
+        return found | {
+            "hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)],
+            **rest,
+        }
 
     return Pair(len(photos), baseline, ours, agreement)
 
@@ -267,7 +338,8 @@ def augmentation(size, photos):
 
 
 def loss(sizes, _photos):
-    """Forward and backward on the CPU, of two views an image, against a full bank, of which they take the same place.
+    """Forward and backward on the CPU, of two views an image, against a full bank, of which they
+    take the same place.
 
     A: pytorch-metric-learning's CrossBatchMemory(ContrastiveLoss(0, 1))
     B: v83.MemoryBankContrastiveLoss
@@ -295,18 +367,26 @@ def loss(sizes, _photos):
 
     def agreement(a, b):
         active = (views[memory:] @ views[:memory].T > 0.5).float().mean().item()
-        difference = {"loss difference": abs(a[0] - b[0]), "gradient difference": (a[1] - b[1]).abs().max().item()}
-        return difference | {"of at most": a[1].abs().max().item(), "active negatives %": 100 * active}
+        difference = {
+            "loss difference": abs(a[0] - b[0]),
+            "gradient difference": (a[1] - b[1]).abs().max().item(),
+        }
+        return difference | {
+            "of at most": a[1].abs().max().item(),
+            "active negatives %": 100 * active,
+        }
 
     return Pair(rows, partial(step, published), partial(step, ours), agreement)
 
 
 def training_step(case, _photos):
-    """Eight steps in float16, of a batch of noise that is in pinned memory. case: architecture, pixels, images a step.
+    """Eight steps in float16, of a batch of noise that is in pinned memory. case: architecture,
+    pixels, images a step.
 
     The device is busy, by a profile of another call, while it computes or copies.
 
-    A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every step
+    A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every
+    step
     B: v83.create_model, v83.train_one_epoch, SGD fused, of uint8
     """
     if not v83.CUDA:
@@ -319,7 +399,10 @@ def training_steps(arch, size, images, device):
     """The same on any device; a CPU has no pinned memory, and v83 no float16 there."""
     flags = ["-a", arch, "--input-size", size, "-b", images // 2, "--lr", 0.01, "-j", 0]
     args, steps, half = v83.parse_args([".", *map(str, flags)]), 8, size // 2
-    pixels, labels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8), torch.arange(images) // 2
+    pixels, labels = (
+        torch.randint(256, (images, size, size, 3), dtype=torch.uint8),
+        torch.arange(images) // 2,
+    )
     places, noise = [(1, 0, 0, half, half)], torch.randn(3 * half**2)
     floats = v83.Finish(MEAN, STD)(pixels, places, noise)
     if v83.CUDA:
@@ -328,12 +411,21 @@ def training_steps(arch, size, images, device):
     dataset = torch.utils.data.TensorDataset(torch.zeros(steps * args.batch_size))
     dataset.rows, dataset.mean, dataset.std = 2, MEAN, STD
 
-    published, ours = v83.ISCNet(timm.create_model(arch, features_only=True)).to(device), v83.create_model(args, device)
+    published, ours = (
+        v83.ISCNet(timm.create_model(arch, features_only=True)).to(device),
+        v83.create_model(args, device),
+    )
     published.load_state_dict(ours.state_dict())
-    published_loss = CrossBatchMemory(ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size).to(device)
+    published_loss = CrossBatchMemory(
+        ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size
+    ).to(device)
     loss_function = v83.MemoryBankContrastiveLoss(args.memory_size).to(device)
-    published_optimizer = torch.optim.SGD(v83.parameter_groups(published, args.wd), args.lr, args.momentum)
-    optimizer = torch.optim.SGD(v83.parameter_groups(ours, args.wd), args.lr, args.momentum, fused=v83.CUDA)
+    published_optimizer = torch.optim.SGD(
+        v83.parameter_groups(published, args.wd), args.lr, args.momentum
+    )
+    optimizer = torch.optim.SGD(
+        v83.parameter_groups(ours, args.wd), args.lr, args.momentum, fused=v83.CUDA
+    )
     v83.prepare_momenta(optimizer, ours)
     scalers = [torch.amp.GradScaler(device.type) for _ in range(2)]
 
@@ -352,7 +444,14 @@ def training_steps(arch, size, images, device):
 
     def step(_number):
         state, lines = {"epoch": 0, "step": 0, "skipped": 0, "history": torch.zeros(0, 5)}, []
-        parts = dataset, ours, loss_function, optimizer, scalers[1], lambda **line: lines.append(line)
+        parts = (
+            dataset,
+            ours,
+            loss_function,
+            optimizer,
+            scalers[1],
+            lambda **line: lines.append(line),
+        )
         with mock.patch.object(v83, "DataLoader", lambda *_, **__: loader):
             list(v83.train_one_epoch(args, state, *parts))
         return lines[-1]["loss"]
@@ -362,7 +461,9 @@ def training_steps(arch, size, images, device):
             function(0)
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
-            return covered(trace, lambda event: event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+            return covered(
+                trace, lambda event: event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+            )
 
     def agreement(a, b):
         return {"mean loss A, B": [a, b], "device busy % A, B": [busy(baseline), busy(step)]}
@@ -380,9 +481,14 @@ def extraction_input(case, photos):
     B: v83.plain_reader, to a batch of uint8, for v83.Finish on the device
     """
     size, fast = case
-    resize, finish = transforms.Resize((size, size)), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    resize, finish = (
+        transforms.Resize((size, size)),
+        [transforms.ToTensor(), transforms.Normalize(MEAN, STD)],
+    )
     published = transforms.Compose([published_open, resize, *finish])
-    ours = v83.plain_reader(v83.parse_args([".", "--input-size", str(size), *["--fast-input"] * fast]))
+    ours = v83.plain_reader(
+        v83.parse_args([".", "--input-size", str(size), *["--fast-input"] * fast])
+    )
 
     def baseline(_number):
         return torch.stack([published(path) for path in photos])
@@ -398,8 +504,8 @@ def extraction_input(case, photos):
 
 
 def random_network(arch, size):
-    """A network of random weights, and two images of noise, whose statistics BatchNorm has: with others, activations of
-    random weights explode."""
+    """A network of random weights, and two images of noise, whose statistics BatchNorm has: with
+    others, activations of random weights explode."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, size, size)
     model = v83.ISCNet(timm.create_model(arch, features_only=True))
@@ -423,7 +529,9 @@ def extraction_model(sizes, _photos):
     B: v83.create_model, v83.embed
     """
     published, images = random_network(*sizes)
-    args = v83.parse_args([".", "-a", sizes[0], "--amp", "off", "--mode", "extract", "--weight", "none"])
+    args = v83.parse_args(
+        [".", "-a", sizes[0], "--amp", "off", "--mode", "extract", "--weight", "none"]
+    )
     device = torch.device("cpu")
     model = v83.create_model(args, device)
     model.load_state_dict(published.state_dict())
@@ -436,7 +544,12 @@ def extraction_model(sizes, _photos):
         with torch.inference_mode():
             return embed().numpy()
 
-    return Pair(len(images), partial(run, partial(published, images)), partial(run, ours), compare_descriptors)
+    return Pair(
+        len(images),
+        partial(run, partial(published, images)),
+        partial(run, ours),
+        compare_descriptors,
+    )
 
 
 def extraction_onnx(sizes, _photos):
@@ -446,7 +559,13 @@ def extraction_onnx(sizes, _photos):
     B: the file of export.to_onnx, by onnxruntime
     """
     published, images = random_network(*sizes)
-    config = {"input": "images", "output": "descriptors", "dim": 256, "size": "fixed", "precision": "fp32"}
+    config = {
+        "input": "images",
+        "output": "descriptors",
+        "dim": 256,
+        "size": "fixed",
+        "precision": "fp32",
+    }
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of the exporter about itself
         exported = export.to_onnx(published, config, images)
     options = onnxruntime.SessionOptions()
@@ -467,13 +586,22 @@ def extraction_onnx(sizes, _photos):
 
 
 def published_evaluation(found, query_ids, reference_ids, truth):
-    """Candidates row by row, and the metrics as loops over a sorted list: (csv, average precision, recall at 90%)."""
-    known = np.isin(query_ids, truth["query_id"])  # of Python objects: every query against every row of the truth
+    """Candidates row by row, and the metrics as loops over a sorted list: (csv, average precision,
+    recall at 90%).
+    """
+    known = np.isin(
+        query_ids, truth["query_id"]
+    )  # of Python objects: every query against every row of the truth
     assert known.all()
-    pairs = ((query_ids[q], reference_ids[r], -distance) for distance, q, r in zip(*found, strict=True))
+    pairs = (
+        (query_ids[q], reference_ids[r], -distance) for distance, q, r in zip(*found, strict=True)
+    )
     candidates = pd.DataFrame(pairs, columns=["query_id", "reference_id", "score"])
     positives = {(q, r) for q, r in zip(truth["query_id"], truth["reference_id"], strict=True) if r}
-    ranked = sorted((-row.score, (row.query_id, row.reference_id) in positives) for row in candidates.itertuples())
+    ranked = sorted(
+        (-row.score, (row.query_id, row.reference_id) in positives)
+        for row in candidates.itertuples()
+    )
     right, average_precision, recall_p90 = 0, 0.0, 0.0
     for rank, (_, correct) in enumerate(ranked, start=1):
         right += correct
@@ -484,7 +612,8 @@ def published_evaluation(found, query_ids, reference_ids, truth):
 
 
 def evaluation(queries, _photos):
-    """Given 10 pairs a query, a fifth of the queries being copies: the csv of candidates and the scores.
+    """Given 10 pairs a query, a fifth of the queries being copies: the csv of candidates and the
+    scores.
 
     A: isin of Python objects, the table row by row, loops over a sorted list
     B: eval_metrics.known_queries, match (without its search), micro_metrics
@@ -492,7 +621,9 @@ def evaluation(queries, _photos):
     rng = np.random.default_rng(0)
     query_ids = np.char.add("Q", np.char.zfill(np.arange(queries).astype(str), 5))
     reference_ids = np.char.add("R", np.char.zfill(np.arange(20_000).astype(str), 6))
-    nearest = np.sort((rng.integers(20_000, size=(queries, 1)) + 997 * np.arange(10)) % 20_000, axis=1)
+    nearest = np.sort(
+        (rng.integers(20_000, size=(queries, 1)) + 997 * np.arange(10)) % 20_000, axis=1
+    )
     distances = rng.uniform(0.5, 2, size=nearest.shape).astype(np.float32)
     copies = np.flatnonzero(rng.random(queries) < 0.2)
     place = rng.integers(10, size=len(copies))
@@ -503,16 +634,27 @@ def evaluation(queries, _photos):
     ranked = tuple(column[np.argsort(found[0], kind="stable")] for column in found)
 
     def ours(_number):
-        known = eval_metrics.known_queries(eval_metrics.as_text(query_ids.astype("S")), truth, "h5", "csv")
-        with mock.patch.object(eval_metrics, "nearest_pairs", lambda *_: ranked):  # instead of the search
-            candidates = eval_metrics.match(None, None, query_ids[known], reference_ids, len(ranked[0]))
-        return candidates.to_csv(index=False), *eval_metrics.micro_metrics(candidates, truth).values()
+        known = eval_metrics.known_queries(
+            eval_metrics.as_text(query_ids.astype("S")), truth, "h5", "csv"
+        )
+        with mock.patch.object(
+            eval_metrics, "nearest_pairs", lambda *_: ranked
+        ):  # instead of the search
+            candidates = eval_metrics.match(
+                None, None, query_ids[known], reference_ids, len(ranked[0])
+            )
+        return candidates.to_csv(index=False), *eval_metrics.micro_metrics(
+            candidates, truth
+        ).values()
 
     def baseline(_number):
         return published_evaluation(found, query_ids.tolist(), reference_ids.tolist(), truth)
 
     def agreement(a, b):
-        return {"csv identical": a[0] == b[0], "score difference": float(np.abs(np.subtract(a[1:], b[1:])).max())}
+        return {
+            "csv identical": a[0] == b[0],
+            "score difference": float(np.abs(np.subtract(a[1:], b[1:])).max()),
+        }
 
     return Pair(queries, baseline, ours, agreement)
 
@@ -554,7 +696,9 @@ def evaluation_search(n, _photos):
 
     def baseline(_number):
         batches = exhaustive_search.exponential_query_iterator(queries)
-        found = exhaustive_search.range_search_max_results(index, batches, 1e10, min_results=number, ngpu=-1)
+        found = exhaustive_search.range_search_max_results(
+            index, batches, 1e10, min_results=number, ngpu=-1
+        )
         _, limits, distance, column = found
         row = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))
         nearest = np.argsort(distance, kind="stable")[:number]
@@ -578,7 +722,10 @@ def database_augmentation(n, _photos):
     """
     torch.manual_seed(0)
     rng, train = np.random.default_rng(0), descriptors(n).numpy()
-    indices, similarity = rng.integers(n, size=(n, 10)), rng.uniform(0.3, 1, size=(n, 10)).astype(np.float32)
+    indices, similarity = (
+        rng.integers(n, size=(n, 10)),
+        rng.uniform(0.3, 1, size=(n, 10)).astype(np.float32),
+    )
 
     def sums():
         return (train[indices] * (similarity**3)[..., None]).sum(axis=1)
@@ -588,7 +735,9 @@ def database_augmentation(n, _photos):
         return augmented / np.linalg.norm(augmented, axis=1, keepdims=True)
 
     def ours(_number):
-        with mock.patch.object(postprocess, "nearest", lambda *_: (similarity, indices)):  # instead of the search
+        with mock.patch.object(
+            postprocess, "nearest", lambda *_: (similarity, indices)
+        ):  # instead of the search
             return postprocess.database_augmentation(train)
 
     def agreement(a, b):
@@ -602,7 +751,9 @@ def database_augmentation(n, _photos):
 
 
 def train_rank(argv, trace):
-    """What each process does: v83's training, on one thread; rank 0 writes a profile of it to `trace`, if given."""
+    """What each process does: v83's training, on one thread; rank 0 writes a profile of it to
+    `trace`, if given.
+    """
     torch.set_num_threads(1)
     with torch.profiler.profile() if trace else nullcontext() as profile:
         code, peak = with_peak(lambda: v83.main(argv))
@@ -612,10 +763,14 @@ def train_rank(argv, trace):
 
 
 def covered(trace, chosen):
-    """Percentage of the time between the first and the last step of a trace that the chosen events cover."""
+    """Percentage of the time between the first and the last step of a trace that the chosen events
+    cover.
+    """
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
     steps = [event for event in events if event["name"].startswith("Optimizer.step")]
-    steps = [event for event in steps if event.get("cat") != "gpu_user_annotation"]  # when the device did the same
+    steps = [
+        event for event in steps if event.get("cat") != "gpu_user_annotation"
+    ]  # when the device did the same
     start, end = steps[0]["ts"], steps[-1]["ts"]
     total, reached = 0, start
     for event in sorted(events, key=lambda event: event["ts"]):
@@ -631,11 +786,13 @@ def is_communication(event):
 
 
 def ranks(counts, _photos):
-    """v83's training of a small network on 96 generated pictures, in batches of 16 of all processes together.
+    """v83's training of a small network on 96 generated pictures, in batches of 16 of all processes
+    together.
 
-    Through torchrun's launcher, one thread a process, by gloo on the CPU, by nccl where there are GPUs. Communication
-    is the share of time, by a profile of rank 0 in a run of its own, in which a collective operation was under way, or
-    waited for the others. The losses differ by BatchNorm, whose statistics are each process's own on a CPU.
+    Through torchrun's launcher, one thread a process, by gloo on the CPU, by nccl where there are
+    GPUs. Communication is the share of time, by a profile of rank 0 in a run of its own, in which a
+    collective operation was under way, or waited for the others. The losses differ by BatchNorm,
+    whose statistics are each process's own on a CPU.
 
     A: the first number of processes of --ranks
     B: another one of --ranks
@@ -645,14 +802,24 @@ def ranks(counts, _photos):
     folder = Path(tempfile.mkdtemp())
     (data := folder / "training_images").mkdir()
     for i in range(96):
-        make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96).save(data / f"T{i:06}.jpg")
-    flags = f"-a {SMALL_ARCH} --input-size 64 --batch-size {BATCH} --memory-size 1000 -j 0 --no-pretrained --epochs 1"
+        make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96).save(
+            data / f"T{i:06}.jpg"
+        )
+    flags = (
+        f"-a {SMALL_ARCH} --input-size 64 --batch-size {BATCH} --memory-size 1000 -j 0 "
+        f"--no-pretrained --epochs 1"
+    )
     argv = [*flags.split(), "--log-every", "2", "--output", str(folder), str(data)]
 
     def run(count, _number, trace=None):
         """As torchrun would; the time is that of the steps after the first two, by the log."""
         logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.ALL)
-        options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
+        options = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "max_restarts": 0,
+            "start_method": "fork",
+        }
         config = LaunchConfig(1, 1, count, run_id="benchmark", logs_specs=logs, **options)
         codes, peaks = zip(*elastic_launch(config, train_rank)(argv, trace).values(), strict=True)
         if any(codes):
@@ -675,7 +842,11 @@ def ranks(counts, _photos):
 
 def at_a_million(row, n):
     """Peak memory for a million rows, beyond the 1.02 GB that they are, by that for n."""
-    return {"GB at 1,000,000 rows A, B": [row[f"{side}_peak_mb"] * 1e3 / n for side in ("baseline", "ours")]}
+    return {
+        "GB at 1,000,000 rows A, B": [
+            row[f"{side}_peak_mb"] * 1e3 / n for side in ("baseline", "ours")
+        ]
+    }
 
 
 def efficiency(row, counts):
@@ -692,7 +863,9 @@ def memory(what):
 
 
 def with_peak(function):
-    """(function(), bytes that it needed at its peak beyond those already there): of the GPU, if it is in use."""
+    """(function(), bytes that it needed at its peak beyond those already there): of the GPU, if it
+    is in use.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -724,10 +897,23 @@ def measure(part, case, photos, rounds):
             seconds[side].append(pair.measured(result)[0] if pair.measured else elapsed)
     seconds = {side: times[1:] for side, times in seconds.items()}  # without the warm-up
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    per_second = {f"{side}_per_second": pair.amount / statistics.median(times) for side, times in seconds.items()}
+    per_second = {
+        f"{side}_per_second": pair.amount / statistics.median(times)
+        for side, times in seconds.items()
+    }
     ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    peaks = {f"{side}_peak_mb": pair.measured(result)[1] / 1e6 for side, result in results.items() if pair.measured}
-    return {"seconds": seconds, **per_second, "ratio": ratio, "agreement": pair.agreement(*results.values()), **peaks}
+    peaks = {
+        f"{side}_peak_mb": pair.measured(result)[1] / 1e6
+        for side, result in results.items()
+        if pair.measured
+    }
+    return {
+        "seconds": seconds,
+        **per_second,
+        "ratio": ratio,
+        "agreement": pair.agreement(*results.values()),
+        **peaks,
+    }
 
 
 def peak_mb(part, case, photos, side):
@@ -737,7 +923,9 @@ def peak_mb(part, case, photos, side):
 
 
 def answer(sender, function, args):
-    """In a process of its own: send function(*args), or why it is skipped, without its progress bars."""
+    """In a process of its own: send function(*args), or why it is skipped, without its progress
+    bars.
+    """
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
             result = function(*args)
@@ -750,7 +938,9 @@ def answer(sender, function, args):
 
 def alone(function, *args):
     """function(*args), computed in a process of its own."""
-    context = multiprocessing.get_context("fork")  # this process has only imported: it has no threads, nor used a GPU
+    context = multiprocessing.get_context(
+        "fork"
+    )  # this process has only imported: it has no threads, nor used a GPU
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function, args))
     process.start()
@@ -759,7 +949,9 @@ def alone(function, *args):
         result = receiver.recv()
     except EOFError:
         process.join()
-        raise ChildProcessError(f"a process ended with {process.exitcode}; its message is above") from None
+        raise ChildProcessError(
+            f"a process ended with {process.exitcode}; its message is above"
+        ) from None
     process.join()
     if isinstance(result, Skipped):
         raise result
@@ -772,7 +964,10 @@ def record(part, label, case, photos, rounds):
     try:
         row |= alone(measure, part, case, photos, rounds)
         if "ours_peak_mb" not in row:
-            row |= {f"{side}_peak_mb": alone(peak_mb, part, case, photos, side) for side in ("baseline", "ours")}
+            row |= {
+                f"{side}_peak_mb": alone(peak_mb, part, case, photos, side)
+                for side in ("baseline", "ours")
+            }
     except Skipped as reason:
         return row | {"skipped": str(reason)}
     if part.derived:
@@ -783,7 +978,9 @@ def record(part, label, case, photos, rounds):
 # ---- table ----
 
 COLUMNS = "{:21} {:13} {:8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8} {:>8}  {}"
-HEADER = COLUMNS.format("part", "case", "unit", "A/s", "B/s", "ratio", "min", "max", "A MB", "B MB", "agreement")
+HEADER = COLUMNS.format(
+    "part", "case", "unit", "A/s", "B/s", "ratio", "min", "max", "A MB", "B MB", "agreement"
+)
 
 
 def text(value):
@@ -796,7 +993,9 @@ def text(value):
 def line(row):
     """A row of the table."""
     if "skipped" in row:
-        return COLUMNS.format(row["part"], row["case"], row["unit"], *"-------", f"skipped: {row['skipped']}")
+        return COLUMNS.format(
+            row["part"], row["case"], row["unit"], *"-------", f"skipped: {row['skipped']}"
+        )
     speed = [f"{row[f'{side}_per_second']:.1f}" for side in ("baseline", "ours")]
     ratio = [f"{row['ratio'][which]:.2f}" for which in ("median", "min", "max")]
     peaks = [f"{row[f'{side}_peak_mb']:.1f}" for side in ("baseline", "ours")]
@@ -822,7 +1021,9 @@ PARTS = [
 
 
 def make_photos(folder):
-    """Photographs of 1024 x 768: mosaics of tiles of the embedded ones at their own resolution. Returns their paths."""
+    """Photographs of 1024 x 768: mosaics of tiles of the embedded ones at their own resolution.
+    Returns their paths.
+    """
     tiles, paths = make_dataset.embedded_tiles(256), []
     for number, rng in enumerate(np.random.default_rng(0).spawn(PHOTOS)):
         mosaic = Image.new("RGB", (1024, 768))
@@ -835,7 +1036,9 @@ def make_photos(folder):
 
 
 def divisors(words):
-    """An argparse type: two or more numbers of processes, separated by commas, that the batch can be divided among."""
+    """An argparse type: two or more numbers of processes, separated by commas, that the batch can
+    be divided among.
+    """
     numbers = [int(word) for word in words.split(",")]
     if len(numbers) < 2 or min(numbers) < 1 or any(BATCH % number for number in numbers):
         raise ValueError(words)
@@ -845,11 +1048,28 @@ def divisors(words):
 def parse_args(argv=None):
     """The command line; exits with code 2 and one line where it makes no sense."""
     names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"which to measure, of {', '.join(names)} (default: all)")
-    add("--rounds", type=int, default=5, help="how often A and B run after the warm-up (default: %(default)s)")
-    add("--photos", type=Path, metavar="DIR", help=f"use the first {PHOTOS} images in DIR, as they are")
+    add(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"which to measure, of {', '.join(names)} (default: all)",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how often A and B run after the warm-up (default: %(default)s)",
+    )
+    add(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help=f"use the first {PHOTOS} images in DIR, as they are",
+    )
     add(
         "--ranks",
         type=divisors,
@@ -870,7 +1090,9 @@ def parse_args(argv=None):
 
 
 def benchmark(args, machine, folder):
-    """Measure the parts that `args` names on this `machine` and print the table as it grows; returns its rows."""
+    """Measure the parts that `args` names on this `machine` and print the table as it grows;
+    returns its rows.
+    """
     if args.photos:
         photos = v83.list_images(args.photos)[:PHOTOS].tolist()
         for path in photos:
@@ -894,16 +1116,26 @@ def benchmark(args, machine, folder):
 
 
 def main(argv=None):
-    """Run the benchmark; returns the exit code: 2 for input that cannot be used, 1 where a part failed."""
+    """Run the benchmark; returns the exit code: 2 for input that cannot be used, 1 where a part
+    failed.
+    """
     args = parse_args(argv)
     gpu = torch.cuda.get_device_name() if v83.CUDA else "no GPU"
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, faiss, np)]
-    machine = ", ".join([f"{os.cpu_count()} cores", gpu, f"Python {platform.python_version()}", *versions])
+    machine = ", ".join(
+        [f"{os.cpu_count()} cores", gpu, f"Python {platform.python_version()}", *versions]
+    )
     try:
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(tempfile, "tempdir", folder),
+        ):
             rows = benchmark(args, machine, Path(folder))
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+            args.json.write_text(
+                json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1)
+                + "\n"
+            )
     except (v83.InputError, make_dataset.InputError, OSError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ChildProcessError) else 2

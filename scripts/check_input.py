@@ -2,15 +2,19 @@
 
     python scripts/check_input.py                          # input/, as DISC21 has it
     python scripts/check_input.py --decode                 # and decode every image, in parallel
-    python scripts/check_input.py my_input --partial       # a data set of one's own, or a part of DISC21
-    python scripts/check_input.py --make-subset 50000      # write rids_subset.txt for --eval-subset
+    python scripts/check_input.py my_input --partial       # a data set of one's own, or a part of
+    DISC21 python scripts/check_input.py --make-subset 50000      # write rids_subset.txt for
+    --eval-subset
 
-Needs   INPUT with the folders and ground truths of input/README.md, `train_images` or `training_images`.
-Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999, T000000 to T999999, gaps named), other names,
-        names that differ in their suffix alone, files that are no images, ground truth that cannot be read, names what
-        has no image, repeats or contradicts itself, and with --decode each image that extraction could not read, and
-        why. --partial leaves DISC21's numbers and names out.
-Writes  nothing, but with --make-subset INPUT/rids_subset.txt: every reference of the ground truths and random others.
+Needs   INPUT with the folders and ground truths of input/README.md, `train_images` or
+        `training_images`. Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999,
+        T000000 to T999999, gaps named), other names,
+        names that differ in their suffix alone, files that are no images, ground truth that cannot
+        be read, names what has no image, repeats or contradicts itself, and with --decode each
+        image that extraction could not read, and why. --partial leaves DISC21's numbers and names
+        out.
+Writes  nothing, but with --make-subset INPUT/rids_subset.txt: every reference of the ground truths
+        and random others.
 
 Exit code: 0 without findings, 1 with some, 2 where nothing could be checked, 130 after Ctrl-C.
 """
@@ -33,7 +37,16 @@ from postprocess import atomic
 from validate_submission import InputError, read_csv
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # those that exp/ reads
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)  # those that exp/ reads
 DISC21 = {  # folder: letter, digits, numbers
     "training_images": ("T", 6, range(1_000_000)),
     "reference_images": ("R", 6, range(1_000_000)),
@@ -64,7 +77,9 @@ class Listing:
 
 
 def list_folder(root, name):
-    """The Listing of a folder of images, or None where there is none; DISC21's train_images is training_images."""
+    """The Listing of a folder of images, or None where there is none; DISC21's train_images is
+    training_images.
+    """
     folder = root / name
     if name == "training_images" and not folder.exists():
         folder = root / "train_images"
@@ -99,14 +114,21 @@ def check_names(listing, letter, digits, numbers):
             others.append(name)
     first, last = (f"{letter}{number:0{digits}}" for number in (numbers[0], numbers[-1]))
     if others:
-        yield f"{listing.folder}: {len(others):,} names are none of {first} to {last}: {shown(others)}"
+        yield (
+            f"{listing.folder}: {len(others):,} names are none of {first} to {last}: "
+            f"{shown(others)}"
+        )
     missing = np.flatnonzero(~there[numbers.start :]) + numbers.start
     if len(missing):
         runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
-        ends = [dict.fromkeys(f"{letter}{number:0{digits}}" for number in (run[0], run[-1])) for run in runs]
+        ends = [
+            dict.fromkeys(f"{letter}{number:0{digits}}" for number in (run[0], run[-1]))
+            for run in runs
+        ]
         gaps = [" to ".join(pair) for pair in ends]
         yield (
-            f"{listing.folder}: {len(missing):,} of DISC21's {len(numbers):,} images are missing: {shown(gaps)}; "
+            f"{listing.folder}: {len(missing):,} of DISC21's {len(numbers):,} images are missing: "
+            f"{shown(gaps)}; "
             "download them, or say --partial"
         )
 
@@ -115,19 +137,31 @@ def check_folder(root, name, listing, partial):
     """What is wrong with a folder of images."""
     if listing is None:
         if not partial:
-            yield f"{root / name}: no such folder; see input/README.md for what belongs where, or say --partial"
+            yield (
+                f"{root / name}: no such folder; see input/README.md for what belongs where, or "
+                f"say --partial"
+            )
         return
     if listing.folder.name == "training_images" and (root / "train_images").is_dir():
-        yield f"{root / 'train_images'}: is not looked at, since training_images is there too; keep one of them"
+        yield (
+            f"{root / 'train_images'}: is not looked at, since training_images is there too; "
+            f"keep one of them"
+        )
     if not listing.images:
         yield f"{listing.folder}: holds no image that could be read"
     elif not partial:
         yield from check_names(listing, *DISC21[name])
     repeated = [name for name, count in Counter(listing.ids).items() if count > 1]
     if repeated:
-        yield f"{listing.folder}: {len(repeated):,} images differ in their suffix alone: {shown(repeated)}; rename them"
+        yield (
+            f"{listing.folder}: {len(repeated):,} images differ in their suffix alone: "
+            f"{shown(repeated)}; rename them"
+        )
     if listing.strays:
-        yield f"{listing.folder}: {len(listing.strays):,} entries are no images: {shown(listing.strays)}"
+        yield (
+            f"{listing.folder}: {len(listing.strays):,} entries are no images: "
+            f"{shown(listing.strays)}"
+        )
 
 
 def check_truth(path, listings, partial):
@@ -143,27 +177,36 @@ def check_truth(path, listings, partial):
         return
     pairs = truth[truth["reference_id"] != ""]
     if not len(pairs):
-        yield f"{path}: no query has a reference, so there is nothing to train on and nothing to find"
+        yield (
+            f"{path}: no query has a reference, so there is nothing to train on and nothing to find"
+        )
     if (
         not partial
         and path.name == "public_ground_truth.csv"
         and (len(truth), len(pairs)) != (PUBLIC_ROWS, PUBLIC_PAIRS)
     ):
         yield (
-            f"{path}: {len(truth):,} rows, {len(pairs):,} with a reference; DISC21 has {PUBLIC_ROWS:,} and "
+            f"{path}: {len(truth):,} rows, {len(pairs):,} with a reference; DISC21 has "
+            f"{PUBLIC_ROWS:,} and "
             f"{PUBLIC_PAIRS:,}; fetch it again, or say --partial"
         )
     for column, folders in ("query_id", TRUTHS[path.name]), ("reference_id", ["reference_images"]):
         there = {name for folder in folders if listings[folder] for name in listings[folder].ids}
         absent = sorted({*truth[column]} - there - {""})
         if absent:
-            yield f"{path}: {len(absent):,} of column {column} have no image in {' or '.join(folders)}: {shown(absent)}"
+            yield (
+                f"{path}: {len(absent):,} of column {column} have no image in "
+                f"{' or '.join(folders)}: {shown(absent)}"
+            )
     repeated = truth[truth.duplicated()]["query_id"].unique()
     if len(repeated):
         yield f"{path}: {len(repeated):,} queries have a row twice: {shown(repeated)}"
     both = sorted({*truth[truth["reference_id"] == ""]["query_id"]} & {*pairs["query_id"]})
     if both:
-        yield f"{path}: {len(both):,} queries have a reference in one row and none in another: {shown(both)}"
+        yield (
+            f"{path}: {len(both):,} queries have a reference in one row and none in another: "
+            f"{shown(both)}"
+        )
 
 
 def why_unreadable(path, open_image, error):
@@ -201,32 +244,44 @@ def findings(args, listings):
 
 
 def make_subset(root, number, seed):
-    """Write the ids of `number` references to rids_subset.txt: all of the ground truths, and random others.
+    """Write the ids of `number` references to rids_subset.txt: all of the ground truths, and random
+    others.
 
-    Returns its path and how many ids are the ground truths'. Raises InputError, then the old file is as it was.
+    Returns its path and how many ids are the ground truths'. Raises InputError, then the old file
+    is as it was.
     """
     listing = list_folder(root, "reference_images")
     ids = dict.fromkeys(listing.ids) if listing else {}
     files = [root / name for name in TRUTHS if (root / name).exists()]
     if not files:
-        raise InputError(f"{root}: has no {' nor '.join(TRUTHS)}, whose references a subset must hold")
+        raise InputError(
+            f"{root}: has no {' nor '.join(TRUTHS)}, whose references a subset must hold"
+        )
     wanted = {
-        reference: file for file in files for reference in read_csv(file, ("query_id", "reference_id"))["reference_id"]
+        reference: file
+        for file in files
+        for reference in read_csv(file, ("query_id", "reference_id"))["reference_id"]
     }
     wanted.pop("", None)
     for reference, file in wanted.items():
         if reference not in ids:
-            raise InputError(f"{file}: {reference} has no image in {root / 'reference_images'}; complete it first")
+            raise InputError(
+                f"{file}: {reference} has no image in {root / 'reference_images'}; complete it "
+                f"first"
+            )
     if not len(wanted) <= number <= len(ids):
         raise InputError(
-            f"--make-subset {number}: must lie between {len(wanted)}, the references of the ground truth, "
+            f"--make-subset {number}: must lie between {len(wanted)}, the references of the "
+            f"ground truth, "
             f"and {len(ids)}, all in {root / 'reference_images'}"
         )
     others = [name for name in ids if name not in wanted]
     drawn = np.random.default_rng(seed).choice(len(others), number - len(wanted), replace=False)
     subset = sorted([*wanted, *(others[i] for i in drawn)])
     if odd := [name for name in subset if len(name.split()) != 1 or not name.isprintable()]:
-        raise InputError(f"{root / 'reference_images'}: {odd[0]!r} cannot stand in a list of ids; rename it")
+        raise InputError(
+            f"{root / 'reference_images'}: {odd[0]!r} cannot stand in a list of ids; rename it"
+        )
     with atomic(root / SUBSET) as file:
         file.write_text("".join(f"{name}\n" for name in subset))
     return root / SUBSET, len(wanted)
@@ -237,14 +292,42 @@ def make_subset(root, number, seed):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("input", type=Path, nargs="?", default=EXP.with_name("input"), metavar="INPUT", help="default: %(default)s")
-    add("--partial", action="store_true", help="do not ask for DISC21's numbers and names: consistency only")
+    add(
+        "input",
+        type=Path,
+        nargs="?",
+        default=EXP.with_name("input"),
+        metavar="INPUT",
+        help="default: %(default)s",
+    )
+    add(
+        "--partial",
+        action="store_true",
+        help="do not ask for DISC21's numbers and names: consistency only",
+    )
     add("--decode", action="store_true", help="decode every image")
-    add("--workers", type=int, default=os.cpu_count(), help="processes of --decode (default: all cores)")
-    add("--make-subset", type=int, metavar="N", help=f"check nothing, write N reference ids to INPUT/{SUBSET}")
-    add("--seed", type=int, default=0, help="of the random references of --make-subset (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes of --decode (default: all cores)",
+    )
+    add(
+        "--make-subset",
+        type=int,
+        metavar="N",
+        help=f"check nothing, write N reference ids to INPUT/{SUBSET}",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the random references of --make-subset (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     for name, low in ("workers", 1), ("make_subset", 1), ("seed", 0):
         if getattr(args, name) is not None and getattr(args, name) < low:
@@ -263,7 +346,9 @@ def check(args):
     for count, line in enumerate(findings(args, listings), 1):  # noqa: B007  the number of the last one
         tqdm.write(line)
         sys.stdout.flush()
-    numbers = ", ".join(f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing)
+    numbers = ", ".join(
+        f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing
+    )
     decoded = ", all decoded" if args.decode else ""
     print(f"{args.input}: {count or 'no'} finding{'s' if count != 1 else ''}; {numbers}{decoded}")
     return 1 if count else 0
@@ -276,12 +361,18 @@ def main(argv=None):
         if not args.make_subset:
             return check(args)
         path, wanted = make_subset(args.input, args.make_subset, args.seed)
-        print(f"{path}: {args.make_subset:,} references, {wanted:,} of them the ground truth's; for --eval-subset")
+        print(
+            f"{path}: {args.make_subset:,} references, {wanted:,} of them the ground truth's; for "
+            f"--eval-subset"
+        )
     except (InputError, OSError) as error:
         print(f"check_input.py: error: {error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
-        print("check_input.py: error: lost a process; say fewer --workers where memory ran out", file=sys.stderr)
+        print(
+            "check_input.py: error: lost a process; say fewer --workers where memory ran out",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("check_input.py: interrupted", file=sys.stderr)

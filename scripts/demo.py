@@ -2,14 +2,14 @@
 
     python scripts/demo.py                 # works in demo/, prints every command before it runs
 
-Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other from the small starting point in weights/,
-extracts descriptors, subtracts negative embeddings, scores every stage on phase 2 beside an untrained network and two
-perceptual hashes, and ends with a page to look at. The flags are chosen so that a small network learns on two CPU
-cores; they are not the published recipe, and the scores say nothing about the published weights. Nothing was chosen by
-looking at phase 2.
+Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other from the small starting point
+in weights/, extracts descriptors, subtracts negative embeddings, scores every stage on phase 2
+beside an untrained network and two perceptual hashes, and ends with a page to look at. The flags
+are chosen so that a small network learns on two CPU cores; they are not the published recipe, and
+the scores say nothing about the published weights. Nothing was chosen by looking at phase 2.
 
-Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, demo/exp/hashes, and demo/report.html; a
-second run replaces them.
+Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, demo/exp/hashes, and
+demo/report.html; a second run replaces them.
 """
 
 import argparse
@@ -29,7 +29,8 @@ COMMON = f"-a {ARCH} --input-size 96"
 # A small network takes larger steps than the recipe's, which are divided by its number of GPUs.
 RECIPE = "--batch-size 64 --memory-size 4000 --reference-world-size 1"
 STAGES = {  # what each stage is trained with beyond COMMON; its defaults are the published recipe
-    "untrained": f"v83 {RECIPE} --no-pretrained --lr 0 --epochs 1",  # only calibrates BatchNorm's statistics
+    # only calibrates BatchNorm's statistics
+    "untrained": f"v83 {RECIPE} --no-pretrained --lr 0 --epochs 1",
     "start": "v83",  # only extracted
     "v83": f"v83 {RECIPE} --weight start --lr 0.001 --epochs 1",
     "v86": f"v86 {RECIPE} --weight v83 --lr 0.001 --epochs 1",
@@ -66,7 +67,14 @@ def train_command(stage, folder):
         position = flags.index("--weight") + 1
         flags[position] = checkpoint(flags[position], folder)
     output = f"{folder}/exp/{stage}"
-    return [f"exp/{script}.py", *shlex.split(COMMON), *flags, "--output", output, f"{folder}/input/training_images/"]
+    return [
+        f"exp/{script}.py",
+        *shlex.split(COMMON),
+        *flags,
+        "--output",
+        output,
+        f"{folder}/input/training_images/",
+    ]
 
 
 def checkpoint(stage, folder):
@@ -87,7 +95,8 @@ def extract_command(stage, folder):
 
 
 def run(command):
-    """Print a command as a user would type it and run it from the repository's root; returns what it printed.
+    """Print a command as a user would type it and run it from the repository's root; returns what
+    it printed.
 
     Its messages and progress bars go to the terminal. Raises DemoError when it fails.
     """
@@ -101,13 +110,20 @@ def run(command):
 
 def report_command(folder):
     """The command that writes the page of what v98 finds."""
-    submission, truth = f"{folder}/exp/v98/extract/v98_iso_phase2.h5", f"{folder}/input/private_ground_truth.csv"
+    submission, truth = (
+        f"{folder}/exp/v98/extract/v98_iso_phase2.h5",
+        f"{folder}/input/private_ground_truth.csv",
+    )
     return ["scripts/report.py", submission, truth, "--output", f"{folder}/report.html"]
 
 
 def evaluate(title, submission, folder, start):
     """Score a submission on phase 2; `start` is when the work on this line of the table began."""
-    command = ["scripts/eval_metrics.py", f"{folder}/{submission}", f"{folder}/input/private_ground_truth.csv"]
+    command = [
+        "scripts/eval_metrics.py",
+        f"{folder}/{submission}",
+        f"{folder}/input/private_ground_truth.csv",
+    ]
     scores = json.loads(run(command))
     return Score(title, scores["average_precision"], scores["recall_p90"], time.time() - start)
 
@@ -116,7 +132,9 @@ def evaluate(title, submission, folder, start):
 
 
 def prepare(folder):
-    """Empty the folder that an earlier demo made. Raises DemoError when somebody else's files are in it."""
+    """Empty the folder that an earlier demo made. Raises DemoError when somebody else's files are
+    in it.
+    """
     path = ROOT / folder
     if path.exists() and not (path / MARKER).exists() and any(path.iterdir()):
         raise DemoError(f"{folder}: exists and no demo made it; choose another with --folder")
@@ -129,7 +147,10 @@ def prepare(folder):
 def table(scores):
     """The scores as a table in Markdown."""
     lines = ["| phase 2 | µAP | R@P90 | seconds |", "|---|---|---|---|"]
-    lines += [f"| {s.title} | {s.average_precision:.4f} | {s.recall_p90:.4f} | {s.seconds:.0f} |" for s in scores]
+    lines += [
+        f"| {s.title} | {s.average_precision:.4f} | {s.recall_p90:.4f} | {s.seconds:.0f} |"
+        for s in scores
+    ]
     return "\n".join(lines)
 
 
@@ -154,11 +175,23 @@ def demo(folder):
             submission = f"exp/{stage}/extract/{stage}_iso_phase2.h5"
             scores.append(evaluate(f"{stage} + NES", submission, folder, begin))
     begin = time.time()
-    run(["scripts/hash_images.py", f"{folder}/input", "--phase", "2", "--output", f"{folder}/exp/hashes"])
+    run(
+        [
+            "scripts/hash_images.py",
+            f"{folder}/input",
+            "--phase",
+            "2",
+            "--output",
+            f"{folder}/exp/hashes",
+        ]
+    )
     hashed = (time.time() - begin) / len(HASHES)
     for name, title in HASHES.items():
         scores.append(evaluate(title, f"exp/hashes/{name}.csv", folder, time.time() - hashed))
-    print(f"\nA {ARCH} on small data, in {time.time() - start:.0f} s, with the demo's flags, not the recipe's:\n")
+    print(
+        f"\nA {ARCH} on small data, in {time.time() - start:.0f} s, with the demo's flags, not "
+        f"the recipe's:\n"
+    )
     print(table(scores))
     run(report_command(folder))
     print(f"\nTo look at: {(ROOT / folder / 'report.html').as_uri()}")
@@ -167,7 +200,9 @@ def demo(folder):
 def main(argv=None):
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default="demo", help="where everything is written (default: %(default)s)")
+    parser.add_argument(
+        "--folder", default="demo", help="where everything is written (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         demo(args.folder.rstrip("/"))

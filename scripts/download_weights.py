@@ -3,9 +3,10 @@
     python scripts/download_weights.py v107                      # the final network
     python scripts/download_weights.py v98 --sha256 0123abcd...  # before it saw a label
 
-Writes exp/v107/train/checkpoint_0009.pth.tar or exp/v98/train/checkpoint_0001.pth.tar and prints its SHA-256, which the
-author did not publish: keep it, and give it the next time. The file appears under its name when it is whole and right,
-or not at all; one that is there already is checked and left as it is.
+Writes exp/v107/train/checkpoint_0009.pth.tar or exp/v98/train/checkpoint_0001.pth.tar and prints
+its SHA-256, which the author did not publish: keep it, and give it the next time. The file appears
+under its name when it is whole and right, or not at all; one that is there already is checked and
+left as it is.
 """
 
 import argparse
@@ -44,29 +45,47 @@ def show(bar, blocks, size, total):
 
 
 def download(url, path, sha256=None):
-    """Download `url` to `path` unless it is there; returns its SHA-256. Raises InputError, then nothing has changed."""
+    """Download `url` to `path` unless it is there; returns its SHA-256. Raises InputError, then
+    nothing has changed.
+    """
     if path.exists():
         if sha256 not in (None, digest := sha256_of(path)):
-            raise InputError(f"{path}: is not the file that --sha256 names but {digest}; move it away")
+            raise InputError(
+                f"{path}: is not the file that --sha256 names but {digest}; move it away"
+            )
         return digest
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
         try:
             urllib.request.urlretrieve(url, temporary, partial(show, bar))  # noqa: S310  the user names the URL
-        except (urllib.error.URLError, HTTPException, ValueError) as error:  # of a file that ends too soon as well
-            raise InputError(f"{url}: cannot be downloaded ({error}); check the network, or give --url") from None
+        except (
+            urllib.error.URLError,
+            HTTPException,
+            ValueError,
+        ) as error:  # of a file that ends too soon as well
+            raise InputError(
+                f"{url}: cannot be downloaded ({error}); check the network, or give --url"
+            ) from None
         if sha256 not in (None, digest := sha256_of(temporary)):
-            raise InputError(f"{url}: is not the file that --sha256 names but {digest}; nothing was kept")
+            raise InputError(
+                f"{url}: is not the file that --sha256 names but {digest}; nothing was kept"
+            )
     return digest
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=WEIGHTS, help="whose weights")
     parser.add_argument("--sha256", metavar="HEX", help="refuse any other file")
-    parser.add_argument("--url", help="another place that has the file (default: the author's release)")
-    parser.add_argument("--exp", type=Path, default=EXP, help="folder that holds the stages' (default: %(default)s)")
+    parser.add_argument(
+        "--url", help="another place that has the file (default: the author's release)"
+    )
+    parser.add_argument(
+        "--exp", type=Path, default=EXP, help="folder that holds the stages' (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", args.sha256):
         parser.error(f"--sha256 {args.sha256}: must be 64 hexadecimal digits")

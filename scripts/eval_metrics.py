@@ -1,19 +1,22 @@
-"""Micro average precision and recall at 90% precision, as the Image Similarity Challenge computes them.
+"""Micro average precision and recall at 90% precision, as the Image Similarity Challenge computes
+them.
 
-    python scripts/eval_metrics.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv       # descriptor track
-    python scripts/eval_metrics.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv      # matching track
-    python scripts/eval_metrics.py --score-normalization exp/v98/extract/train_feats.npy \
-        exp/v98/extract/fb-isc-submission.h5 input/public_ground_truth.csv           # as tables after 2021 also have it
+    python scripts/eval_metrics.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv
+    # descriptor track python scripts/eval_metrics.py exp/v107/extract/v107_iso.csv
+    input/public_ground_truth.csv      # matching track python scripts/eval_metrics.py
+    --score-normalization exp/v98/extract/train_feats.npy \
+        exp/v98/extract/fb-isc-submission.h5 input/public_ground_truth.csv           # as tables
+        after 2021 also have it
 
-Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the candidates are the (queries x 10) pairs
-nearest over all queries together; they are also written beside it, as <stem>_candidates.csv (normalized ones as
-<stem>_normalized_candidates.csv).
+Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the candidates are the
+(queries x 10) pairs nearest over all queries together; they are also written beside it, as
+<stem>_candidates.csv (normalized ones as <stem>_normalized_candidates.csv).
 
-Queries that the ground truth does not list, with a reference or without, are left out. Equal scores count worst first.
-A row of zeros, of an image that could not be read, matches nothing.
-Score normalization (SSCD, arXiv 2202.10261) takes from a pair's cosine how much the query resembles the background:
-its mean cosine with its nearest training descriptors. The descriptor track's own score compares bare distances.
-Paper of the challenge: arXiv 2106.09672.
+Queries that the ground truth does not list, with a reference or without, are left out. Equal scores
+count worst first. A row of zeros, of an image that could not be read, matches nothing. Score
+normalization (SSCD, arXiv 2202.10261) takes from a pair's cosine how much the query resembles the
+background: its mean cosine with its nearest training descriptors. The descriptor track's own score
+compares bare distances. Paper of the challenge: arXiv 2106.09672.
 """
 
 import argparse
@@ -55,28 +58,44 @@ PAIRS = 2**20  # pairs that one call of the search may return
 
 
 def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
-    """The `max_results` pairs with the smallest squared distance over all queries together, exactly.
+    """The `max_results` pairs with the smallest squared distance over all queries together,
+    exactly.
 
-    query (q, dim), reference (r, dim); offset (q,) float32, if any, is added to the distances of a query's pairs.
-    Returns squared distances float32, query and reference positions int64, each (n,), nearest first, equal distances by
-    query, then by reference; n is less where there are fewer pairs.
+    query (q, dim), reference (r, dim); offset (q,) float32, if any, is added to the distances of a
+    query's pairs. Returns squared distances float32, query and reference positions int64, each
+    (n,), nearest first, equal distances by query, then by reference; n is less where there are
+    fewer pairs.
 
-    Every query gets its k nearest references. The distance of the max_results-th best pair so far is a radius that can
-    only shrink; a query whose k-th neighbour is still inside may own more pairs and is searched again with a larger k.
-    Fewer than max_results / k queries can be, ties aside, so that no round is much larger than the first.
+    Every query gets its k nearest references. The distance of the max_results-th best pair so far
+    is a radius that can only shrink; a query whose k-th neighbour is still inside may own more
+    pairs and is searched again with a larger k. Fewer than max_results / k queries can be, ties
+    aside, so that no round is much larger than the first.
     """
     query, reference = as_float32(query), as_float32(reference)
-    if max_results < 1 or not len(query) or not len(reference) or query.shape[1] != reference.shape[1]:
-        raise InputError(f"cannot find {max_results} pairs of descriptors {query.shape} and {reference.shape}")
+    if (
+        max_results < 1
+        or not len(query)
+        or not len(reference)
+        or query.shape[1] != reference.shape[1]
+    ):
+        raise InputError(
+            f"cannot find {max_results} pairs of descriptors {query.shape} and {reference.shape}"
+        )
     search = flat_search(reference, "l2", num_gpus)
     norm = np.sqrt(np.einsum("nd,nd->n", query, query, dtype=np.float64))
     offset = np.zeros(len(query), np.float32) if offset is None else offset
     radius = np.inf
 
     def reach(rows):
-        """The radius plus what faiss's |x|^2 + |y|^2 - 2xy is off by at most, for a reference y within the radius."""
-        own = radius - offset[rows].astype(np.float64) + 2.0**-22 * np.abs(offset[rows])  # and the sum's rounding
-        return own + (query.shape[1] + 8) * 2.0**-24 * (2 * norm[rows] + own.clip(min=0) ** 0.5) ** 2
+        """The radius plus what faiss's |x|^2 + |y|^2 - 2xy is off by at most, for a reference y
+        within the radius.
+        """
+        own = (
+            radius - offset[rows].astype(np.float64) + 2.0**-22 * np.abs(offset[rows])
+        )  # and the sum's rounding
+        return (
+            own + (query.shape[1] + 8) * 2.0**-24 * (2 * norm[rows] + own.clip(min=0) ** 0.5) ** 2
+        )
 
     best = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
     todo, k = np.arange(len(query)), 4 * -(-max_results // len(query))
@@ -92,7 +111,10 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
                 distance, index = search(query[block], k)
                 last[start : start + size] = distance[:, -1]
                 row, column = np.nonzero(distance <= reach(block)[:, None])
-                found = exact_distances(query, reference, block[row], index[row, column]) + offset[block[row]]
+                found = (
+                    exact_distances(query, reference, block[row], index[row, column])
+                    + offset[block[row]]
+                )
                 best = merge(best, (found, block[row], index[row, column]), max_results)
                 if len(best[0]) == max_results:
                     radius = min(radius, float(best[0][-1]))
@@ -113,7 +135,9 @@ def exact_distances(query, reference, query_index, reference_index, chunk=16384)
 
 def merge(best, found, count):
     """The first `count` of two lists of pairs by (distance, query, reference)."""
-    distance, query, reference = (np.concatenate(columns) for columns in zip(best, found, strict=True))
+    distance, query, reference = (
+        np.concatenate(columns) for columns in zip(best, found, strict=True)
+    )
     order = np.lexsort((reference, query, distance))[:count]
     return distance[order], query[order], reference[order]
 
@@ -121,28 +145,35 @@ def merge(best, found, count):
 def normalization_offset(query, train, beta=1.0, neighbours=(0, 2)):
     """What score normalization adds to the squared distances of each query's pairs, (q,) float32.
 
-    query (q, dim), train (n, dim), all of unit length; neighbours: the first and the last of a query's nearest training
-    descriptors, counted from 0, that enter; fewer where there are not so many. In cosines it takes away
-    beta x their mean, so 2 x beta x their mean is added here. Raises InputError where no neighbour is left.
-    SSCD (arXiv 2202.10261) evaluates with beta 1 and its neighbours 0 to 2.
+    query (q, dim), train (n, dim), all of unit length; neighbours: the first and the last of a
+    query's nearest training descriptors, counted from 0, that enter; fewer where there are not so
+    many. In cosines it takes away beta x their mean, so 2 x beta x their mean is added here. Raises
+    InputError where no neighbour is left. SSCD (arXiv 2202.10261) evaluates with beta 1 and its
+    neighbours 0 to 2.
     """
     first, last = neighbours
     similarity, _ = nearest(query, train, last + 1, "ip")
     if first >= similarity.shape[1]:
-        raise InputError(f"--normalization-neighbours {first} {last}: there are {len(train)} training descriptors only")
+        raise InputError(
+            f"--normalization-neighbours {first} {last}: there are {len(train)} training "
+            f"descriptors only"
+        )
     return np.float32(2 * beta) * similarity[:, first:].mean(axis=1)
 
 
 def match(query, reference, query_ids, reference_ids, max_results, num_gpus=-1, offset=None):
     """The `max_results` nearest pairs over all queries together as a table of candidates.
 
-    query (q, dim), reference (r, dim); query_ids (q,), reference_ids (r,) bytes or str; offset as in `nearest_pairs`.
-    Returns a DataFrame with `query_id`, `reference_id` (str) and `score` (float32, minus the squared distance and the
-    offset), ordered by query, then by reference position; all pairs where there are fewer. Exact copies of a reference
-    get exactly the same score; at the border, equal scores are taken in the order of queries, then references. Memory
+    query (q, dim), reference (r, dim); query_ids (q,), reference_ids (r,) bytes or str; offset as
+    in `nearest_pairs`. Returns a DataFrame with `query_id`, `reference_id` (str) and `score`
+    (float32, minus the squared distance and the offset), ordered by query, then by reference
+    position; all pairs where there are fewer. Exact copies of a reference get exactly the same
+    score; at the border, equal scores are taken in the order of queries, then references. Memory
     does not grow with q x r.
     """
-    distance, query_index, reference_index = nearest_pairs(query, reference, max_results, num_gpus, offset)
+    distance, query_index, reference_index = nearest_pairs(
+        query, reference, max_results, num_gpus, offset
+    )
     order = np.lexsort((reference_index, query_index))
     return pd.DataFrame(
         {
@@ -168,11 +199,14 @@ def warn(message):
 
 
 def read_ground_truth(path):
-    """`query_id`, `reference_id` (empty: a distractor), each row once; at least one row has a reference."""
+    """`query_id`, `reference_id` (empty: a distractor), each row once; at least one row has a
+    reference.
+    """
     truth = read_csv(path, ("query_id", "reference_id")).drop_duplicates(ignore_index=True)
     if (truth["reference_id"] == "").all():
         raise InputError(
-            f"{path}: no query has a reference, so there is nothing to find; use the labelled ground truth"
+            f"{path}: no query has a reference, so there is nothing to find; use the labelled "
+            f"ground truth"
         )
     return truth
 
@@ -183,7 +217,10 @@ def check_spread(submission, path):
     high = np.maximum(submission["query"].max(axis=0), submission["reference"].max(axis=0))
     rows = len(submission["query"]) + len(submission["reference"])
     if rows > 2 and (high - low).max() <= 1e-6 * max(np.abs(low).max(), np.abs(high).max()):
-        raise InputError(f"{path}: all {rows} descriptors are the same; the network has collapsed, check its training")
+        raise InputError(
+            f"{path}: all {rows} descriptors are the same; the network has collapsed, check its "
+            f"training"
+        )
 
 
 def known_queries(ids, truth, path, ground_truth_path):
@@ -191,22 +228,31 @@ def known_queries(ids, truth, path, ground_truth_path):
     ids, listed = np.asarray(ids, dtype=str), np.unique(truth["query_id"].to_numpy(str))
     known = np.isin(ids, listed)
     if not known.any():
-        raise InputError(f"{path}: {ground_truth_path} lists none of its queries, such as {ids[0]}; use the same phase")
+        raise InputError(
+            f"{path}: {ground_truth_path} lists none of its queries, such as {ids[0]}; use the "
+            f"same phase"
+        )
     if not known.all():
         count = len(np.unique(ids[~known]))
-        warn(f"{path}: {count} queries are left out, {ground_truth_path} does not list them, such as {ids[~known][0]}")
+        warn(
+            f"{path}: {count} queries are left out, {ground_truth_path} does not list them, such "
+            f"as {ids[~known][0]}"
+        )
     return known
 
 
 def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, normalization=None):
-    """Candidates of the queries that the ground truth lists: a table with `query_id`, `reference_id`, `score`.
+    """Candidates of the queries that the ground truth lists: a table with `query_id`,
+    `reference_id`, `score`.
 
-    normalization: a function of the queries (q, dim) that gives their offset for `match`, (q,); descriptors are brought
-    to unit length for it.
+    normalization: a function of the queries (q, dim) that gives their offset for `match`, (q,);
+    descriptors are brought to unit length for it.
     """
     if track_of(path, track) == "matching":
         if normalization:
-            raise InputError(f"{path}: --score-normalization needs descriptors, of the .h5; leave it out")
+            raise InputError(
+                f"{path}: --score-normalization needs descriptors, of the .h5; leave it out"
+            )
         matches = read_matches(path)
         known = known_queries(matches["query_id"], truth, path, ground_truth_path)
         repeated = int(matches[known].duplicated(["query_id", "reference_id"]).sum())
@@ -219,9 +265,14 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, nor
     if (dims := submission["query"].shape[1]) > MAX_DIMENSIONS:
         warn(f"{path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}")
     known = known_queries(as_text(submission["query_ids"]), truth, path, ground_truth_path)
-    absent = np.setdiff1d(truth["reference_id"].to_numpy(str), np.append(as_text(submission["reference_ids"]), ""))
+    absent = np.setdiff1d(
+        truth["reference_id"].to_numpy(str), np.append(as_text(submission["reference_ids"]), "")
+    )
     if len(absent):
-        warn(f"{path}: {len(absent)} references of {ground_truth_path} are not in it, such as {absent[0]}: never found")
+        warn(
+            f"{path}: {len(absent)} references of {ground_truth_path} are not in it, such as "
+            f"{absent[0]}: never found"
+        )
     max_results = CANDIDATES * int(known.sum())
     known &= submission["query"].any(axis=1)
     read = described(submission["reference"])
@@ -234,7 +285,9 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, nor
 
 
 def read_normalization(path, beta, neighbours):
-    """The normalization by the training descriptors at `path`, for `load_candidates`; None without a path."""
+    """The normalization by the training descriptors at `path`, for `load_candidates`; None without
+    a path.
+    """
     if path is None:
         return None
     train = read_train(path)
@@ -253,14 +306,20 @@ def read_normalization(path, beta, neighbours):
 
 
 def micro_metrics(candidates, truth):
-    """`average_precision` and `recall_p90` of scored pairs against the ground truth's distinct positive pairs.
+    """`average_precision` and `recall_p90` of scored pairs against the ground truth's distinct
+    positive pairs.
 
-    Sorted by score, wrong ones first among equals: average_precision = sum of precision x recall increment,
-    recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that is repeated counts every time.
+    Sorted by score, wrong ones first among equals: average_precision = sum of precision x recall
+    increment, recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that
+    is repeated counts every time.
     """
     positives, pairs = truth[truth["reference_id"] != ""], candidates[["query_id", "reference_id"]]
-    correct = pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)  # few are: pairs are slower
-    correct[correct] = pd.MultiIndex.from_frame(pairs[correct]).isin(pd.MultiIndex.from_frame(positives))
+    correct = (
+        pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)
+    )  # few are: pairs are slower
+    correct[correct] = pd.MultiIndex.from_frame(pairs[correct]).isin(
+        pd.MultiIndex.from_frame(positives)
+    )
     correct = correct[np.lexsort((correct, -candidates["score"].to_numpy()))]
     found = np.cumsum(correct)
     precision, recall = found / np.arange(1, len(correct) + 1), found / len(positives)
@@ -271,7 +330,8 @@ def micro_metrics(candidates, truth):
 
 
 def evaluate(submission_path, ground_truth_path):
-    """{"average_precision", "recall_p90"} of an .h5 (descriptor track) or .csv (matching track). Writes nothing.
+    """{"average_precision", "recall_p90"} of an .h5 (descriptor track) or .csv (matching track).
+    Writes nothing.
 
     Raises InputError, one line that says which file is wrong, how, and what to do.
     """
@@ -284,22 +344,38 @@ def evaluate(submission_path, ground_truth_path):
 
 def parse_args(argv=None):
     """The command line; the flags are the published ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "submission", type=Path, metavar="SUBMISSION", help=".h5 with descriptors, or .csv with matches"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
+    parser.add_argument(
+        "submission",
+        type=Path,
+        metavar="SUBMISSION",
+        help=".h5 with descriptors, or .csv with matches",
+    )
+    parser.add_argument(
+        "ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id"
+    )
     add_track_flags(parser)
     parser.add_argument(
-        "--ngpu", type=int, default=-1, help="GPUs that faiss may use; -1: all it sees (default), 0: none"
+        "--ngpu",
+        type=int,
+        default=-1,
+        help="GPUs that faiss may use; -1: all it sees (default), 0: none",
     )
     parser.add_argument(
         "--score-normalization",
         type=Path,
         metavar="TRAIN.npy",
-        help="take from each cosine the query's mean cosine with its nearest of these descriptors, of the same network",
+        help="take from each cosine the query's mean cosine with its nearest of these "
+        "descriptors, of the same network",
     )
-    parser.add_argument("--normalization-beta", type=at_least(float, 0), default=1.0, help="share taken (default: 1)")
+    parser.add_argument(
+        "--normalization-beta",
+        type=at_least(float, 0),
+        default=1.0,
+        help="share taken (default: 1)",
+    )
     parser.add_argument(
         "--normalization-neighbours",
         type=at_least(int, 0),
@@ -322,10 +398,14 @@ def main(argv=None):
         normalization = read_normalization(
             args.score_normalization, args.normalization_beta, args.normalization_neighbours
         )
-        candidates = load_candidates(args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization)
+        candidates = load_candidates(
+            args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization
+        )
         if track_of(args.submission, args.track) == "descriptor":
             suffix = "_normalized" if normalization else ""
-            with atomic(args.submission.with_name(f"{args.submission.stem}{suffix}_candidates.csv")) as file:
+            with atomic(
+                args.submission.with_name(f"{args.submission.stem}{suffix}_candidates.csv")
+            ) as file:
                 candidates.to_csv(file, index=False)
         print(json.dumps(micro_metrics(candidates, truth)))
     except (InputError, OSError) as error:

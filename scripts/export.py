@@ -1,20 +1,24 @@
-"""Write a checkpoint as ONNX, TorchScript or safetensors, and prove that the file describes images as the network does.
+"""Write a checkpoint as ONNX, TorchScript or safetensors, and prove that the file describes images
+as the network does.
 
-    python scripts/export.py small.onnx                                                 # the network in weights/
-    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.onnx            # for onnxruntime
-    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc16.onnx --precision fp16 --size dynamic
-    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.pt              # TorchScript
-    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.safetensors     # weights, and isc.json
+    python scripts/export.py small.onnx                                                 # the
+    network in weights/ python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.onnx
+    # for onnxruntime python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc16.onnx
+    --precision fp16 --size dynamic python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar
+    isc.pt              # TorchScript python scripts/export.py
+    exp/v107/train/checkpoint_0009.pth.tar isc.safetensors     # weights, and isc.json
 
-Input `images`, float32 (n, 3, height, width), n as you like; output `descriptors`, float32 (n, 256), of length 1: two
-images are copies where the inner product is large. What the input must be stands in the file, as JSON: .onnx, metadata
-`config`; .pt, extra file `config.json`; .safetensors, metadata `config` and OUTPUT's name with .json.
+Input `images`, float32 (n, 3, height, width), n as you like; output `descriptors`, float32 (n,
+256), of length 1: two images are copies where the inner product is large. What the input must be
+stands in the file, as JSON: .onnx, metadata `config`; .pt, extra file `config.json`; .safetensors,
+metadata `config` and OUTPUT's name with .json.
 
-fp16 halves the file: an .onnx computes its backbone in float16, pooling and head in float32; a .safetensors holds the
-backbone's weights so. A file is left behind only if it describes 32 images, prepared as in extraction, as the network
-in PyTorch's float32 on the CPU does: of each, the cosine above 0.9999 and no number off by 1e-4 or more; in fp16, 0.999
-and 0.03. They are generated pictures, or the first in --photos. With --size dynamic, other sizes must agree as well.
-Exit codes: 0; 2 for input that cannot be used, and for a file that disagrees: nothing is written then.
+fp16 halves the file: an .onnx computes its backbone in float16, pooling and head in float32; a
+.safetensors holds the backbone's weights so. A file is left behind only if it describes 32 images,
+prepared as in extraction, as the network in PyTorch's float32 on the CPU does: of each, the cosine
+above 0.9999 and no number off by 1e-4 or more; in fp16, 0.999 and 0.03. They are generated
+pictures, or the first in --photos. With --size dynamic, other sizes must agree as well. Exit codes:
+0; 2 for input that cannot be used, and for a file that disagrees: nothing is written then.
 """
 
 import argparse
@@ -52,15 +56,20 @@ from v107 import InputError
 IMAGES = 32  # that file and network must agree on
 BATCHES = (1, 3, 4, 8, 8, 8)  # into which they are divided: the file must take any number at once
 OTHER_SIZE_IMAGES = 8  # of these, at each of the other sizes
-# The smallest cosine is to be above, the largest difference below. In fp16, 0.9997 and 0.017 were the worst of six
-# networks of random weights, which make more of rounding than trained ones: in fp32 theirs differ by up to 6e-5.
+# The smallest cosine is to be above, the largest difference below. In fp16, 0.9997 and 0.017 were
+# the worst of six networks of random weights, which make more of rounding than trained ones: in
+# fp32 theirs differ by up to 6e-5.
 BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 3e-2)}
 OPSET = 17  # onnxruntime reads it since 2022
 
 
 def create_network(args):
-    """The network of --arch with the checkpoint's weights, ready for evaluation, on the CPU. Raises InputError."""
-    model = v107.create_model(Namespace(arch=args.arch, gem_p=1.0, gem_eval_p=args.gem_eval_p), torch.device("cpu"))
+    """The network of --arch with the checkpoint's weights, ready for evaluation, on the CPU. Raises
+    InputError.
+    """
+    model = v107.create_model(
+        Namespace(arch=args.arch, gem_p=1.0, gem_eval_p=args.gem_eval_p), torch.device("cpu")
+    )
     v107.load_checkpoint([args.checkpoint], model)
     return model.eval().requires_grad_(False)
 
@@ -97,8 +106,8 @@ def to_onnx(model, config, images):
     """The network as the bytes of one .onnx file."""
     batch = {0: "n"}
     size = {2: "height", 3: "width"} if config["size"] == "dynamic" else {}
-    # The exporter by torch.export takes a minute instead of a second, and has no end for dynamic sizes with the
-    # padding of EfficientNets ("SAME"), which depends on them.
+    # The exporter by torch.export takes a minute instead of a second, and has no end for dynamic
+    # sizes with the padding of EfficientNets ("SAME"), which depends on them.
     torch.onnx.export(
         model,
         (images,),
@@ -119,26 +128,36 @@ def to_onnx(model, config, images):
 
 
 def to_half(exported):
-    """The model with a backbone in float16; its input and output, pooling and head stay in float32."""
+    """The model with a backbone in float16; its input and output, pooling and head stay in
+    float32.
+    """
     exported = onnx.shape_inference.infer_shapes(exported)
     graph, single = exported.graph, single_precision(exported.graph)
-    # Around a float32 node the converter casts all that it knows to be float, so that numbers between two such nodes
-    # would be rounded. It is to know of those only that pass between float16 and float32.
+    # Around a float32 node the converter casts all that it knows to be float, so that numbers
+    # between two such nodes would be rounded. It is to know of those only that pass between float16
+    # and float32.
     made = {name for node in graph.node if node.name in single for name in node.output}
-    passed = {name for node in graph.node for name in node.input if (name in made) != (node.name in single)}
+    passed = {
+        name
+        for node in graph.node
+        for name in node.input
+        if (name in made) != (node.name in single)
+    }
     known = [value for value in graph.value_info if value.name in passed]
     del graph.value_info[:]
     graph.value_info.extend(known)
     graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.UNDEFINED
-    half = convert_float_to_float16(exported, keep_io_types=True, disable_shape_infer=True, node_block_list=single)
+    half = convert_float_to_float16(
+        exported, keep_io_types=True, disable_shape_infer=True, node_block_list=single
+    )
     half.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     OnnxModel.graph_topological_sort(half.graph)
     return half
 
 
 def single_precision(graph):
-    """Names of the nodes that stay in float32: those behind the backbone, and those that compute with sizes, of which
-    float16 would round the large ones."""
+    """Names of the nodes that stay in float32: those behind the backbone, and those that compute
+    with sizes, of which float16 would round the large ones."""
     constants, sizes, names = {"", *(weight.name for weight in graph.initializer)}, set(), []
     for node in graph.node:
         inputs = set(node.input) - constants
@@ -147,7 +166,9 @@ def single_precision(graph):
             constants.update(node.output)
         elif sized or node.op_type == "Shape":
             sizes.update(node.output)
-        if sized or re.match("/(?!backbone/)", node.name):  # without a slash: other names of equal weights
+        if sized or re.match(
+            "/(?!backbone/)", node.name
+        ):  # without a slash: other names of equal weights
             names.append(node.name)
     return names
 
@@ -177,7 +198,11 @@ def to_safetensors(model, config, _images):
     """The weights as the bytes of a .safetensors file."""
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     if config["precision"] == "fp16":
-        names = [name for name, value in weights.items() if name.startswith("backbone.") and value.is_floating_point()]
+        names = [
+            name
+            for name, value in weights.items()
+            if name.startswith("backbone.") and value.is_floating_point()
+        ]
         weights |= {name: weights[name].half() for name in names}
     return tensors_to_bytes(weights, metadata={"config": json.dumps(config)})
 
@@ -203,7 +228,9 @@ FORMATS = {
 
 
 def parity_pictures(args):
-    """32 RGB images: the first in --photos, made up to the number by generated ones of several sizes and shapes."""
+    """32 RGB images: the first in --photos, made up to the number by generated ones of several
+    sizes and shapes.
+    """
     paths = v107.list_images(args.photos)[:IMAGES] if args.photos else []
     pictures = [v107.open_image(path) for path in paths]
     for number in range(len(pictures), IMAGES):
@@ -215,7 +242,9 @@ def parity_pictures(args):
 
 
 def parity_batches(args, model):
-    """The images in batches, float32 (n, 3, height, width): all at --input-size, some at other sizes if any will do."""
+    """The images in batches, float32 (n, 3, height, width): all at --input-size, some at other
+    sizes if any will do.
+    """
     config, pictures, size = model.backbone.default_cfg, parity_pictures(args), args.input_size
 
     def prepared(pictures, side):
@@ -224,26 +253,37 @@ def parity_batches(args, model):
 
     batches = list(prepared(pictures, size).split(BATCHES))
     if args.size == "dynamic":
-        for height, width in ((size // 2 + 1, size), (size + 33, size + 2)):  # odd and even in each of the stages
+        for height, width in (
+            (size // 2 + 1, size),
+            (size + 33, size + 2),
+        ):  # odd and even in each of the stages
             images = prepared(pictures[:OTHER_SIZE_IMAGES], max(height, width))
             batches.append(images[:, :, :height, :width].contiguous())
     return batches
 
 
 def describe(network, batches, path):
-    """A network's descriptors of all batches, (n, dim) float64. Raises InputError, naming its file, unless they are
-    finite and tell images apart: anything agrees with what is always the same."""
-    rows = [np.asarray(network(batch), np.float64) for batch in tqdm(batches, path.name, unit="batch")]
+    """A network's descriptors of all batches, (n, dim) float64. Raises InputError, naming its file,
+    unless they are finite and tell images apart: anything agrees with what is always the same."""
+    rows = [
+        np.asarray(network(batch), np.float64) for batch in tqdm(batches, path.name, unit="batch")
+    ]
     descriptors = np.concatenate(rows)
     if not np.isfinite(descriptors).all():
-        raise InputError(f"{path}: has descriptors with NaN or infinity among those of {IMAGES} images")
+        raise InputError(
+            f"{path}: has descriptors with NaN or infinity among those of {IMAGES} images"
+        )
     if np.ptp(descriptors[:IMAGES], axis=0).max() <= BOUNDS["fp32"][1]:
-        raise InputError(f"{path}: describes {IMAGES} images by the same numbers, as a collapsed network does")
+        raise InputError(
+            f"{path}: describes {IMAGES} images by the same numbers, as a collapsed network does"
+        )
     return descriptors
 
 
 def check(expected, actual, precision, path):
-    """How well two lists of descriptors agree, in words. Raises InputError, naming the file, beyond the bounds."""
+    """How well two lists of descriptors agree, in words. Raises InputError, naming the file, beyond
+    the bounds.
+    """
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
     cosine = float(((expected * actual).sum(axis=1) / lengths).min())
     difference = float(np.abs(expected - actual).max())
@@ -251,7 +291,9 @@ def check(expected, actual, precision, path):
     least, most = BOUNDS[precision]
     if not (cosine > least and difference < most):
         bounds = f"{precision} has to be above {least} and below {most:g}"
-        raise InputError(f"{path}: describes images otherwise than PyTorch does: {figures}; {bounds}")
+        raise InputError(
+            f"{path}: describes images otherwise than PyTorch does: {figures}; {bounds}"
+        )
     return f"{figures} of {len(actual)} images"
 
 
@@ -260,7 +302,9 @@ def check(expected, actual, precision, path):
 
 @contextmanager
 def in_one_line(what):
-    """Turns whatever exporters and runtimes raise into an InputError that says what cannot be done."""
+    """Turns whatever exporters and runtimes raise into an InputError that says what cannot be
+    done.
+    """
     try:
         yield
     except (InputError, OSError):
@@ -272,7 +316,9 @@ def in_one_line(what):
 
 @torch.no_grad()
 def export(args):
-    """Write the output and what goes beside it, all or nothing; returns its line for the user. Raises InputError."""
+    """Write the output and what goes beside it, all or nothing; returns its line for the user.
+    Raises InputError.
+    """
     write, read = FORMATS[args.output.suffix]
     with in_one_line(f"{args.arch}: cannot describe images of --input-size {args.input_size}"):
         model = create_network(args)
@@ -293,25 +339,55 @@ def export(args):
 
 def parse_args(argv=None):
     """The command line; exits with code 2 and one line where it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    what = "of any stage, or the author's; only tensors are loaded (default: the small network in weights/)"
+    what = (
+        "of any stage, or the author's; only tensors are loaded (default: the small network in "
+        "weights/)"
+    )
     add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=what)
-    add("output", type=Path, metavar="OUTPUT", help=f"ends in {', '.join(FORMATS)}, which says the format")
+    add(
+        "output",
+        type=Path,
+        metavar="OUTPUT",
+        help=f"ends in {', '.join(FORMATS)}, which says the format",
+    )
     defaults = v107.parse_args(["."])
     arch, size = defaults.arch, defaults.input_size
     add("-a", "--arch", help=f"backbone, any name timm knows (default: {arch}, small {SMALL_ARCH})")
-    add("--input-size", type=at_least(int, 32), help=f"side of the square input (default: {size}, small {SMALL_SIZE})")
-    add("--gem-eval-p", type=float, default=defaults.gem_eval_p, help="exponent of GeM pooling (default: %(default)s)")
-    add("--precision", choices=BOUNDS, default="fp32", help="of weights, and of an .onnx's backbone (default: fp32)")
+    add(
+        "--input-size",
+        type=at_least(int, 32),
+        help=f"side of the square input (default: {size}, small {SMALL_SIZE})",
+    )
+    add(
+        "--gem-eval-p",
+        type=float,
+        default=defaults.gem_eval_p,
+        help="exponent of GeM pooling (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=BOUNDS,
+        default="fp32",
+        help="of weights, and of an .onnx's backbone (default: fp32)",
+    )
     add(
         "--size",
         choices=["fixed", "dynamic"],
         default="fixed",
-        help="whether height and width must be --input-size, which onnxruntime enforces, or are shown to be free "
+        help="whether height and width must be --input-size, which onnxruntime enforces, or are "
+        "shown to be free "
         "(default: fixed)",
     )
-    add("--photos", type=Path, metavar="DIR", help="compare on the images in DIR, the first 32, before generated ones")
+    add(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="compare on the images in DIR, the first 32, before generated ones",
+    )
     args = parser.parse_args(argv)
     if not args.checkpoint:
         args.checkpoint, arch, size = SMALL, SMALL_ARCH, SMALL_SIZE
@@ -319,7 +395,10 @@ def parse_args(argv=None):
     if args.output.suffix not in FORMATS:
         parser.error(f"{args.output}: OUTPUT has to end in one of {', '.join(FORMATS)}")
     if args.output.suffix == ".pt" and args.precision == "fp16":
-        parser.error("--precision fp16: is for .onnx and .safetensors; a CPU cannot check it in TorchScript in time")
+        parser.error(
+            "--precision fp16: is for .onnx and .safetensors; a CPU cannot check it in "
+            "TorchScript in time"
+        )
     return args
 
 
@@ -328,16 +407,27 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         if not args.output.parent.is_dir() or args.output.is_dir():
-            raise InputError(f"{args.output}: is a folder, or in none that there is; give the name of a file")
-        if args.output.exists() and args.checkpoint.exists() and args.output.samefile(args.checkpoint):
+            raise InputError(
+                f"{args.output}: is a folder, or in none that there is; give the name of a file"
+            )
+        if (
+            args.output.exists()
+            and args.checkpoint.exists()
+            and args.output.samefile(args.checkpoint)
+        ):
             raise InputError(f"{args.output}: is the checkpoint itself; give another name")
         if args.checkpoint == SMALL:
             name = SMALL.relative_to(ROOT)
-            print(f"export.py: {name} is exported; give CHECKPOINT for another network", file=sys.stderr)
+            print(
+                f"export.py: {name} is exported; give CHECKPOINT for another network",
+                file=sys.stderr,
+            )
         with warnings.catch_warnings(action="ignore"):  # of exporters and timm about themselves
             print(export(args))
     except (InputError, OSError) as error:
-        place = f"{args.output}: " if isinstance(error, OSError) and not error.filename else ""  # as of a full disk
+        place = (
+            f"{args.output}: " if isinstance(error, OSError) and not error.filename else ""
+        )  # as of a full disk
         print(f"export.py: error: {place}{error}; nothing was written", file=sys.stderr)
         return 2
     return 0

@@ -3,8 +3,9 @@
     python scripts/hash_images.py input --phase 2 --output exp/hashes
     python scripts/eval_metrics.py exp/hashes/phash.csv input/private_ground_truth.csv
 
-Hashes of 256 bits of every query and reference, by imagehash (pip install imagehash). Writes dhash.csv and phash.csv:
-the ten nearest references of each query, with minus the number of bits that differ as score.
+Hashes of 256 bits of every query and reference, by imagehash (pip install imagehash). Writes
+dhash.csv and phash.csv: the ten nearest references of each query, with minus the number of bits
+that differ as score.
 """
 
 import argparse
@@ -21,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
 
 import v98
 
-HASHES = ("dhash", "phash")  # imagehash's: signs of differences of neighbours, of cosine coefficients
+HASHES = (
+    "dhash",
+    "phash",
+)  # imagehash's: signs of differences of neighbours, of cosine coefficients
 
 
 def hash_folder(folder):
@@ -34,7 +38,9 @@ def hash_folder(folder):
     paths, bits = v98.list_images(folder), {name: [] for name in HASHES}
     ids = [Path(path).stem for path in paths]
     if len(set(ids)) < len(ids):
-        raise v98.InputError(f"{folder}: has images whose names differ in their suffix alone; rename one of each")
+        raise v98.InputError(
+            f"{folder}: has images whose names differ in their suffix alone; rename one of each"
+        )
     for path in tqdm(paths, folder.name):
         image = v98.open_image(path)
         for name in HASHES:
@@ -43,22 +49,47 @@ def hash_folder(folder):
 
 
 def match_hashes(query, reference, k=10):
-    """(query row, reference row, score) of each query's k nearest references; score is minus the bits that differ."""
+    """(query row, reference row, score) of each query's k nearest references; score is minus the
+    bits that differ.
+    """
     query, reference = (2 * bits.astype(np.float32) - 1 for bits in (query, reference))
     matches = []
-    for q, row in enumerate(query):  # one by one: all distances at once would take 200 GB for DISC21
+    for q, row in enumerate(
+        query
+    ):  # one by one: all distances at once would take 200 GB for DISC21
         distances = (len(row) - reference @ row) / 2
-        matches += [(q, r, -int(distances[r])) for r in distances.argsort(kind="stable")[:k].tolist()]
+        matches += [
+            (q, r, -int(distances[r])) for r in distances.argsort(kind="stable")[:k].tolist()
+        ]
     return matches
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder of reference_images/ and query_images/ (or ..._phase2/)")
-    add("--phase", type=int, choices=[1, 2], default=1, help="take query_images or query_images_phase2")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="where dhash.csv and phash.csv go")
+    add(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="folder of reference_images/ and query_images/ (or ..._phase2/)",
+    )
+    add(
+        "--phase",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="take query_images or query_images_phase2",
+    )
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where dhash.csv and phash.csv go",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,7 +99,9 @@ def main(argv=None):
     try:
         if args.output.exists() and not args.output.is_dir():
             raise v98.InputError(f"{args.output}: is no folder; choose another --output")
-        query_ids, queries = hash_folder(args.data / ("query_images" if args.phase == 1 else "query_images_phase2"))
+        query_ids, queries = hash_folder(
+            args.data / ("query_images" if args.phase == 1 else "query_images_phase2")
+        )
         reference_ids, references = hash_folder(args.data / "reference_images")
         args.output.mkdir(parents=True, exist_ok=True)
         for name in HASHES:
@@ -78,7 +111,10 @@ def main(argv=None):
                 csv.writer(file).writerows([("query_id", "reference_id", "score"), *rows])
             print(args.output / f"{name}.csv")
     except ImportError as error:
-        print(f"hash_images.py: error: {error.name}: is not installed; pip install imagehash", file=sys.stderr)
+        print(
+            f"hash_images.py: error: {error.name}: is not installed; pip install imagehash",
+            file=sys.stderr,
+        )
         return 2
     except (v98.InputError, OSError) as error:
         print(f"hash_images.py: error: {error}", file=sys.stderr)

@@ -1,29 +1,37 @@
 r"""Find copies among pictures of one's own: cropped, recompressed, renamed, edited.
 
-    python scripts/match.py FOLDER                                          # copies inside one folder
-    python scripts/match.py uploads/ archive/ --output matches.csv          # which of these are copies of those?
-    python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
+    python scripts/match.py FOLDER                                          # copies inside one
+    folder python scripts/match.py uploads/ archive/ --output matches.csv          # which of these
+    are copies of those? python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
     python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu     # without torch
     python scripts/match.py FOLDER --groups groups.jsonl --report page.html
 
-QUERIES, REFERENCES and FOLDER are each a folder, searched through: hidden files are skipped, symbolic links followed,
-a folder read once; or one picture; or a text file of paths, one a line (or each ended by a NUL byte, as by `find
--print0`), relative to where the command runs. A file that two paths lead to is one file, and no copy of itself.
+QUERIES, REFERENCES and FOLDER are each a folder, searched through: hidden files are skipped,
+symbolic links followed, a folder read once; or one picture; or a text file of paths, one a line (or
+each ended by a NUL byte, as by `find
+-print0`), relative to where the command runs. A file that two paths lead to is one file, and no
+copy of itself.
 
-Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first picture of an
-        animation; upright as EXIF says and viewers show it; at most 100 million pixels. In a folder, files are chosen
-        by suffix, then read by content. What cannot be read is named at the end, on stderr.
-Needs   nothing else: it describes with the small network in weights/, unless --weight names the published one, which is
+Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first
+        picture of an
+        animation; upright as EXIF says and viewers show it; at most 100 million pixels. In a
+        folder, files are chosen by suffix, then read by content. What cannot be read is named at
+        the end, on stderr.
+Needs   nothing else: it describes with the small network in weights/, unless --weight names the
+        published one, which is
         fetched once, or a checkpoint, or --onnx a file of export.py.
-Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same picture. A group is all
-        pictures that copies, and copies of copies, connect: over every pair at or above --threshold, reported or not.
-        Paths keep their bytes: csv has them as they are, in quotes where they hold commas, quotes or line ends; JSON
-        has \udc80 to \udcff for bytes that are not UTF-8, which Python's os.fsencode() turns back.
-Keeps   finished descriptors in --cache, by content and network: after whatever ended it, the same command does the rest
+Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same
+        picture. A group is all
+        pictures that copies, and copies of copies, connect: over every pair at or above
+        --threshold, reported or not. Paths keep their bytes: csv has them as they are, in quotes
+        where they hold commas, quotes or line ends; JSON has \udc80 to \udcff for bytes that are
+        not UTF-8, which Python's os.fsencode() turns back.
+Keeps   finished descriptors in --cache, by content and network: after whatever ended it, the same
+        command does the rest
         only, and several commands may run at once. To clear the cache, delete the file.
 
-Exit code: 0 with matches, 1 without, 2 after an error, 130 after Ctrl-C. Bad files change it only where they are all of
-QUERIES or of REFERENCES, or with --bad-images error: then it is 2.
+Exit code: 0 with matches, 1 without, 2 after an error, 130 after Ctrl-C. Bad files change it only
+where they are all of QUERIES or of REFERENCES, or with --bad-images error: then it is 2.
 """
 
 import argparse
@@ -63,13 +71,29 @@ from postprocess import (
 from validate_submission import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ("isc_ft_v107", "isc_selfsup_v98")  # entry points of hubconf.py, whose weights are fetched
+PUBLISHED = (
+    "isc_ft_v107",
+    "isc_selfsup_v98",
+)  # entry points of hubconf.py, whose weights are fetched
 THRESHOLD = 0.604169  # DataComp's for isc_ft_v107
 SMALL, SMALL_ARCH, SMALL_SIZE = ROOT / "weights" / "v98.pth.tar", "test_byobnet", 96
-SMALL_THRESHOLD = 0.75  # precision 0.99, recall 0.71, among 450 queries and 600 references (weights/README.md, phase 1)
+# precision 0.99, recall 0.71, among 450 queries and 600 references (weights/README.md, phase 1)
+SMALL_THRESHOLD = 0.75
 
 HEIC_SUFFIXES = (".heic", ".heif")
-SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *HEIC_SUFFIXES)
+SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".webp",
+    *HEIC_SUFFIXES,
+)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
 
@@ -81,7 +105,8 @@ DECIMALS = 6  # of a score, which is rounded before it is compared with the thre
 
 
 def list_pictures(place):
-    """What an argument of the command line names: paths (str) in a fixed order, and {folder: why it cannot be read}.
+    """What an argument of the command line names: paths (str) in a fixed order, and {folder: why it
+    cannot be read}.
 
     Raises InputError where there is nothing of that name, or no picture in it.
     """
@@ -93,17 +118,26 @@ def list_pictures(place):
     elif place.lower().endswith(SUFFIXES):
         paths, what = [place], ""
     else:
-        data, what = Path(place).read_bytes(), "no picture by its suffix, and no line of it is the path of a file"
+        data, what = (
+            Path(place).read_bytes(),
+            "no picture by its suffix, and no line of it is the path of a file",
+        )
         lines = map(os.fsdecode, data.split(b"\0") if b"\0" in data else data.splitlines())
         paths = [line for line in lines if line.strip()]
-        paths = paths if any(map(os.path.isfile, paths)) else []  # which, unlike Path's, takes any nonsense
+        paths = (
+            paths if any(map(os.path.isfile, paths)) else []
+        )  # which, unlike Path's, takes any nonsense
     if not paths:
-        raise InputError(f"{shown(place)}: {what}; give a folder, a picture, or a text file of paths, one a line")
+        raise InputError(
+            f"{shown(place)}: {what}; give a folder, a picture, or a text file of paths, one a line"
+        )
     return paths, bad
 
 
 def walk(folder, bad):
-    """Paths of the visible files below `folder` that have a picture's suffix, each real folder once."""
+    """Paths of the visible files below `folder` that have a picture's suffix, each real folder
+    once.
+    """
 
     def refuse(error):
         bad[error.filename] = error.strerror
@@ -116,13 +150,15 @@ def walk(folder, bad):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        pictures = (
+            name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        )
         yield from (f"{parent.rstrip(os.sep)}{os.sep}{name}" for name in sorted(pictures))
 
 
 def collect(places):
-    """The files of all `places`, each real file once: paths (str), an int64 array of their numbers for each place, and
-    {folder: why it cannot be read}."""
+    """The files of all `places`, each real file once: paths (str), an int64 array of their numbers
+    for each place, and {folder: why it cannot be read}."""
     number, paths, members, bad = {}, [], [], {}
     for place in places:
         found, unreadable = list_pictures(place)
@@ -146,7 +182,9 @@ def shown(path):
 
 @cache
 def formats():
-    """The formats that may be opened; HEIC, which Pillow lacks, is one where pillow-heif is installed."""
+    """The formats that may be opened; HEIC, which Pillow lacks, is one where pillow-heif is
+    installed.
+    """
     Image.init()  # not by several threads at once
     try:
         from pillow_heif import register_heif_opener
@@ -157,7 +195,9 @@ def formats():
 
 
 class Budget:
-    """Pixels that may be decoded at once: large pictures wait for each other, lest threads multiply memory."""
+    """Pixels that may be decoded at once: large pictures wait for each other, lest threads multiply
+    memory.
+    """
 
     def __init__(self, pixels):
         self.free, self.changed = pixels, threading.Condition()
@@ -177,7 +217,9 @@ class Budget:
 
 
 def read_picture(file, prepare, budget):
-    """prepare(image) of the picture in an open file, upright and RGB; raises whatever its decoder does."""
+    """prepare(image) of the picture in an open file, upright and RGB; raises whatever its decoder
+    does.
+    """
     with Image.open(file, formats=formats()) as image, budget.take(pixels_to_decode(image)):
         image.load()
         with suppress(Exception):  # damaged EXIF: viewers do not turn the picture either
@@ -201,7 +243,9 @@ def why(error, path):
 
 @dataclass(frozen=True)
 class Network:
-    """What makes descriptors: `run` takes float32 (n, 3, input_size, input_size), returns float32 (n, dimensions)."""
+    """What makes descriptors: `run` takes float32 (n, 3, input_size, input_size), returns float32
+    (n, dimensions).
+    """
 
     run: Callable
     weights: str  # SHA-256
@@ -218,7 +262,9 @@ class Network:
         return hashlib.sha256(repr(about).encode()).digest()
 
     def prepare(self, image):
-        """A PIL image of mode RGB as the network's input, float32 (3, input_size, input_size), as extraction has it."""
+        """A PIL image of mode RGB as the network's input, float32 (3, input_size, input_size), as
+        extraction has it.
+        """
         pixels = image.resize((self.input_size, self.input_size), Image.Resampling.BILINEAR)
         values = np.asarray(pixels, np.float32) / np.float32(255)
         values = (values - np.float32(self.mean)) / np.float32(self.std)
@@ -226,13 +272,17 @@ class Network:
 
 
 def torch_network(args):
-    """The network of --weight, or the small one, by torch. Raises InputError where it cannot be had."""
+    """The network of --weight, or the small one, by torch. Raises InputError where it cannot be
+    had.
+    """
     sys.path.insert(0, str(ROOT))
     try:
         import hubconf
         import torch
     except ImportError as error:
-        raise InputError(f"{error.name}: is not installed; install requirements.txt, or give --onnx FILE") from None
+        raise InputError(
+            f"{error.name}: is not installed; install requirements.txt, or give --onnx FILE"
+        ) from None
     arch, input_size = (hubconf.ARCH, 512) if args.weight else (SMALL_ARCH, SMALL_SIZE)
     arch, input_size = args.arch or arch, args.input_size or input_size
     published = args.weight in PUBLISHED
@@ -248,7 +298,9 @@ def torch_network(args):
         remedy = "give --weight FILE, as scripts/download_weights.py fetches it, or --onnx FILE"
         raise InputError(f"{args.weight}: cannot be fetched ({error}); {remedy}") from None
     except (RuntimeError, AssertionError) as error:  # of CUDA, and of a torch without it
-        raise InputError(f"--device {args.device or 'cuda'}: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"--device {args.device or 'cuda'}: {str(error).splitlines()[0]}"
+        ) from None
     digest = hashlib.sha256(arch.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -257,13 +309,21 @@ def torch_network(args):
     @torch.inference_mode()
     def run(images):
         try:
-            return model(torch.from_numpy(images).to(device, memory_format=torch.channels_last)).cpu().numpy()
+            return (
+                model(torch.from_numpy(images).to(device, memory_format=torch.channels_last))
+                .cpu()
+                .numpy()
+            )
         except torch.OutOfMemoryError:
-            raise InputError(f"--batch-size {args.batch_size}: too many for {device}'s memory; give less") from None
+            raise InputError(
+                f"--batch-size {args.batch_size}: too many for {device}'s memory; give less"
+            ) from None
 
     config, backend = model.backbone.default_cfg, f"torch {device.type}"
     weights, dimensions = digest.hexdigest(), model.fc.out_features
-    return Network(run, weights, backend, input_size, tuple(config["mean"]), tuple(config["std"]), dimensions)
+    return Network(
+        run, weights, backend, input_size, tuple(config["mean"]), tuple(config["std"]), dimensions
+    )
 
 
 def onnx_network(args):
@@ -288,19 +348,29 @@ def onnx_network(args):
         session = onnxruntime.InferenceSession(args.onnx, providers=providers)
         (images,), (output,) = session.get_inputs(), session.get_outputs()
         config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
-        input_size, mean, std = int(config["input_size"]), tuple(config["mean"]), tuple(config["std"])
+        input_size, mean, std = (
+            int(config["input_size"]),
+            tuple(config["mean"]),
+            tuple(config["std"]),
+        )
         fixed, dimensions = isinstance(images.shape[2], int), int(output.shape[1])
     except Exception as error:  # parser, metadata and the lack of any each fail in their own way
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{args.onnx}: is no ONNX file of export.py ({what}); export it again") from None
+        raise InputError(
+            f"{args.onnx}: is no ONNX file of export.py ({what}); export it again"
+        ) from None
     if fixed and args.input_size not in (None, input_size):
-        raise InputError(f"{args.onnx}: takes {input_size} pixels only; leave out --input-size {args.input_size}")
+        raise InputError(
+            f"{args.onnx}: takes {input_size} pixels only; leave out --input-size {args.input_size}"
+        )
 
     def run(batch):
         try:
             return session.run([output.name], {images.name: batch})[0]
         except Exception as error:  # whatever its kernels raise, also where memory does not suffice
-            raise InputError(f"{args.onnx}: does not run ({str(error).splitlines()[0]}); export it again") from None
+            raise InputError(
+                f"{args.onnx}: does not run ({str(error).splitlines()[0]}); export it again"
+            ) from None
 
     backend = f"onnxruntime {session.get_providers()[0]}"
     return Network(run, digest, backend, args.input_size or input_size, mean, std, dimensions)
@@ -310,9 +380,11 @@ def onnx_network(args):
 
 
 class Cache:
-    """Finished descriptors of one network, in an sqlite file that several commands may use at once; None: in memory.
+    """Finished descriptors of one network, in an sqlite file that several commands may use at once;
+    None: in memory.
 
-    A picture is known by the SHA-256 of its file, 32 bytes. Raises InputError where the cache cannot be used.
+    A picture is known by the SHA-256 of its file, 32 bytes. Raises InputError where the cache
+    cannot be used.
     """
 
     def __init__(self, path, network):
@@ -321,7 +393,9 @@ class Cache:
         with self.usable():
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self.connection = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False)
+            self.connection = sqlite3.connect(
+                path or ":memory:", timeout=60, check_same_thread=False
+            )
             self.connection.execute(
                 "CREATE TABLE IF NOT EXISTS descriptors "
                 "(picture BLOB, network BLOB, descriptor BLOB, PRIMARY KEY (picture, network))"
@@ -335,10 +409,14 @@ class Cache:
                 yield
         except (sqlite3.Error, OSError) as error:
             remedy = "delete it, name another file with --cache, or say --no-cache"
-            raise InputError(f"{self.path}: cannot be used as a cache ({error}); {remedy}") from None
+            raise InputError(
+                f"{self.path}: cannot be used as a cache ({error}); {remedy}"
+            ) from None
 
     def get(self, picture):
-        """The descriptor of a picture, (dimensions,) float32, or None: it is not there, or is none."""
+        """The descriptor of a picture, (dimensions,) float32, or None: it is not there, or is
+        none.
+        """
         query = "SELECT descriptor FROM descriptors WHERE picture = ? AND network = ?"
         with self.usable():
             found = self.connection.execute(query, (picture, self.key)).fetchone()
@@ -348,11 +426,15 @@ class Cache:
         return row if abs(float(row @ row) - 1) < 1e-3 else None
 
     def put(self, pictures, rows):
-        """Keeps the descriptors (n, dimensions) of n pictures, which are on the disk when this returns."""
+        """Keeps the descriptors (n, dimensions) of n pictures, which are on the disk when this
+        returns.
+        """
         blobs = (row.astype("<f4").tobytes() for row in rows)
         records = [(picture, self.key, blob) for picture, blob in zip(pictures, blobs, strict=True)]
         with self.usable(), self.connection:
-            self.connection.executemany("INSERT OR REPLACE INTO descriptors VALUES (?, ?, ?)", records)
+            self.connection.executemany(
+                "INSERT OR REPLACE INTO descriptors VALUES (?, ?, ?)", records
+            )
         self.added += len(records)
 
 
@@ -360,7 +442,9 @@ class Cache:
 
 
 def ahead(function, items, workers, limit):
-    """function(item) of each item in their order, by threads that are at most `limit` items ahead of the caller."""
+    """function(item) of each item in their order, by threads that are at most `limit` items ahead
+    of the caller.
+    """
     pool, futures = ThreadPoolExecutor(workers), deque()
     try:
         for item in items:
@@ -392,10 +476,11 @@ def read_file(path, network, store, budget):
 
 
 def describe(paths, network, store, args, title):
-    """Descriptors of pictures: unit rows (n, dimensions) float32, of zeros where bad, and {path: reason} of those.
+    """Descriptors of pictures: unit rows (n, dimensions) float32, of zeros where bad, and {path:
+    reason} of those.
 
-    Threads read, since decoders release the interpreter; the network takes batches in the order of `paths`, and each
-    content once. So nothing depends on the number of threads.
+    Threads read, since decoders release the interpreter; the network takes batches in the order of
+    `paths`, and each content once. So nothing depends on the number of threads.
     """
     rows, same = np.zeros((len(paths), network.dimensions), np.float32), np.arange(len(paths))
     first, bad, todo = {}, {}, []
@@ -406,7 +491,9 @@ def describe(paths, network, store, args, title):
         found = network.run(np.stack(images))
         good = np.isfinite(found).all(axis=1) & found.any(axis=1)
         rows[indices] = found = normalise(np.where(good[:, None], found, np.float32(0)))
-        store.put([picture for picture, fine in zip(pictures, good, strict=True) if fine], found[good])
+        store.put(
+            [picture for picture, fine in zip(pictures, good, strict=True) if fine], found[good]
+        )
 
     read = partial(read_file, network=network, store=store, budget=Budget(MAX_PIXELS))
     results = ahead(read, paths, args.workers, 2 * args.batch_size + args.workers)
@@ -432,7 +519,9 @@ def describe(paths, network, store, args, title):
 
 
 def read_negatives(network, store, args):
-    """The background descriptors that --negatives names, (n, dimensions) float32, and {path: reason} of bad files."""
+    """The background descriptors that --negatives names, (n, dimensions) float32, and {path:
+    reason} of bad files.
+    """
     if args.negatives.endswith(".npy"):
         rows, bad = read_train(Path(args.negatives)), {}
         if rows.shape[1] != network.dimensions:
@@ -444,7 +533,9 @@ def read_negatives(network, store, args):
         bad |= unread
     rows = rows[described(rows)]
     if not len(rows):
-        raise InputError(f"{shown(args.negatives)}: has no descriptor; give pictures that can be read")
+        raise InputError(
+            f"{shown(args.negatives)}: has no descriptor; give pictures that can be read"
+        )
     return rows, bad
 
 
@@ -452,12 +543,16 @@ def read_negatives(network, store, args):
 
 
 def cosine(a, b):
-    """Cosines of unit rows (..., dim), float64 (...): 1 - d^2 / 2, which is exactly 1 for equal rows, rounded."""
+    """Cosines of unit rows (..., dim), float64 (...): 1 - d^2 / 2, which is exactly 1 for equal
+    rows, rounded.
+    """
     return np.round(1 - pair_scores(a, b, "l2").astype(np.float64) / 2, DECIMALS)
 
 
 def merge(root, members):
-    """Makes one tree of those in which `members` stand: root[i] is nearer to i's root than i, which is its own."""
+    """Makes one tree of those in which `members` stand: root[i] is nearer to i's root than i, which
+    is its own.
+    """
     roots = root[members]
     while (root[roots] != roots).any():
         roots = root[roots]
@@ -465,7 +560,9 @@ def merge(root, members):
 
 
 def alike(label, files):
-    """The labels that occur in `files`, sorted, and for each an array of its files, in their order."""
+    """The labels that occur in `files`, sorted, and for each an array of its files, in their
+    order.
+    """
     order = np.argsort(label[files], kind="stable")
     labels, starts = np.unique(label[files][order], return_index=True)
     return labels, np.split(files[order], starts[1:])
@@ -474,11 +571,12 @@ def alike(label, files):
 def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
     """The copies among files, and the groups that they form.
 
-    descriptors (files, dim) float32, unit rows; queries, references: numbers of files, int64. Returns
-    queries, references (pairs,) int64 and scores (pairs,) float64: for each query its `top_k` best other files with a
-    cosine of at least `threshold`, equal ones in the order of references; a pair once where queries are references;
-    and groups (files,) int64: the number of the group that a file is in, from 0 in the order of files, or -1. A group
-    is what all such pairs connect, not the `top_k` only. Exact; memory does not grow with the number of such pairs.
+    descriptors (files, dim) float32, unit rows; queries, references: numbers of files, int64.
+    Returns queries, references (pairs,) int64 and scores (pairs,) float64: for each query its
+    `top_k` best other files with a cosine of at least `threshold`, equal ones in the order of
+    references; a pair once where queries are references; and groups (files,) int64: the number of
+    the group that a file is in, from 0 in the order of files, or -1. A group is what all such pairs
+    connect, not the `top_k` only. Exact; memory does not grow with the number of such pairs.
     """
     # Equal descriptors, as of masses of the same picture, are compared once.
     _, label = np.unique(descriptors.view(f"V{descriptors[0].nbytes}").ravel(), return_inverse=True)
@@ -488,12 +586,16 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
         asking, askers = alike(label, queries)
         a = descriptors[[files[0] for files in askers]]
     itself = np.searchsorted(answering, asking).clip(max=len(answering) - 1)
-    alone = np.array([len(x) == 1 and np.array_equal(x, answers[i]) for x, i in zip(askers, itself, strict=True)])
+    alone = np.array(
+        [len(x) == 1 and np.array_equal(x, answers[i]) for x, i in zip(askers, itself, strict=True)]
+    )
     place = np.empty(len(descriptors), np.int64)
     place[references] = np.arange(len(references))
     root = np.arange(label.max() + 1)
     matched = np.zeros(len(root), bool)
-    slack = (descriptors.shape[1] + 64) * 2.0**-24  # more than float32 products of unit rows are off by
+    slack = (
+        descriptors.shape[1] + 64
+    ) * 2.0**-24  # more than float32 products of unit rows are off by
     found, step = [(queries[:0], queries[:0], np.empty(0))], max(1, SIMILARITIES // len(b))
     with tqdm(total=len(a), desc="comparing", unit="picture", disable=quiet) as bar:
         for start in range(0, len(a), step):
@@ -511,7 +613,9 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
                 matched[members] = True
                 merge(root, members)
                 if len(near) > top_k + 1:  # one of which may be the query itself
-                    near = near[rough[near] >= np.partition(rough[near], -top_k - 1)[-top_k - 1] - 2 * slack]
+                    near = near[
+                        rough[near] >= np.partition(rough[near], -top_k - 1)[-top_k - 1] - 2 * slack
+                    ]
                 score = cosine(query, b[near])
                 files = [answers[i][: top_k + 1] for i in near]
                 score = np.repeat(score, [len(part) for part in files])
@@ -557,7 +661,9 @@ def write(path, data):
             with atomic(Path(path)) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); make room, and run again") from None
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); make room, and run again"
+            ) from None
         return
     try:
         sys.stdout.buffer.write(data)
@@ -570,71 +676,142 @@ def write(path, data):
 
 
 def match(args, paths, members, network, store, bad):
-    """Finds copies among the files `paths`, queries and references as `collect` gives them: a table of query,
-    reference, score, group, and the list of paths of each group. Adds to `bad`. Raises InputError where none is left.
+    """Finds copies among the files `paths`, queries and references as `collect` gives them: a table
+    of query, reference, score, group, and the list of paths of each group. Adds to `bad`. Raises
+    InputError where none is left.
     """
     rows, unread = describe(paths, network, store, args, "describing")
     bad |= unread
     for place, files in zip((args.queries, args.references), members, strict=False):
         if not rows[files].any():
-            raise InputError(f"{shown(place)}: not one picture of {len(files)} can be read; see below")
+            raise InputError(
+                f"{shown(place)}: not one picture of {len(files)} can be read; see below"
+            )
     readable = [files[rows[files].any(axis=1)] for files in members]
     if args.negatives:
         negatives, unread = read_negatives(network, store, args)
         bad |= unread
-        with redirect_stderr(io.StringIO()) if args.quiet else nullcontext():  # the progress of both
+        with (
+            redirect_stderr(io.StringIO()) if args.quiet else nullcontext()
+        ):  # the progress of both
             rows = negative_embedding_subtraction(rows, database_augmentation(negatives))
-    query, reference, score, group = find_pairs(rows, readable[0], readable[-1], args.threshold, args.top_k, args.quiet)
+    query, reference, score, group = find_pairs(
+        rows, readable[0], readable[-1], args.threshold, args.top_k, args.quiet
+    )
     files = np.array(paths, object)
-    table = {"query": files[query], "reference": files[reference], "score": score, "group": group[query] + 1}
+    table = {
+        "query": files[query],
+        "reference": files[reference],
+        "score": score,
+        "group": group[query] + 1,
+    }
     groups = zip(*alike(group, np.arange(len(files))), strict=True)
-    return pd.DataFrame(table), [files[members].tolist() for number, members in groups if number >= 0]
+    return pd.DataFrame(table), [
+        files[members].tolist() for number, members in groups if number >= 0
+    ]
 
 
 def parse_args(argv=None):
     """The command line. Exits with one line and code 2 where options do not fit together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, count = parser.add_argument, at_least(int, 1)
-    add("queries", metavar="QUERIES", help="folder, picture, or text file of paths; alone: FOLDER, matched with itself")
-    add("references", metavar="REFERENCES", nargs="?", help="folder, picture, or text file of paths")
+    add(
+        "queries",
+        metavar="QUERIES",
+        help="folder, picture, or text file of paths; alone: FOLDER, matched with itself",
+    )
+    add(
+        "references", metavar="REFERENCES", nargs="?", help="folder, picture, or text file of paths"
+    )
     names = " or ".join(PUBLISHED)
     add(
-        "--weight", metavar="FILE", help=f"checkpoint to describe with, or {names} (default: {SMALL.relative_to(ROOT)})"
+        "--weight",
+        metavar="FILE",
+        help=f"checkpoint to describe with, or {names} (default: {SMALL.relative_to(ROOT)})",
     )
     backbone = f"{SMALL_ARCH}; with --weight {PUBLISHED[0]}'s"
     add("-a", "--arch", help=f"backbone of the weights, any name timm knows (default: {backbone})")
     side = f"{SMALL_SIZE}; with --weight 512; with --onnx its own"
     add("--input-size", type=count, metavar="PIXELS", help=f"side of the input (default: {side})")
-    add("--onnx", metavar="FILE", help="network that export.py has written, in place of a checkpoint; needs no torch")
+    add(
+        "--onnx",
+        metavar="FILE",
+        help="network that export.py has written, in place of a checkpoint; needs no torch",
+    )
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")
-    add("--workers", type=count, default=os.cpu_count(), help="threads that read (default: one a core)")
+    add(
+        "--workers",
+        type=count,
+        default=os.cpu_count(),
+        help="threads that read (default: one a core)",
+    )
     add(
         "--threshold",
         type=at_least(float, -1),
-        help=f"least cosine of a match (default: {SMALL_THRESHOLD}; with --weight or --onnx {THRESHOLD}, which is "
+        help=f"least cosine of a match (default: {SMALL_THRESHOLD}; with --weight or --onnx "
+        f"{THRESHOLD}, which is "
         f"DataComp's for {PUBLISHED[0]}; other networks have others)",
     )
-    add("--top-k", type=count, default=10, help="matches of a query, the best (default: %(default)s)")
+    add(
+        "--top-k",
+        type=count,
+        default=10,
+        help="matches of a query, the best (default: %(default)s)",
+    )
     add(
         "--negatives",
         metavar="FILE.npy|FOLDER",
-        help="background, of which nothing is a copy, for negative embedding subtraction: pictures, or descriptors, "
+        help="background, of which nothing is a copy, for negative embedding subtraction: "
+        "pictures, or descriptors, "
         "such as extraction's train_feats.npy; it lowers scores, so choose the threshold anew",
     )
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isc21" / "descriptors.sqlite"
-    add("--cache", type=Path, default=default, metavar="FILE", help="finished descriptors (default: %(default)s)")
-    add("--no-cache", dest="cache", action="store_const", const=None, help="neither use nor keep descriptors")
+    default = (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        / "isc21"
+        / "descriptors.sqlite"
+    )
+    add(
+        "--cache",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="finished descriptors (default: %(default)s)",
+    )
+    add(
+        "--no-cache",
+        dest="cache",
+        action="store_const",
+        const=None,
+        help="neither use nor keep descriptors",
+    )
     add(
         "--output",
         action="append",
         metavar="FILE",
-        help="matches: .csv, .jsonl, or - for csv on stdout, the default; may be given several times",
+        help="matches: .csv, .jsonl, or - for csv on stdout, the default; may be given several "
+        "times",
     )
-    add("--groups", metavar="FILE.jsonl", help='groups of copies, one a line: {"group": 1, "files": [...]}')
+    add(
+        "--groups",
+        metavar="FILE.jsonl",
+        help='groups of copies, one a line: {"group": 1, "files": [...]}',
+    )
     add("--report", metavar="FILE.html", help="page that shows the matches as pictures")
-    add("--bad-images", choices=("skip", "error"), default="skip", help="error: with any, end with code 2, after all")
-    add("-q", "--quiet", action="store_true", help="no progress or summary; bad files and errors are still named")
+    add(
+        "--bad-images",
+        choices=("skip", "error"),
+        default="skip",
+        help="error: with any, end with code 2, after all",
+    )
+    add(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="no progress or summary; bad files and errors are still named",
+    )
     args = parser.parse_args(argv)
     args.output = args.output or ["-"]
     if args.onnx and (args.weight or args.arch):
@@ -643,7 +820,9 @@ def parse_args(argv=None):
         args.threshold = THRESHOLD if args.weight or args.onnx else SMALL_THRESHOLD
     if args.threshold > 1:
         parser.error(f"--threshold {args.threshold}: no cosine is above 1")
-    if wrong := [path for path in args.output if path != "-" and not path.endswith((".csv", ".jsonl"))]:
+    if wrong := [
+        path for path in args.output if path != "-" and not path.endswith((".csv", ".jsonl"))
+    ]:
         parser.error(f"--output {wrong[0]}: must end in .csv or .jsonl, or be -")
     for path in (*args.output, args.groups, args.report):
         if path and not Path(path).absolute().parent.is_dir():
@@ -652,39 +831,60 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Runs the command; returns the exit code: 0 with matches, 1 without, 2 after an error, 130 after Ctrl-C."""
+    """Runs the command; returns the exit code: 0 with matches, 1 without, 2 after an error, 130
+    after Ctrl-C.
+    """
     args = parse_args(argv)
     warnings.simplefilter("ignore")  # of libraries; what a user should know is said here
     store, bad, code = None, {}, 2
     try:
         if args.report:
             import report  # now, lest it be missing after hours
-        paths, members, bad = collect([args.queries, args.references] if args.references else [args.queries])
+        paths, members, bad = collect(
+            [args.queries, args.references] if args.references else [args.queries]
+        )
         network = onnx_network(args) if args.onnx else torch_network(args)
         if not (args.weight or args.onnx or args.quiet):
             name = SMALL.relative_to(ROOT)
-            print(f"match.py: {name} describes; --weight {PUBLISHED[0]} is far larger, and published", file=sys.stderr)
+            print(
+                f"match.py: {name} describes; --weight {PUBLISHED[0]} is far larger, and published",
+                file=sys.stderr,
+            )
         args.batch_size = args.batch_size or (32 if "cuda" in network.backend.lower() else 8)
         store = Cache(args.cache, network)
         table, groups = match(args, paths, members, network, store, bad)
         for path in args.output:
-            write(path, as_lines(table.to_dict("records")) if path.endswith(".jsonl") else as_csv(table))
+            write(
+                path,
+                as_lines(table.to_dict("records")) if path.endswith(".jsonl") else as_csv(table),
+            )
         if args.groups:
-            write(args.groups, as_lines({"group": i, "files": files} for i, files in enumerate(groups, 1)))
+            write(
+                args.groups,
+                as_lines({"group": i, "files": files} for i, files in enumerate(groups, 1)),
+            )
         if args.report:
             report.write_match_page(Path(args.report), table, list(bad.items()), args.threshold)
         if not args.quiet:
             counts = f"{len(paths)} pictures, {store.added} of them new"
-            print(f"match.py: {counts}; {len(table)} matches in {len(groups)} groups", file=sys.stderr)
+            print(
+                f"match.py: {counts}; {len(table)} matches in {len(groups)} groups", file=sys.stderr
+            )
         code = 0 if len(table) else 1
         if bad and args.bad_images == "error":
-            raise InputError(f"--bad-images error: {len(bad)} bad files; what the others match is written")
+            raise InputError(
+                f"--bad-images error: {len(bad)} bad files; what the others match is written"
+            )
     except (InputError, ImportError, OSError) as error:
         code = 2
         remedy = "; install it" if isinstance(error, ImportError) else ""
         print(f"match.py: error: {error}{remedy}", file=sys.stderr)
     except KeyboardInterrupt:
-        kept = f"{store.added} new descriptors are in {args.cache}" if store and args.cache else "nothing is kept"
+        kept = (
+            f"{store.added} new descriptors are in {args.cache}"
+            if store and args.cache
+            else "nothing is kept"
+        )
         print(f"match.py: interrupted; {kept}", file=sys.stderr)
         return 130
     if bad:

@@ -1,4 +1,6 @@
-"""What every script here that opens strangers' pictures has to look at, before it decodes them and after."""
+"""What every script here that opens strangers' pictures has to look at, before it decodes them and
+after.
+"""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +9,9 @@ MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
 
 
 def pixels_to_decode(image):
-    """How many pixels decoding an opened PIL image takes. Raises ValueError where that is more than MAX_PIXELS."""
+    """How many pixels decoding an opened PIL image takes. Raises ValueError where that is more than
+    MAX_PIXELS.
+    """
     tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
     pixels = max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0))
     if pixels > MAX_PIXELS:

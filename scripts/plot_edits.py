@@ -1,9 +1,11 @@
 """How well submissions find the copies of each kind of edit: a table, and a picture of it.
 
-    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv dHash=dhash.csv -o edits.png
+    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv
+    dHash=dhash.csv -o edits.png
 
-Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and over all, of each
-NAME=FILE; a query may have several edits. They stand in query_edits.csv beside the ground truth (of make_dataset.py).
+Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and
+over all, of each NAME=FILE; a query may have several edits. They stand in query_edits.csv beside
+the ground truth (of make_dataset.py).
 """
 
 import argparse
@@ -22,7 +24,9 @@ from validate_submission import InputError
 
 
 def edit_scores(submissions, ground_truth, edits):
-    """{kind of edit: {name: average precision}} of {name: file}, the first's lowest first, "all queries" at the end."""
+    """{kind of edit: {name: average precision}} of {name: file}, the first's lowest first, "all
+    queries" at the end.
+    """
     truth, table = read_ground_truth(ground_truth), {}
     for name, path in submissions.items():
         ranking = rank(load_candidates(path, truth, ground_truth), truth)
@@ -47,14 +51,18 @@ def draw(table):
     axes = figure.subplots()
     for i, name in enumerate(names):
         rows = np.arange(len(table)) + (i - (len(names) - 1) / 2) * height
-        bars = axes.barh(rows, [scores[name] for scores in table.values()], height, label=name, color=f"C{i}")
+        bars = axes.barh(
+            rows, [scores[name] for scores in table.values()], height, label=name, color=f"C{i}"
+        )
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set_yticks(range(len(table)), list(table))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.05)
     axes.set_xlabel("micro average precision over the queries with this edit")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False)
+    axes.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False
+    )
     return figure
 
 
@@ -68,11 +76,23 @@ def named_file(text):
 
 def parse_args(argv=None):
     """The command line. Exits with one line and code 2 where it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
-    add("submissions", nargs="+", type=named_file, metavar="NAME=FILE", help=".h5 or .csv, as eval_metrics.py takes it")
-    add("--edits", type=Path, help="csv: query_id,edits (default: query_edits.csv beside the ground truth)")
+    add(
+        "submissions",
+        nargs="+",
+        type=named_file,
+        metavar="NAME=FILE",
+        help=".h5 or .csv, as eval_metrics.py takes it",
+    )
+    add(
+        "--edits",
+        type=Path,
+        help="csv: query_id,edits (default: query_edits.csv beside the ground truth)",
+    )
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
     if len(dict(args.submissions)) < len(args.submissions):

@@ -1,9 +1,12 @@
-"""A training run's log.jsonl as a picture: losses, active pairs, learning rate, speed and skipped steps.
+"""A training run's log.jsonl as a picture: losses, active pairs, learning rate, speed and skipped
+steps.
 
-    python scripts/plot_log.py exp/v83/train/log.jsonl                              # writes log.png beside it
-    python scripts/plot_log.py exp/v86/train/log.jsonl exp/v98/train/log.jsonl -o stages.svg
+    python scripts/plot_log.py exp/v83/train/log.jsonl                              # writes log.png
+    beside it python scripts/plot_log.py exp/v86/train/log.jsonl exp/v98/train/log.jsonl -o
+    stages.svg
 
-Several runs share the axes, in colours of their own. The suffix of --output chooses the format (png, svg, pdf).
+Several runs share the axes, in colours of their own. The suffix of --output chooses the format
+(png, svg, pdf).
 """
 
 import argparse
@@ -31,9 +34,11 @@ PANELS = {  # of each value in the log: its title
 
 
 def read_log(path):
-    """The lines of a log that tell of steps, (n, columns of PANELS and epoch), indexed by step; in order.
+    """The lines of a log that tell of steps, (n, columns of PANELS and epoch), indexed by step; in
+    order.
 
-    A last line that a killed run left unfinished is left out. Raises InputError where `path` is no such log.
+    A last line that a killed run left unfinished is left out. Raises InputError where `path` is no
+    such log.
     """
     lines = path.read_text(errors="replace").splitlines()
     records = []
@@ -42,20 +47,35 @@ def read_log(path):
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise InputError(f"{path}: line {number} is not JSON; give the log.jsonl of a training run") from None
-    steps = [record for record in records if isinstance(record, dict) and PANELS.keys() <= record.keys()]
+                raise InputError(
+                    f"{path}: line {number} is not JSON; give the log.jsonl of a training run"
+                ) from None
+    steps = [
+        record for record in records if isinstance(record, dict) and PANELS.keys() <= record.keys()
+    ]
     if not steps:
-        raise InputError(f"{path}: tells of no step yet; give the log.jsonl of a training run past --log-every steps")
+        raise InputError(
+            f"{path}: tells of no step yet; give the log.jsonl of a training run past --log-every "
+            f"steps"
+        )
     return pd.DataFrame(steps).set_index("step")[["epoch", *PANELS]].astype(float)
 
 
 def draw(logs):
-    """A Figure of the logs, {title: table of read_log}; where one run is drawn, its epochs' borders too."""
+    """A Figure of the logs, {title: table of read_log}; where one run is drawn, its epochs' borders
+    too.
+    """
     figure = Figure(figsize=(11, 11), layout="constrained")
     axes = figure.subplots(4, 2, sharex=True).ravel()
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for label, log in logs.items():
-            axis.plot(log.index, log[name], label=label, linewidth=1.2, marker="." if len(log) < 50 else "")
+            axis.plot(
+                log.index,
+                log[name],
+                label=label,
+                linewidth=1.2,
+                marker="." if len(log) < 50 else "",
+            )
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -71,9 +91,15 @@ def draw(logs):
 
 def parse_args(argv=None):
     """The command line. Exits with one line and code 2 on a format that is not in FORMATS."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.jsonl of a training run")
-    parser.add_argument("-o", "--output", type=Path, help="picture to write (default: log.png beside the first log)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "logs", nargs="+", type=Path, metavar="LOG", help="log.jsonl of a training run"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="picture to write (default: log.png beside the first log)"
+    )
     args = parser.parse_args(argv)
     args.output = args.output or args.logs[0].with_suffix(".png")
     if args.output.suffix not in FORMATS:

@@ -1,26 +1,31 @@
-"""Train the small starting point, which takes the place of ImageNet weights, from nothing but generated pictures.
+"""Train the small starting point, which takes the place of ImageNet weights, from nothing but
+generated pictures.
 
-    python scripts/pretrain_mini.py mini                     # an hour on two CPU cores; the same command goes on
-    python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ... mini/input/training_images
+    python scripts/pretrain_mini.py mini                     # an hour on two CPU cores; the same
+    command goes on python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar
+    ... mini/input/training_images
 
-Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or gentle one and a hard
-one, edited by crops, borders, screens, rotation, shear, perspective, overlays, text, colour, fog, blur, noise and JPEG,
-which grow harder over the first steps. A third of the pictures are siblings of others in the batch: of the same colours
-or the same things in another layout, so that neither suffices to tell them apart. Views are small until the learning
-rate falls; from then on a quarter of the hard ones are by v98's hard augmentation. Matrices are trained by Muon (Jordan
-et al. 2024), vectors by Adam; the weights kept are the running mean over the last few hundred steps. No photograph is
-involved.
+Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or
+gentle one and a hard one, edited by crops, borders, screens, rotation, shear, perspective,
+overlays, text, colour, fog, blur, noise and JPEG, which grow harder over the first steps. A third
+of the pictures are siblings of others in the batch: of the same colours or the same things in
+another layout, so that neither suffices to tell them apart. Views are small until the learning rate
+falls; from then on a quarter of the hard ones are by v98's hard augmentation. Matrices are trained
+by Muon (Jordan et al. 2024), vectors by Adam; the weights kept are the running mean over the last
+few hundred steps. No photograph is involved.
 
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
-    input/                  3,000 of them as JPEG, in training_images/ and reference_images/, for the stages to train on
-    last.pth.tar            everything needed to go on, every --checkpoint-every steps
-    log.jsonl               the arguments and versions, then a line per --log-every steps
-    start.pth.tar           the weights as a stage's --weight takes them, in half precision
+    input/                  3,000 of them as JPEG, in training_images/ and reference_images/, for
+    the stages to train on last.pth.tar            everything needed to go on, every
+    --checkpoint-every steps log.jsonl               the arguments and versions, then a line per
+    --log-every steps start.pth.tar           the weights as a stage's --weight takes them, in half
+    precision
 
-Pictures are scenes: a sky over ground, a room or a plain; over it a few things of mirrored parts, dead leaves, rows of
-one shape, strokes or text; textures of 1/f noise, cells, spots and warped waves; shading, shadow, blur and light.
-The same command makes the same pictures and draws the same views, for any number of --workers.
+Pictures are scenes: a sky over ground, a room or a plain; over it a few things of mirrored parts,
+dead leaves, rows of one shape, strokes or text; textures of 1/f noise, cells, spots and warped
+waves; shading, shadow, blur and light. The same command makes the same pictures and draws the same
+views, for any number of --workers.
 """
 
 import argparse
@@ -62,9 +67,14 @@ SUBPIXEL = {"lineType": cv2.LINE_AA, "shift": 4}  # coordinates in sixteenths of
 
 
 def noise(rng, side, slope, stretch=1.0):
-    """1 / f**slope noise (side, side), float32 of mean 0 and deviation 1, drawn out `stretch` times in a direction."""
+    """1 / f**slope noise (side, side), float32 of mean 0 and deviation 1, drawn out `stretch` times
+    in a direction.
+    """
     y, x, angle = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side), rng.uniform(0, math.pi)
-    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    along, across = (
+        x * math.cos(angle) + y * math.sin(angle),
+        y * math.cos(angle) - x * math.sin(angle),
+    )
     frequency = np.hypot(along * stretch, across)
     frequency[0, 0] = np.inf
     real, imaginary = rng.normal(size=(2, *frequency.shape)) / frequency**slope
@@ -118,7 +128,9 @@ def texture(rng):
 
 
 class Palette:
-    """The colours of a picture: as in photographs, of few hues and different mostly in luminance."""
+    """The colours of a picture: as in photographs, of few hues and different mostly in
+    luminance.
+    """
 
     def __init__(self, rng):
         self.rng = rng
@@ -131,7 +143,10 @@ class Palette:
 
     def colour(self):
         """Three floats in 0..255."""
-        grey, chroma = self.rng.uniform(self.low, self.high), self.saturation * self.rng.gamma(2, 35)
+        grey, chroma = (
+            self.rng.uniform(self.low, self.high),
+            self.saturation * self.rng.gamma(2, 35),
+        )
         return (grey + chroma * self.rng.choice(self.hues)).clip(0, BYTES)
 
 
@@ -142,7 +157,9 @@ def ramp(rng, width, height):
         angle = rng.uniform(0, math.tau) if rng.uniform() < 0.6 else math.pi / 2 * rng.integers(4)
         field = x * math.cos(angle) + y * math.sin(angle)
     else:
-        field = np.hypot(x - rng.uniform(-0.2, 1.2), (y - rng.uniform(-0.2, 1.2)) * rng.uniform(0.5, 2))
+        field = np.hypot(
+            x - rng.uniform(-0.2, 1.2), (y - rng.uniform(-0.2, 1.2)) * rng.uniform(0.5, 2)
+        )
     field = (field - field.min()) / (np.ptp(field) + 1e-6)
     return field ** math.exp(rng.uniform(-1, 1))
 
@@ -160,7 +177,11 @@ def outline(rng, radius):
     """A closed shape of about the radius around the origin: points (n, 2)."""
     kind = rng.integers(7)
     corners = [rng.integers(3, 7), 4, 28, 40, 40, 40, rng.integers(4, 12)][kind]
-    angles = np.sort(rng.uniform(0, math.tau, corners)) if kind == 6 else np.arange(corners) * math.tau / corners
+    angles = (
+        np.sort(rng.uniform(0, math.tau, corners))
+        if kind == 6
+        else np.arange(corners) * math.tau / corners
+    )
     radii = rng.uniform(0.3, 1, corners) if kind == 6 else np.ones(corners)
     if kind in (3, 4, 5):  # a smooth blob; the last kind is symmetric
         rough = rng.uniform(0.15, 0.6)
@@ -168,8 +189,14 @@ def outline(rng, radius):
             phase = 0 if kind == 5 else rng.uniform(0, math.tau)
             radii += rough / frequency * rng.normal() * np.cos(frequency * angles + phase)
         radii = radii.clip(0.15, 2)
-    points = np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.25, 1)], axis=1) * radii[:, None] * radius
-    return turned(points, rng.uniform(0, math.tau) if rng.uniform() < 0.6 else math.pi / 2 * rng.integers(4))
+    points = (
+        np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.25, 1)], axis=1)
+        * radii[:, None]
+        * radius
+    )
+    return turned(
+        points, rng.uniform(0, math.tau) if rng.uniform() < 0.6 else math.pi / 2 * rng.integers(4)
+    )
 
 
 def fixed(points):
@@ -192,13 +219,19 @@ class Painter:
         """A turned and scaled part of a texture, (height, width)."""
         angle = self.rng.uniform(0, math.tau) if self.chance(0.6) else 0
         scale = math.exp(self.rng.uniform(-1.1, 0.5))
-        cos, sin, shift = math.cos(angle) * scale, math.sin(angle) * scale, self.rng.uniform(0, TILE, 2)
+        cos, sin, shift = (
+            math.cos(angle) * scale,
+            math.sin(angle) * scale,
+            self.rng.uniform(0, TILE, 2),
+        )
         matrix = np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]]])
         if self.chance(0.2):
             matrix[1, :2] *= self.rng.uniform(1, 3)
         field = self.textures[self.rng.integers(TEXTURES)]
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(field, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT)
+        return cv2.warpAffine(
+            field, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT
+        )
 
     def fill(self, width, height):
         """A plain, graded or textured surface, (height, width, 3)."""
@@ -213,7 +246,9 @@ class Painter:
                 share = np.clip(field * 0.5 + 0.5, 0, 1)
                 surface += share * (self.palette.colour().astype(np.float32) - surface)
             else:
-                surface += field * (self.rng.gamma(2, 12) * (1 + self.palette.hues[0] * 0.3)).astype(np.float32)
+                surface += field * (
+                    self.rng.gamma(2, 12) * (1 + self.palette.hues[0] * 0.3)
+                ).astype(np.float32)
         return surface
 
     def paste(self, points, shadow=False):
@@ -227,7 +262,9 @@ class Painter:
         cv2.fillPoly(mask, fixed(points - low), 255, **SUBPIXEL)
         if shadow and width > 8 and self.chance(0.25):
             shade = np.zeros((SIDE, SIDE), np.uint8)
-            cv2.fillPoly(shade, fixed(points + self.rng.normal(size=2) * width / 10), 255, **SUBPIXEL)
+            cv2.fillPoly(
+                shade, fixed(points + self.rng.normal(size=2) * width / 10), 255, **SUBPIXEL
+            )
             shade = cv2.GaussianBlur(shade, (0, 0), self.rng.uniform(1, 6))
             self.canvas *= 1 - shade[..., None] * np.float32(self.rng.uniform(0.2, 0.7) / BYTES)
         surface = self.fill(width, height)
@@ -237,7 +274,9 @@ class Painter:
             surface *= 1 - self.rng.uniform(0.2, 0.7) * (1 - depth)
         opacity = 1 if self.chance(0.85) else self.rng.uniform(0.4, 0.9)
         region = self.canvas[low[1] : high[1], low[0] : high[0]]
-        region += (surface - region) * (mask[..., None].astype(np.float32) * np.float32(opacity / BYTES))
+        region += (surface - region) * (
+            mask[..., None].astype(np.float32) * np.float32(opacity / BYTES)
+        )
         if self.chance(0.15):
             colour, thickness = self.palette.colour().tolist(), int(self.rng.integers(1, 4))
             cv2.polylines(self.canvas, fixed(points), True, colour, thickness, **SUBPIXEL)
@@ -247,11 +286,16 @@ class Painter:
         self.canvas = self.fill(SIDE, SIDE)
         kind = self.rng.uniform()
         if kind < 0.35:
-            level, corners = self.rng.uniform(0.25, 0.8) * SIDE, [[SIDE + 2, SIDE + 2], [-2, SIDE + 2]]
+            level, corners = (
+                self.rng.uniform(0.25, 0.8) * SIDE,
+                [[SIDE + 2, SIDE + 2], [-2, SIDE + 2]],
+            )
             for _ in range(self.rng.integers(1, 4)):
                 row = self.textures[self.rng.integers(TEXTURES)][self.rng.integers(TILE), :SIDE]
                 row = cv2.GaussianBlur(row[None], (0, 0), math.exp(self.rng.uniform(0, 3)))[0]
-                edge = np.stack([np.linspace(0, SIDE, SIDE), level + row * self.rng.uniform(0, 14)], axis=1)
+                edge = np.stack(
+                    [np.linspace(0, SIDE, SIDE), level + row * self.rng.uniform(0, 14)], axis=1
+                )
                 self.paste(np.concatenate([edge, corners]))
                 level += self.rng.uniform(5, 40)
         elif kind < 0.45:
@@ -263,11 +307,17 @@ class Painter:
 
     def thing(self):
         """A shape with parts, often mirrored."""
-        centre, radius = self.rng.uniform(0.2, 0.8, 2) * SIDE, SIDE * math.exp(self.rng.uniform(-2.2, -0.8))
+        centre, radius = (
+            self.rng.uniform(0.2, 0.8, 2) * SIDE,
+            SIDE * math.exp(self.rng.uniform(-2.2, -0.8)),
+        )
         self.paste(outline(self.rng, radius) + centre, shadow=True)
         mirrored = self.chance(0.6)
         for _ in range(self.rng.integers(1, 7)):
-            part = outline(self.rng, radius * self.rng.uniform(0.08, 0.5)) + self.rng.normal(size=2) * radius * 0.55
+            part = (
+                outline(self.rng, radius * self.rng.uniform(0.08, 0.5))
+                + self.rng.normal(size=2) * radius * 0.55
+            )
             self.paste(part + centre)
             if mirrored:
                 self.paste(part * [-1, 1] + centre)
@@ -281,7 +331,11 @@ class Painter:
 
     def rows(self):
         """The same shape in rows and columns, as windows, trees or a crowd."""
-        shape, columns, rows = outline(self.rng, 1), int(self.rng.integers(2, 8)), int(self.rng.integers(1, 7))
+        shape, columns, rows = (
+            outline(self.rng, 1),
+            int(self.rng.integers(2, 8)),
+            int(self.rng.integers(1, 7)),
+        )
         jitter = self.rng.choice([0, 3])
         for i in range(columns * rows):
             centre = np.array([(i % columns + 0.5) / columns, (i // columns + 0.5) / rows]) * SIDE
@@ -297,7 +351,9 @@ class Painter:
                 points = cv2.GaussianBlur(points.astype(np.float32), (1, 7), 0)
             thickness = int(self.rng.integers(1, 2 + int(1 + 6 * self.rng.uniform() ** 3)))
             points = fixed(points + self.rng.uniform(0, SIDE, 2))
-            cv2.polylines(self.canvas, points, False, self.palette.colour().tolist(), thickness, **SUBPIXEL)
+            cv2.polylines(
+                self.canvas, points, False, self.palette.colour().tolist(), thickness, **SUBPIXEL
+            )
 
     def text(self):
         """A word."""
@@ -306,7 +362,16 @@ class Painter:
             (int(self.rng.integers(-20, SIDE)), int(self.rng.integers(SIDE))),
         )
         scale, thickness = math.exp(self.rng.uniform(-1.2, 1)), int(self.rng.integers(1, 4))
-        cv2.putText(mask, word(self.rng), place, int(self.rng.integers(FONTS)), scale, 255, thickness, cv2.LINE_AA)
+        cv2.putText(
+            mask,
+            word(self.rng),
+            place,
+            int(self.rng.integers(FONTS)),
+            scale,
+            255,
+            thickness,
+            cv2.LINE_AA,
+        )
         self.canvas += (self.palette.colour() - self.canvas) * (mask[..., None] / BYTES)
 
     def scene(self):
@@ -315,7 +380,10 @@ class Painter:
         self.ground()
         if self.chance(0.3):  # something out of focus behind
             for _ in range(self.rng.integers(2, 15)):
-                self.paste(outline(self.rng, self.rng.uniform(5, 40)) + self.rng.uniform(0, SIDE, 2), shadow=True)
+                self.paste(
+                    outline(self.rng, self.rng.uniform(5, 40)) + self.rng.uniform(0, SIDE, 2),
+                    shadow=True,
+                )
             self.canvas = cv2.GaussianBlur(self.canvas, (0, 0), math.exp(self.rng.uniform(0, 2)))
         if self.chance(0.35):
             self.palette = Palette(self.rng)
@@ -379,16 +447,23 @@ def write_pictures(number, folder, seed):
 
 
 def write_images(out):
-    """Write the first pictures as images, two of three into training_images/, the others into reference_images/.
+    """Write the first pictures as images, two of three into training_images/, the others into
+    reference_images/.
 
     Unless they are there: input/ appears when it is whole.
     """
     if (out / "input").exists():
         return
-    pictures = np.concatenate([np.load(path, mmap_mode="r") for path in sorted((out / "pictures").glob("*.npy"))[:3]])
+    pictures = np.concatenate(
+        [np.load(path, mmap_mode="r") for path in sorted((out / "pictures").glob("*.npy"))[:3]]
+    )
     unfinished = out / "unfinished"
     for i, picture in enumerate(pictures):
-        folder, name = ("reference_images", f"R{i:06}.jpg") if i % 3 == 2 else ("training_images", f"T{i:06}.jpg")
+        folder, name = (
+            ("reference_images", f"R{i:06}.jpg")
+            if i % 3 == 2
+            else ("training_images", f"T{i:06}.jpg")
+        )
         (unfinished / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(unfinished / folder / name, quality=95)
     unfinished.replace(out / "input")
@@ -413,13 +488,17 @@ def centred(matrix):
 
 
 def colour_statistics(image):
-    """Mean (3,) of an image's colours and a root (3, 3) of their covariance, a little of grey added."""
+    """Mean (3,) of an image's colours and a root (3, 3) of their covariance, a little of grey
+    added.
+    """
     pixels = image.reshape(-1, 3)[::7].astype(np.float64)
     return pixels.mean(axis=0), np.linalg.cholesky(np.cov(pixels.T) + 4 * np.eye(3))
 
 
 class Views:
-    """Edited views, uint8 (size, size, 3), of pictures (n, SIDE, SIDE, 3); homographies are of the unit square."""
+    """Edited views, uint8 (size, size, 3), of pictures (n, SIDE, SIDE, 3); homographies are of the
+    unit square.
+    """
 
     def __init__(self, pictures, size, augment=None):
         self.pictures, self.size, self.augment = pictures, size, augment
@@ -443,13 +522,22 @@ class Views:
         return np.array(chunk[self.rng.integers(len(chunk))])
 
     def content(self):
-        """What both views of a pair show: part of a picture, mirrored and recoloured by chance, never almost plain."""
+        """What both views of a pair show: part of a picture, mirrored and recoloured by chance,
+        never almost plain.
+        """
         for _ in range(10):
             image = self.any_picture()
             if self.chance(0.7):
                 width, height = self.rng.integers(60, SIDE, 2)
-                x, y = self.rng.integers(0, SIDE - width + 1), self.rng.integers(0, SIDE - height + 1)
-                image = cv2.resize(image[y : y + height, x : x + width], (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+                x, y = (
+                    self.rng.integers(0, SIDE - width + 1),
+                    self.rng.integers(0, SIDE - height + 1),
+                )
+                image = cv2.resize(
+                    image[y : y + height, x : x + width],
+                    (SIDE, SIDE),
+                    interpolation=cv2.INTER_LINEAR,
+                )
             image = image[:, ::-1] if self.chance(0.5) else image
             image = image[::-1] if self.chance(0.1) else image
             image = image.transpose(1, 0, 2) if self.chance(0.1) else image
@@ -462,7 +550,9 @@ class Views:
         return image
 
     def colour_matrix(self, strength):
-        """A (3, 4) matrix of saturation, grey, hue, contrast, brightness and fog, each by chance."""
+        """A (3, 4) matrix of saturation, grey, hue, contrast, brightness and fog.
+
+        Each is drawn by chance."""
         uniform, matrix, offset = self.rng.uniform, np.eye(3), np.zeros(3)
         grey = np.tile([0.299, 0.587, 0.114], (3, 1))
         if self.chance(0.5):
@@ -486,7 +576,9 @@ class Views:
         return np.column_stack([matrix, offset])
 
     def sibling(self, image):
-        """A content that shares colours or things with the image but not the layout: a hard negative."""
+        """A content that shares colours or things with the image but not the layout: a hard
+        negative.
+        """
         kind = self.rng.uniform()
         if kind < 0.4:
             image = self.in_colours_of(image, self.content())
@@ -495,14 +587,19 @@ class Views:
         if kind > 0.6:
             nodes = int(self.rng.integers(3, 6))
             bend = self.rng.normal(size=(nodes, nodes, 2)) * self.rng.uniform(15, 35)
-            x, y = cv2.split(cv2.resize(bend, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) + np.mgrid[:SIDE, :SIDE].T)
+            x, y = cv2.split(
+                cv2.resize(bend, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+                + np.mgrid[:SIDE, :SIDE].T
+            )
             maps, border = (np.float32(x), np.float32(y)), {"borderMode": cv2.BORDER_REFLECT}
             image = cv2.remap(image, *maps, cv2.INTER_LINEAR, **border)
         return image
 
     def in_colours_of(self, image, other):
         """The other image with the mean and covariance of the image's colours."""
-        (mean, root), (other_mean, other_root) = (colour_statistics(pixels) for pixels in (image, other))
+        (mean, root), (other_mean, other_root) = (
+            colour_statistics(pixels) for pixels in (image, other)
+        )
         matrix = root @ np.linalg.inv(other_root)
         return cv2.transform(other, np.column_stack([matrix, mean - matrix @ other_mean]))
 
@@ -511,8 +608,13 @@ class Views:
         number = int(self.rng.integers(2, 5))
         side = SIDE // number
         image = cv2.resize(image, (side * number, side * number))
-        tiles = image.reshape(number, side, number, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        tiles = [tile[:: self.rng.choice([-1, 1]), :: self.rng.choice([-1, 1])] for tile in self.rng.permutation(tiles)]
+        tiles = (
+            image.reshape(number, side, number, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        )
+        tiles = [
+            tile[:: self.rng.choice([-1, 1]), :: self.rng.choice([-1, 1])]
+            for tile in self.rng.permutation(tiles)
+        ]
         rows = [np.concatenate(tiles[i : i + number], axis=1) for i in range(0, number**2, number)]
         return cv2.resize(np.concatenate(rows), (SIDE, SIDE))
 
@@ -524,7 +626,9 @@ class Views:
         return (image + detail * self.rng.uniform(0.7, 2.5)).clip(0, BYTES).astype(np.uint8)
 
     def place(self, image, matrix, canvas):
-        """Draw the square image through the homography onto the canvas, which is changed and returned."""
+        """Draw the square image through the homography onto the canvas, which is changed and
+        returned.
+        """
         size, side = len(canvas), len(image)
         corners = matrix @ np.array([[0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
         x, y = corners[:2] / corners[2]
@@ -533,9 +637,17 @@ class Views:
             side //= 2
         if side < len(image):
             image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-        pixels = shift(-0.5, -0.5) @ scale(size, size) @ matrix @ scale(1 / side, 1 / side) @ shift(0.5, 0.5)
+        pixels = (
+            shift(-0.5, -0.5)
+            @ scale(size, size)
+            @ matrix
+            @ scale(1 / side, 1 / side)
+            @ shift(0.5, 0.5)
+        )
         border = {"borderMode": cv2.BORDER_TRANSPARENT}
-        return cv2.warpPerspective(image, pixels, (size, size), dst=canvas, flags=cv2.INTER_LINEAR, **border)
+        return cv2.warpPerspective(
+            image, pixels, (size, size), dst=canvas, flags=cv2.INTER_LINEAR, **border
+        )
 
     def screen(self):
         """What looks like a screen or a page: bars, paragraphs, rows of icons, small pictures."""
@@ -566,12 +678,22 @@ class Views:
                         cv2.line(canvas, (x, y), (x + 2, y), colour, thickness)
                 y += int(self.rng.integers(2, 6)) * zoom
         for _ in range(self.rng.integers(0, 5)):
-            (x, y), radius = self.rng.integers(0, size, 2).tolist(), int(self.rng.integers(1, max(2, size // 14)))
+            (x, y), radius = (
+                self.rng.integers(0, size, 2).tolist(),
+                int(self.rng.integers(1, max(2, size // 14))),
+            )
             step, down = radius * self.rng.uniform(2.2, 5), self.chance(0.4)
             colour, thickness = ink(), cv2.FILLED if self.chance(0.7) else 1
             for i in range(self.rng.integers(1, 9)):
                 centre = (x, y + int(i * step)) if down else (x + int(i * step), y)
-                cv2.circle(canvas, centre, radius, colour if self.chance(0.6) else ink(), thickness, cv2.LINE_AA)
+                cv2.circle(
+                    canvas,
+                    centre,
+                    radius,
+                    colour if self.chance(0.6) else ink(),
+                    thickness,
+                    cv2.LINE_AA,
+                )
         for _ in range(self.rng.integers(1, 3) if self.chance(0.4) else 0):
             place = shift(*self.rng.uniform(0, 0.9, 2)) @ scale(*self.rng.uniform(0.08, 0.3, 2))
             self.place(self.any_picture(), place, canvas)
@@ -581,7 +703,9 @@ class Views:
         """What a picture is put on: black, white, a colour, a screen, or another picture."""
         kind, blank = self.rng.uniform(), np.zeros((self.size, self.size, 3), np.uint8)
         if kind < 0.45:
-            blank[:] = self.rng.choice([0, 255, 128], p=[0.6, 0.35, 0.05]) if kind < 0.2 else self.colour()
+            blank[:] = (
+                self.rng.choice([0, 255, 128], p=[0.6, 0.35, 0.05]) if kind < 0.2 else self.colour()
+            )
             return blank
         if kind < 0.75:
             return self.screen()
@@ -592,7 +716,9 @@ class Views:
         """Keep a part."""
         width, height = self.rng.uniform(1 - 0.6 * k, 1, 2)
         height = height if self.chance(0.7) else width
-        return scale(1 / width, 1 / height) @ shift(-self.rng.uniform(0, 1 - width), -self.rng.uniform(0, 1 - height))
+        return scale(1 / width, 1 / height) @ shift(
+            -self.rng.uniform(0, 1 - width), -self.rng.uniform(0, 1 - height)
+        )
 
     def embed(self, k):
         """Become a part."""
@@ -607,7 +733,11 @@ class Views:
     def rotate(self, k):
         """Turn a little, by right angles, or anyhow."""
         kind = self.rng.uniform()
-        angle = self.rng.uniform(-0.35, 0.35) * min(1, 1.5 * k) if kind < 0.6 else self.rng.uniform(-math.pi, math.pi)
+        angle = (
+            self.rng.uniform(-0.35, 0.35) * min(1, 1.5 * k)
+            if kind < 0.6
+            else self.rng.uniform(-math.pi, math.pi)
+        )
         angle = math.pi / 2 * self.rng.integers(1, 4) if 0.6 <= kind < 0.8 else angle
         zoom = self.rng.uniform(0.7, 1) if self.chance(0.5) else self.rng.uniform(1, 1.4)
         cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
@@ -623,7 +753,9 @@ class Views:
     def perspective(self, k):
         """Move the corners."""
         corners = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
-        return cv2.getPerspectiveTransform(corners, corners + np.float32(self.rng.uniform(-0.25, 0.25, (4, 2)) * k))
+        return cv2.getPerspectiveTransform(
+            corners, corners + np.float32(self.rng.uniform(-0.25, 0.25, (4, 2)) * k)
+        )
 
     def geometry(self, k):
         """Some of the homographies in random order, after a mirroring by chance."""
@@ -643,7 +775,9 @@ class Views:
         """The image within a letterbox or a border."""
         canvas = np.zeros_like(image)
         canvas[:] = self.colour() if self.chance(0.4) else 0
-        size = (self.rng.uniform(0.5, 0.95), 1) if self.chance(0.7) else self.rng.uniform(0.6, 0.95, 2)
+        size = (
+            (self.rng.uniform(0.5, 0.95), 1) if self.chance(0.7) else self.rng.uniform(0.6, 0.95, 2)
+        )
         return self.place(image, centred(scale(*size)), canvas)
 
     def screenshot(self, image, k):
@@ -659,7 +793,9 @@ class Views:
     def stripes(self, image):
         """Parallel stripes over the image."""
         over, angle = image.copy(), self.rng.uniform(0, math.pi)
-        along, across = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        along, across = np.array(
+            [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+        )
         gap, colour = self.rng.uniform(0.08, 0.5) * self.size, self.colour()
         width = max(1, int(gap * self.rng.uniform(0.1, 0.6)))
         for distance in np.arange(-self.size, self.size, gap):
@@ -675,7 +811,9 @@ class Views:
     def patch(self, image):
         """Another picture over a part of the image."""
         width, height = self.rng.uniform(0.15, 0.65, 2)
-        place = shift(self.rng.uniform(-0.1, 1 - width), self.rng.uniform(-0.1, 1 - height)) @ scale(width, height)
+        place = shift(
+            self.rng.uniform(-0.1, 1 - width), self.rng.uniform(-0.1, 1 - height)
+        ) @ scale(width, height)
         over = self.place(self.any_picture(), place, image.copy())
         return self.blend(image, over, self.rng.uniform(0.4, 1) if self.chance(0.6) else 1)
 
@@ -687,10 +825,18 @@ class Views:
     def words(self, image):
         """Words over the image."""
         for _ in range(self.rng.integers(1, 4)):
-            place = int(self.rng.uniform(-0.1, 0.8) * self.size), int(self.rng.uniform(0.1, 1) * self.size)
-            size, thickness = self.size / 100 * math.exp(self.rng.uniform(-0.5, 0.9)), int(self.rng.integers(1, 3))
+            place = (
+                int(self.rng.uniform(-0.1, 0.8) * self.size),
+                int(self.rng.uniform(0.1, 1) * self.size),
+            )
+            size, thickness = (
+                self.size / 100 * math.exp(self.rng.uniform(-0.5, 0.9)),
+                int(self.rng.integers(1, 3)),
+            )
             font = int(self.rng.integers(FONTS))
-            cv2.putText(image, word(self.rng), place, font, size, self.colour(), thickness, cv2.LINE_AA)
+            cv2.putText(
+                image, word(self.rng), place, font, size, self.colour(), thickness, cv2.LINE_AA
+            )
         return image
 
     def stickers(self, image):
@@ -703,7 +849,9 @@ class Views:
                 eyes = [int(x - 0.35 * radius), int(x + 0.35 * radius)] if self.chance(0.6) else []
                 for eye in eyes:
                     centre = eye, int(y - 0.3 * radius)
-                    cv2.circle(image, centre, max(1, radius // 6), (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+                    cv2.circle(
+                        image, centre, max(1, radius // 6), (0, 0, 0), cv2.FILLED, cv2.LINE_AA
+                    )
                 continue
             width, height = (self.rng.uniform(0.5, 2, 2) * radius).astype(int)
             box = image[y : y + height, x : x + width]
@@ -720,7 +868,9 @@ class Views:
 
     def compress(self, image, low, high):
         """The image after JPEG of a quality between two."""
-        _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(self.rng.uniform(low, high))])
+        _, code = cv2.imencode(
+            ".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(self.rng.uniform(low, high))]
+        )
         return cv2.imdecode(code, cv2.IMREAD_COLOR)
 
     def degrade(self, image, k):
@@ -756,7 +906,9 @@ class Views:
         return self.degrade(self.overlay(image, k), k)
 
     def augmented(self, image):
-        """A view by the stages' hard augmentation, so that they do not begin with statistics unknown to BatchNorm."""
+        """A view by the stages' hard augmentation, so that they do not begin with statistics
+        unknown to BatchNorm.
+        """
         values = self.augment(Image.fromarray(image)).clamp(0, 1) * BYTES
         return values.round().byte().permute(1, 2, 0).numpy()
 
@@ -766,25 +918,35 @@ class Views:
         return self.compress(image, 50, 95) if self.chance(0.3) else image
 
     def pairs(self, number, k):
-        """Views uint8 (2 * number, size, size, 3): plain or gentle ones of as many contents, then their hard ones."""
+        """Views uint8 (2 * number, size, size, 3): plain or gentle ones of as many contents, then
+        their hard ones.
+        """
         views, image = np.empty((2, number, self.size, self.size, 3), np.uint8), None
         for gentle, hard in zip(*views, strict=True):
             image = self.content() if image is None or self.chance(0.65) else self.sibling(image)
             image = self.busy(image) if self.chance(0.25) else image
             gentle[:] = self.plain(image) if self.chance(0.65) else self.edited(image, k / 2)
-            hard[:] = self.augmented(image) if self.augment and self.chance(0.25) else self.edited(image, k)
+            hard[:] = (
+                self.augmented(image)
+                if self.augment and self.chance(0.25)
+                else self.edited(image, k)
+            )
         return views.reshape(-1, *views.shape[2:])
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch of step i: views uint8 (2 * pairs, size, size, 3), harder over the first steps, larger in the last."""
+    """Batch of step i: views uint8 (2 * pairs, size, size, 3), harder over the first steps, larger
+    in the last.
+    """
 
     def __init__(self, args):
         files = sorted((args.out / "pictures").glob("*.npy"))[: args.pictures]
         pictures, size = [np.load(path, mmap_mode="r") for path in files], args.input_size
         overlays = v98.list_images(args.out / "input" / "training_images")
         self.args, self.early = args, Views(pictures, args.early_size)
-        self.late = Views(pictures, size, v98.hard_augmentation(size, (0, 0, 0), (1, 1, 1), overlays))
+        self.late = Views(
+            pictures, size, v98.hard_augmentation(size, (0, 0, 0), (1, 1, 1), overlays)
+        )
 
     def __len__(self):
         return self.args.steps
@@ -803,7 +965,8 @@ class Batches(torch.utils.data.Dataset):
 class Muon(torch.optim.Optimizer):
     """Momentum whose every matrix is made nearly orthogonal before the step (Jordan et al. 2024).
 
-    As torch.optim.Muon, but for convolutions too, and in float32: bfloat16 is twenty times slower on most CPUs.
+    As torch.optim.Muon, but for convolutions too, and in float32: bfloat16 is twenty times slower
+    on most CPUs.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -818,7 +981,9 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 update = orthogonal(parameter.grad.lerp(average, group["momentum"]).flatten(1))
                 rate = group["lr"] * max(1, len(update) / update.shape[1]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(parameter), alpha=-rate)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    update.view_as(parameter), alpha=-rate
+                )
 
 
 def orthogonal(matrix, steps=5):
@@ -833,15 +998,21 @@ def orthogonal(matrix, steps=5):
 
 
 def info_nce(descriptors, temperature):
-    """Mean cross entropy of finding each row's partner, n rows away in (2n, d), among all other rows; and how often."""
+    """Mean cross entropy of finding each row's partner, n rows away in (2n, d), among all other
+    rows; and how often.
+    """
     number = len(descriptors) // 2
     similarity = (descriptors @ descriptors.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(2 * number).roll(number)
-    return F.cross_entropy(similarity, partner), (similarity.argmax(dim=1) == partner).float().mean()
+    return F.cross_entropy(similarity, partner), (
+        similarity.argmax(dim=1) == partner
+    ).float().mean()
 
 
 def keep_memory():
-    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of its time."""
+    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of
+    its time.
+    """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         library.mallopt(mmap_max, 0)
@@ -849,7 +1020,9 @@ def keep_memory():
 
 
 def rate(step, args):
-    """The learning rate's share at a step: rising over `warmup` steps, falling to 0 over the last part, `decay`."""
+    """The learning rate's share at a step: rising over `warmup` steps, falling to 0 over the last
+    part, `decay`.
+    """
     return min(1, (step + 1) / args.warmup, (1 - step / args.steps) / args.decay)
 
 
@@ -865,10 +1038,14 @@ def save(path, content):
 
 
 def train(args):
-    """Train to args.steps, going on from last.pth.tar if it is there; writes the log, checkpoints, start.pth.tar."""
+    """Train to args.steps, going on from last.pth.tar if it is there; writes the log, checkpoints,
+    start.pth.tar.
+    """
     keep_memory()
     torch.manual_seed(args.seed)
-    stage = v98.parse_args(["-a", args.arch, "--input-size", str(args.input_size), "--no-pretrained", str(args.out)])
+    stage = v98.parse_args(
+        ["-a", args.arch, "--input-size", str(args.input_size), "--no-pretrained", str(args.out)]
+    )
     model, mean_model = (v98.create_model(stage, torch.device("cpu")) for _ in range(2))
     mean_model.load_state_dict(model.state_dict())
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -887,17 +1064,34 @@ def train(args):
     batches = torch.utils.data.Subset(Batches(args), range(start, args.steps))
     loader = DataLoader(batches, None, num_workers=args.workers)
     sums, started = [], time.time()
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    plain = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
 
     def checkpoint(path, step, half=False):
         state = {name: value.half() if half and value.is_floating_point() else value
                  for name, value in weights(mean_model).items()}  # fmt: skip
         extra = {} if half else {name: part.state_dict() for name, part in parts.items()}
-        save(path, {"state_dict": state, "arch": args.arch, "args": argparse.Namespace(**plain), "step": step} | extra)
+        save(
+            path,
+            {
+                "state_dict": state,
+                "arch": args.arch,
+                "args": argparse.Namespace(**plain),
+                "step": step,
+            }
+            | extra,
+        )
 
     with (args.out / "log.jsonl").open("a") as log:
-        print(json.dumps({"step": start, "args": plain, "versions": v98.VERSIONS}), file=log, flush=True)
-        for step, views in enumerate(tqdm(loader, "training", args.steps, initial=start, unit="step"), start):
+        print(
+            json.dumps({"step": start, "args": plain, "versions": v98.VERSIONS}),
+            file=log,
+            flush=True,
+        )
+        for step, views in enumerate(
+            tqdm(loader, "training", args.steps, initial=start, unit="step"), start
+        ):
             for name, share in rates.items():
                 parts[name].param_groups[0]["lr"] = args.lr * share * rate(step, args)
             model.train()
@@ -923,7 +1117,9 @@ def train(args):
 @torch.no_grad()
 def update_mean(mean_model, model, keep):
     """Move the mean model's weights and statistics towards the model's."""
-    for mean, value in zip(mean_model.state_dict().values(), model.state_dict().values(), strict=True):
+    for mean, value in zip(
+        mean_model.state_dict().values(), model.state_dict().values(), strict=True
+    ):
         mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
 
 
@@ -932,26 +1128,83 @@ def update_mean(mean_model, model, keep):
 
 def parse_args(argv=None):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
-    add("-a", "--arch", default="test_byobnet", help="backbone, any name timm knows (default: %(default)s)")
-    add("--input-size", type=int, default=96, help="side of the square input, pixels (default: %(default)s)")
-    add("--early-size", type=int, default=64, help="side until the rate falls, cheaper (default: %(default)s)")
-    add("--pictures", type=int, default=20, help="thousands of generated pictures (default: %(default)s)")
+    add(
+        "-a",
+        "--arch",
+        default="test_byobnet",
+        help="backbone, any name timm knows (default: %(default)s)",
+    )
+    add(
+        "--input-size",
+        type=int,
+        default=96,
+        help="side of the square input, pixels (default: %(default)s)",
+    )
+    add(
+        "--early-size",
+        type=int,
+        default=64,
+        help="side until the rate falls, cheaper (default: %(default)s)",
+    )
+    add(
+        "--pictures",
+        type=int,
+        default=20,
+        help="thousands of generated pictures (default: %(default)s)",
+    )
     add("--pairs", type=int, default=128, help="pairs of views per step (default: %(default)s)")
     add("--steps", type=int, default=5000, help="of training (default: %(default)s)")
-    add("--lr", type=float, default=0.02, help="Muon's rate; Adam's is a tenth (default: %(default)s)")
+    add(
+        "--lr",
+        type=float,
+        default=0.02,
+        help="Muon's rate; Adam's is a tenth (default: %(default)s)",
+    )
     add("--wd", type=float, default=0.02, help="weight decay of matrices (default: %(default)s)")
     add("--temperature", type=float, default=0.07, help="of the loss (default: %(default)s)")
-    add("--warmup", type=int, default=150, help="steps over which the rate rises (default: %(default)s)")
-    add("--ramp", type=int, default=1500, help="steps over which the edits grow harder (default: %(default)s)")
-    add("--decay", type=float, default=0.3, help="share of the steps over which the rate falls (default: %(default)s)")
-    add("--ema", type=float, default=0.995, help="how much of the mean weights a step keeps (default: %(default)s)")
+    add(
+        "--warmup",
+        type=int,
+        default=150,
+        help="steps over which the rate rises (default: %(default)s)",
+    )
+    add(
+        "--ramp",
+        type=int,
+        default=1500,
+        help="steps over which the edits grow harder (default: %(default)s)",
+    )
+    add(
+        "--decay",
+        type=float,
+        default=0.3,
+        help="share of the steps over which the rate falls (default: %(default)s)",
+    )
+    add(
+        "--ema",
+        type=float,
+        default=0.995,
+        help="how much of the mean weights a step keeps (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("-j", "--workers", type=int, default=1, help="loader processes (default: %(default)s)")
-    add("--log-every", type=int, default=50, help="steps per line of log.jsonl (default: %(default)s)")
-    add("--checkpoint-every", type=int, default=250, help="steps between two last.pth.tar (default: %(default)s)")
+    add(
+        "--log-every",
+        type=int,
+        default=50,
+        help="steps per line of log.jsonl (default: %(default)s)",
+    )
+    add(
+        "--checkpoint-every",
+        type=int,
+        default=250,
+        help="steps between two last.pth.tar (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, int | float) and value < (

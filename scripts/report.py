@@ -1,21 +1,26 @@
-"""One HTML page to look at: what a submission finds, mistakes and misses, or the groups of copies that match.py found.
+"""One HTML page to look at: what a submission finds, mistakes and misses, or the groups of copies
+that match.py found.
 
-    python scripts/report.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv      # descriptor track
-    python scripts/report.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv     # matching track
-    python scripts/report.py SUBMISSION GROUND_TRUTH --precision 0.999 0.99                  # thresholds for these
-    python scripts/report.py SUBMISSION GROUND_TRUTH --threshold 0.604169                    # what this cosine is worth
-    python scripts/report.py matches.csv                                                     # written by match.py
+    python scripts/report.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv      #
+    descriptor track python scripts/report.py exp/v107/extract/v107_iso.csv
+    input/public_ground_truth.csv     # matching track python scripts/report.py SUBMISSION
+    GROUND_TRUTH --precision 0.999 0.99                  # thresholds for these python
+    scripts/report.py SUBMISSION GROUND_TRUTH --threshold 0.604169                    # what this
+    cosine is worth python scripts/report.py matches.csv
+    # written by match.py
 
-Prints the scores and the operating points, each with its threshold, precision and recall, and writes the page: one file
-that needs no network, with curves, scores by kind of edit, and pairs as pictures.
+Prints the scores and the operating points, each with its threshold, precision and recall, and
+writes the page: one file that needs no network, with curves, scores by kind of edit, and pairs as
+pictures.
 
-Needs   a submission and its ground truth, as eval_metrics.py does. Pictures are looked for in --images: query_images/,
-        query_images_phase2/ and reference_images/; edits in its query_edits.csv, which make_dataset.py writes. What is
-        not there is not shown.
+Needs   a submission and its ground truth, as eval_metrics.py does. Pictures are looked for in
+        --images: query_images/,
+        query_images_phase2/ and reference_images/; edits in its query_edits.csv, which
+        make_dataset.py writes. What is not there is not shown.
 Writes  SUBMISSION.html (such as v107_iso.h5.html), or --output.
 
-Scores are minus the squared distance. Those of an .h5 whose descriptors have length 1 are shown as cosines,
-1 + score / 2, which is what match.py's --threshold takes; those of a .csv as they are.
+Scores are minus the squared distance. Those of an .h5 whose descriptors have length 1 are shown as
+cosines, 1 + score / 2, which is what match.py's --threshold takes; those of a .csv as they are.
 """
 
 import argparse
@@ -52,11 +57,27 @@ except ImportError:  # HEIC pictures then cannot be shown
     pillow_heif = None
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", *(["HEIF"] if pillow_heif else [])]
-SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
+SUFFIXES = [
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+]
 FOLDERS = {"query": ("query_images", "query_images_phase2"), "reference": ("reference_images",)}
 SIDE, QUALITY = 256, 70  # of pictures in the page: longer side in pixels, JPEG
 PRECISIONS = (0.99, 0.95, 0.9, 0.8)
-PAIRS, GROUPS, BAD = 12, 50, 200  # shown: pairs of each kind, groups (--gallery changes both), unreadable files
+PAIRS, GROUPS, BAD = (
+    12,
+    50,
+    200,
+)  # shown: pairs of each kind, groups (--gallery changes both), unreadable files
 GROUP = 12  # pictures, and scores, shown of a group
 GRID = 400  # steps per axis that a curve is thinned to
 PAIR = ["query_id", "reference_id"]
@@ -70,7 +91,12 @@ COLOURS = {  # stand-ins in the figures for what the page's style sets, by day a
 }
 INK, TRUE, FALSE, MUTED, LINE = COLOURS
 DASHED = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "the same each time", "text.color": INK, "legend.frameon": False}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "the same each time",
+    "text.color": INK,
+    "legend.frameon": False,
+}
 STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED)
 
 
@@ -81,7 +107,8 @@ STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "yti
 class Ranking:
     """Scored pairs, best first, wrong ones first among equals, as eval_metrics.py ranks them.
 
-    pairs: `query_id`, `reference_id`, `score`, `correct` (bool); positives: number of pairs in the ground truth.
+    pairs: `query_id`, `reference_id`, `score`, `correct` (bool); positives: number of pairs in the
+    ground truth.
     """
 
     pairs: pd.DataFrame
@@ -93,7 +120,9 @@ class Ranking:
         return found / np.arange(1, len(found) + 1), found / self.positives
 
     def depth(self, precision):
-        """How many pairs to accept for the largest recall at this precision or more; 0: it is never reached."""
+        """How many pairs to accept for the largest recall at this precision or more; 0: it is never
+        reached.
+        """
         reached = (self.curve()[0] >= precision) & self.pairs["correct"].to_numpy()
         return int(np.flatnonzero(reached).max(initial=-1)) + 1
 
@@ -103,11 +132,15 @@ class Ranking:
 
 
 def rank(candidates, truth):
-    """The Ranking of candidates (`query_id`, `reference_id`, `score`) by a ground truth (the former two)."""
+    """The Ranking of candidates (`query_id`, `reference_id`, `score`) by a ground truth (the former
+    two).
+    """
     positives = pd.MultiIndex.from_frame(truth[truth["reference_id"] != ""])
     correct = pd.MultiIndex.from_frame(candidates[PAIR]).isin(positives)
     order = np.lexsort((correct, -candidates["score"].to_numpy()))
-    return Ranking(candidates.assign(correct=correct).iloc[order].reset_index(drop=True), len(positives))
+    return Ranking(
+        candidates.assign(correct=correct).iloc[order].reset_index(drop=True), len(positives)
+    )
 
 
 def as_cosine(score):
@@ -116,11 +149,12 @@ def as_cosine(score):
 
 
 def operating_points(ranking, precisions=PRECISIONS, thresholds=(), cosine=False):
-    """Where a threshold could lie: a dict for each precision, for the best F1, and for each of `thresholds`.
+    """Where a threshold could lie: a dict for each precision, for the best F1, and for each of
+    `thresholds`.
 
-    `name`; `pairs`, the number accepted; and, unless that is 0, `score` (the least that is accepted), `precision`,
-    `recall` and `F1`. `pairs` is None for a threshold below all candidates: others may lie above it. `cosine`:
-    thresholds are cosines, not scores.
+    `name`; `pairs`, the number accepted; and, unless that is 0, `score` (the least that is
+    accepted), `precision`, `recall` and `F1`. `pairs` is None for a threshold below all candidates:
+    others may lie above it. `cosine`: thresholds are cosines, not scores.
     """
     score, correct, (precision, recall) = (
         *(ranking.pairs[key].to_numpy() for key in ("score", "correct")),
@@ -134,19 +168,34 @@ def operating_points(ranking, precisions=PRECISIONS, thresholds=(), cosine=False
         depths[f"threshold {value}"] = None if value < values[-1] else int((values >= value).sum())
     columns = {"score": score, "precision": precision, "recall": recall, "F1": f1}
     return [
-        {"name": name, "pairs": depth} | {key: column[depth - 1] for key, column in columns.items() if depth}
+        {"name": name, "pairs": depth}
+        | {key: column[depth - 1] for key, column in columns.items() if depth}
         for name, depth in depths.items()
     ]
 
 
 def points_table(points, cosine):
-    """(header, rows) of operating points as text; cosines are rounded down, so that they accept the same pairs."""
-    header = ["accept for", *(["cosine ≥"] if cosine else []), "precision", "recall", "F1", "pairs", "score ≥"]
+    """(header, rows) of operating points as text; cosines are rounded down, so that they accept the
+    same pairs.
+    """
+    header = [
+        "accept for",
+        *(["cosine ≥"] if cosine else []),
+        "precision",
+        "recall",
+        "F1",
+        "pairs",
+        "score ≥",
+    ]
     rows = []
     for point in points:
         cells = ["unknown" if point["pairs"] is None else "none"] + [""] * (len(header) - 2)
         if point["pairs"]:
-            cells = [f"{math.floor(as_cosine(float(point['score'])) * 1e6) / 1e6:.6f}"] if cosine else []
+            cells = (
+                [f"{math.floor(as_cosine(float(point['score'])) * 1e6) / 1e6:.6f}"]
+                if cosine
+                else []
+            )
             cells += [f"{point[key]:.4f}" for key in ("precision", "recall", "F1")]
             cells += [f"{point['pairs']:,}", str(point["score"])]
         rows.append([point["name"], *cells])
@@ -154,13 +203,16 @@ def points_table(points, cosine):
 
 
 def missed_copies(ranking, truth, submission=None):
-    """Pairs of the ground truth that 90% precision leaves out: `query_id`, `reference_id`, `rank`, `score`.
+    """Pairs of the ground truth that 90% precision leaves out: `query_id`, `reference_id`, `rank`,
+    `score`.
 
-    `rank` is 0 for what is not among the candidates. These come first and have no score (NaN), unless `submission`
-    holds their descriptors; then the lowest rank.
+    `rank` is 0 for what is not among the candidates. These come first and have no score (NaN),
+    unless `submission` holds their descriptors; then the lowest rank.
     """
     ranked = ranking.pairs.assign(rank=np.arange(1, len(ranking.pairs) + 1)).drop_duplicates(PAIR)
-    missed = truth[truth["reference_id"] != ""].merge(ranked[[*PAIR, "rank", "score"]], "left", PAIR)
+    missed = truth[truth["reference_id"] != ""].merge(
+        ranked[[*PAIR, "rank", "score"]], "left", PAIR
+    )
     missed = missed.assign(rank=missed["rank"].fillna(0).astype(int))
     missed = missed[(missed["rank"] == 0) | (missed["rank"] > ranking.depth(0.9))]
     if submission:
@@ -170,8 +222,13 @@ def missed_copies(ranking, truth, submission=None):
 
 
 def scores_of(pairs, submission):
-    """Scores of any pairs, (n,) float32, from a submission's descriptors; NaN where one is absent or a row of zeros."""
-    rows = [pd.Index(as_text(submission[f"{kind}_ids"])).get_indexer(pairs[f"{kind}_id"]) for kind in FOLDERS]
+    """Scores of any pairs, (n,) float32, from a submission's descriptors; NaN where one is absent
+    or a row of zeros.
+    """
+    rows = [
+        pd.Index(as_text(submission[f"{kind}_ids"])).get_indexer(pairs[f"{kind}_id"])
+        for kind in FOLDERS
+    ]
     query, reference = (submission[kind][index] for kind, index in zip(FOLDERS, rows, strict=True))
     known = (np.min(rows, axis=0) >= 0) & query.any(axis=1) & reference.any(axis=1)
     return np.where(known, -pair_scores(query, reference, "l2"), np.float32(np.nan))
@@ -179,7 +236,9 @@ def scores_of(pairs, submission):
 
 def is_unit(submission):
     """Whether a submission's descriptors have length 1, those of zeros aside."""
-    squares = np.concatenate([np.einsum("nd,nd->n", submission[kind], submission[kind]) for kind in FOLDERS])
+    squares = np.concatenate(
+        [np.einsum("nd,nd->n", submission[kind], submission[kind]) for kind in FOLDERS]
+    )
     return bool((np.abs(squares[squares > 0] - 1) < 0.01).all())
 
 
@@ -187,23 +246,38 @@ def is_unit(submission):
 
 
 def read_edits(path):
-    """{query_id: [(name, parameters as JSON), ...]} of a query_edits.csv. Raises InputError with what is wrong."""
+    """{query_id: [(name, parameters as JSON), ...]} of a query_edits.csv. Raises InputError with
+    what is wrong.
+    """
     edits = {}
-    for line, (query, text) in enumerate(read_csv(path, ("query_id", "edits")).itertuples(index=False), 2):
+    for line, (query, text) in enumerate(
+        read_csv(path, ("query_id", "edits")).itertuples(index=False), 2
+    ):
         try:
-            edits[query] = [(str(name).replace("_", " "), json.dumps(details)) for name, details in json.loads(text)]
+            edits[query] = [
+                (str(name).replace("_", " "), json.dumps(details))
+                for name, details in json.loads(text)
+            ]
         except (TypeError, ValueError, RecursionError):
-            raise InputError(f"{path}: edits in line {line} are no JSON list of [name, parameters]; mend it") from None
+            raise InputError(
+                f"{path}: edits in line {line} are no JSON list of [name, parameters]; mend it"
+            ) from None
     return edits
 
 
 def scores_by_edit(ranking, truth, edits):
-    """A row for each kind of edit that not all queries have, the hardest first, then one for all queries.
+    """A row for each kind of edit that not all queries have, the hardest first, then one for all
+    queries.
 
-    (name, queries, copies, recall of each query's best candidate, recall at 90% precision over all queries, average
-    precision over these queries alone). Copies are pairs of the ground truth; without any, the rest is None.
+    (name, queries, copies, recall of each query's best candidate, recall at 90% precision over all
+    queries, average precision over these queries alone). Copies are pairs of the ground truth;
+    without any, the rest is None.
     """
-    parts = ranking.pairs.drop_duplicates("query_id"), ranking.pairs[: ranking.depth(0.9)], ranking.pairs
+    parts = (
+        ranking.pairs.drop_duplicates("query_id"),
+        ranking.pairs[: ranking.depth(0.9)],
+        ranking.pairs,
+    )
     queries, kinds = set(truth["query_id"]), defaultdict(set)
     for query in queries & edits.keys():
         for name, _ in edits[query]:
@@ -219,20 +293,27 @@ def scores_by_edit(ranking, truth, edits):
         return name, len(members), copies, *recalls, Ranking(pairs, copies).average_precision()
 
     rows = [row(name, members) for name, members in sorted(kinds.items()) if members != queries]
-    return [*sorted(rows, key=lambda cells: 2 if cells[-1] is None else cells[-1]), row("all queries", queries)]
+    return [
+        *sorted(rows, key=lambda cells: 2 if cells[-1] is None else cells[-1]),
+        row("all queries", queries),
+    ]
 
 
 # ---- pictures ----
 
 
 def shown(name):
-    """A name as text that can be printed: bytes that are no UTF-8, and characters that would not show, as escapes."""
+    """A name as text that can be printed: bytes that are no UTF-8, and characters that would not
+    show, as escapes.
+    """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def open_picture(path):
-    """The picture at `path`: RGB, upright, no side longer than SIDE. Raises some exception where there is none."""
+    """The picture at `path`: RGB, upright, no side longer than SIDE. Raises some exception where
+    there is none.
+    """
     with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
         pixels_to_decode(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
@@ -242,20 +323,26 @@ def open_picture(path):
 
 
 def embed(path):
-    """A picture for the page: `data` (a JPEG as URI), `width` and `height`, or why it is `missing`."""
+    """A picture for the page: `data` (a JPEG as URI), `width` and `height`, or why it is
+    `missing`.
+    """
     if path is None or not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
         return {"missing": "no such picture"}
     try:
         image, file = open_picture(path), io.BytesIO()
         image.save(file, "JPEG", quality=QUALITY, optimize=True)
-    except Exception:  # file system, formats and decoders each fail in their own way, and none may cost the page
+    except (
+        Exception
+    ):  # file system, formats and decoders each fail in their own way, and none may cost the page
         return {"missing": "cannot be read"}
     data = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return {"missing": None, "data": data, "width": image.width, "height": image.height}
 
 
 def find_picture(folder, kind, name):
-    """Path of a query's or reference's picture in a data folder, or None. An id names a file, it leads nowhere else."""
+    """Path of a query's or reference's picture in a data folder, or None. An id names a file, it
+    leads nowhere else.
+    """
     if Path(name).name != name:
         return None
     suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
@@ -277,9 +364,16 @@ def draw_axes(xlabel, ylabel):
 
 
 def svg(figure, name, label):
-    """The figure as an SVG element in the page's font, width and colours; `name` is its own, `label` is read aloud."""
+    """The figure as an SVG element in the page's font, width and colours; `name` is its own,
+    `label` is read aloud.
+    """
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(
+        file,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     text = file.getvalue()
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"font-family: [^;]*; ", "", text)
@@ -287,7 +381,8 @@ def svg(figure, name, label):
     for stand_in, colour in COLOURS.items():
         text = text.replace(stand_in, colour)
     width, height = figure.get_size_inches() * 72
-    return f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:.1f} {height:.1f}">{text}'
+    head = f'<svg role="img" aria-label="{html.escape(label)}"'
+    return f'{head} viewBox="0 0 {width:.1f} {height:.1f}">{text}'
 
 
 @mpl.rc_context(STYLE)
@@ -304,7 +399,8 @@ def draw_curve(ranking):
     if depth:
         x, label = recall[depth - 1], f"90% precision: recall {recall[depth - 1]:.4f}"
         axes.plot(x, precision[depth - 1], "o", color=TRUE, markersize=7, clip_on=False, zorder=3)
-    # Where the curve is not: right of the point above 90%, or, if there is no room, left of it below.
+    # Where the curve is not: right of the point above 90%, or, if there is no room, left of it
+    # below.
     place, side = ((8, 9), "left") if x < 0.6 else ((-8, -16), "right")
     axes.annotate(label, (x, 0.9), xytext=place, textcoords="offset points", ha=side)
     return svg(figure, "curve", f"Precision over recall. {label}")
@@ -312,7 +408,9 @@ def draw_curve(ranking):
 
 @mpl.rc_context(STYLE)
 def draw_scores(scores, unit, threshold=None):
-    """Histograms of {label: scores (n,)} over one axis: the share of each where there are two, else the number."""
+    """Histograms of {label: scores (n,)} over one axis: the share of each where there are two, else
+    the number.
+    """
     alone = len(scores) == 1
     edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 40)
     figure, axes = draw_axes(unit, "pairs" if alone else "share of these pairs")
@@ -321,9 +419,15 @@ def draw_scores(scores, unit, threshold=None):
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.2)
         axes.stairs(heights, edges, color=colour, linewidth=1.6, label=f"{label} ({len(values):,})")
     if threshold is not None:
-        axes.axvline(threshold, **DASHED, label=f"{'threshold' if alone else '90% precision'}: {threshold:.4g}")
+        axes.axvline(
+            threshold,
+            **DASHED,
+            label=f"{'threshold' if alone else '90% precision'}: {threshold:.4g}",
+        )
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9, handlelength=1.4, columnspacing=1.2)
+    figure.legend(
+        loc="outside upper left", ncols=2, fontsize=9, handlelength=1.4, columnspacing=1.2
+    )
     return svg(figure, "scores", f"Histogram of the {unit} of {' and '.join(scores)}")
 
 
@@ -331,7 +435,9 @@ def draw_scores(scores, unit, threshold=None):
 
 
 def write_page(output, embed, **values):
-    """Fills the template, whose pictures come from `embed`, and writes the page; returns its line for the user."""
+    """Fills the template, whose pictures come from `embed`, and writes the page; returns its line
+    for the user.
+    """
     counts = Counter()
 
     def show(*where):
@@ -340,7 +446,9 @@ def write_page(output, embed, **values):
         return image
 
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options
+    )
     environment.filters["shown"] = shown
     page = environment.get_template("report.html.jinja").render(values, show=show).encode()
     with atomic(Path(output)) as file:
@@ -350,20 +458,35 @@ def write_page(output, embed, **values):
 
 
 def galleries(ranking, truth, missed, limit):
-    """{"best", "mistakes", "missed"}: at most `limit` pairs each, as dicts of `query_id`, `reference_id`, `score`.
+    """{"best", "mistakes", "missed"}: at most `limit` pairs each, as dicts of `query_id`,
+    `reference_id`, `score`.
 
-    Mistakes, one a query, have a `right_id` and its `right_score`, and missed pairs a `rank`; None where there is none.
+    Mistakes, one a query, have a `right_id` and its `right_score`, and missed pairs a `rank`; None
+    where there is none.
     """
     pairs = ranking.pairs.drop_duplicates(PAIR)
-    right = truth[truth["reference_id"] != ""].drop_duplicates("query_id").merge(pairs[[*PAIR, "score"]], "left", PAIR)
+    right = (
+        truth[truth["reference_id"] != ""]
+        .drop_duplicates("query_id")
+        .merge(pairs[[*PAIR, "score"]], "left", PAIR)
+    )
     right.columns = ["query_id", "right_id", "right_score"]
-    wrong = pairs[~pairs["correct"]].drop_duplicates("query_id")[:limit].merge(right, "left", "query_id")
+    wrong = (
+        pairs[~pairs["correct"]]
+        .drop_duplicates("query_id")[:limit]
+        .merge(right, "left", "query_id")
+    )
     chosen = {"best": pairs[pairs["correct"]][:limit], "mistakes": wrong, "missed": missed[:limit]}
-    return {name: table.astype(object).where(table.notna(), None).to_dict("records") for name, table in chosen.items()}
+    return {
+        name: table.astype(object).where(table.notna(), None).to_dict("records")
+        for name, table in chosen.items()
+    }
 
 
 def report_submission(args):
-    """Scores a submission, prints its operating points and writes its page; returns its line for the user."""
+    """Scores a submission, prints its operating points and writes its page; returns its line for
+    the user.
+    """
     truth = read_ground_truth(args.ground_truth)
     folder = args.images or args.ground_truth.parent
     edits_file = args.edits or folder / "query_edits.csv"
@@ -373,7 +496,10 @@ def report_submission(args):
     submission, cosine, scale = None, False, "Scores are the submission's own."
     if track_of(args.submission, args.track) == "descriptor":
         submission = read_submission(args.submission)
-        cosine, scale = is_unit(submission), "Score is minus the squared distance of two descriptors."
+        cosine, scale = (
+            is_unit(submission),
+            "Score is minus the squared distance of two descriptors.",
+        )
         scale += " These have length 1, so that their cosine is 1 + score / 2." if cosine else ""
     missed = missed_copies(ranking, truth, submission)
     del submission
@@ -392,7 +518,10 @@ def report_submission(args):
     print(pd.DataFrame(rows, columns=header).to_string(index=False))
 
     unit, convert = ("cosine", as_cosine) if cosine else ("score", lambda score: score)
-    values, correct = convert(ranking.pairs["score"].to_numpy(float)), ranking.pairs["correct"].to_numpy()
+    values, correct = (
+        convert(ranking.pairs["score"].to_numpy(float)),
+        ranking.pairs["correct"].to_numpy(),
+    )
     scores = {"true pairs": values[correct], "false pairs": values[~correct]}
     depth = ranking.depth(0.9)
     return write_page(
@@ -403,14 +532,19 @@ def report_submission(args):
         facts=facts,
         unit=unit,
         scale=scale,
-        figures=[draw_curve(ranking), draw_scores(scores, unit, values[depth - 1] if depth else None)],
+        figures=[
+            draw_curve(ranking),
+            draw_scores(scores, unit, values[depth - 1] if depth else None),
+        ],
         header=header,
         rows=rows,
         by_edit=scores_by_edit(ranking, truth, edits) if edits else [],
         edits=edits,
         convert=convert,
         digits="%.4f" if cosine else "%.6g",
-        galleries=galleries(ranking, truth, missed, PAIRS if args.gallery is None else args.gallery),
+        galleries=galleries(
+            ranking, truth, missed, PAIRS if args.gallery is None else args.gallery
+        ),
         missed=len(missed),
     )
 
@@ -419,15 +553,20 @@ def report_submission(args):
 
 
 def read_pairs(path):
-    """The csv of match.py: `query`, `reference` (str, bytes that are no UTF-8 as surrogates), `score`, `group`."""
+    """The csv of match.py: `query`, `reference` (str, bytes that are no UTF-8 as surrogates),
+    `score`, `group`.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     try:
-        table = pd.read_csv(path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape")
+        table = pd.read_csv(
+            path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape"
+        )
         table = table[MATCHES].assign(score=table["score"].astype(float))
     except KeyError:
         raise InputError(
-            f"{path}: its first line is not {','.join(MATCHES)}, as match.py writes it; of a submission, "
+            f"{path}: its first line is not {','.join(MATCHES)}, as match.py writes it; of a "
+            f"submission, "
             "give GROUND_TRUTH too"
         ) from None
     except ValueError as error:
@@ -440,15 +579,24 @@ def read_pairs(path):
 def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
     """Writes the page of copies that match.py found; returns its line for the user.
 
-    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`; bad: (path, reason) of each
-    file that could not be read; threshold: the least cosine of a match. Shows at most `gallery` groups, largest first.
+    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`; bad:
+    (path, reason) of each file that could not be read; threshold: the least cosine of a match.
+    Shows at most `gallery` groups, largest first.
     """
     matches = matches.sort_values("score", ascending=False, kind="stable")
-    sides = [matches[["group", side]].set_axis(["group", "path"], axis=1) for side in ("query", "reference")]
+    sides = [
+        matches[["group", side]].set_axis(["group", "path"], axis=1)
+        for side in ("query", "reference")
+    ]
     members = pd.concat(sides).drop_duplicates()
     sizes = members["group"].value_counts().reindex(matches["group"].unique())
     apart = not set(matches["query"]) & set(matches["reference"])
-    counts = {"groups of copies": sizes, "pictures in these pairs": members, "pairs": matches, "unreadable files": bad}
+    counts = {
+        "groups of copies": sizes,
+        "pictures in these pairs": members,
+        "pairs": matches,
+        "unreadable files": bad,
+    }
     facts = {name: f"{len(things):,}" for name, things in counts.items()}
     if threshold is not None:
         facts["threshold"] = f"{threshold:.6g}"
@@ -460,7 +608,9 @@ def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
         facts=facts,
         unit="cosine",
         scale="Cosine of the descriptors of each pair.",
-        figures=[draw_scores({"pairs": matches["score"].to_numpy(float)}, "cosine", threshold)] if len(matches) else [],
+        figures=[draw_scores({"pairs": matches["score"].to_numpy(float)}, "cosine", threshold)]
+        if len(matches)
+        else [],
         groups=[
             group_row(matches[matches["group"] == group], size, apart)
             for group, size in sizes.sort_values(ascending=False, kind="stable")[:gallery].items()
@@ -472,15 +622,23 @@ def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
 
 
 def group_row(pairs, size, apart):
-    """What the page shows of a group: its number of pictures, some of them, and the scores between these, best first.
+    """What the page shows of a group: its number of pictures, some of them, and the scores between
+    these, best first.
 
     `apart`: whether queries and references are different files; then the pictures are called so.
     """
-    role = dict.fromkeys(pairs["query"], "query ") | dict.fromkeys(pairs["reference"], "reference ") if apart else {}
+    role = (
+        dict.fromkeys(pairs["query"], "query ") | dict.fromkeys(pairs["reference"], "reference ")
+        if apart
+        else {}
+    )
     paths = list(dict.fromkeys(pairs[["query", "reference"]].to_numpy().ravel()))[:GROUP]
     number = {path: n for n, path in enumerate(paths, 1)}
     inside = pairs[pairs["query"].isin(paths) & pairs["reference"].isin(paths)][:GROUP]
-    numbers = (sorted((number[query], number[reference])) for query, reference in inside[MATCHES[:2]].to_numpy())
+    numbers = (
+        sorted((number[query], number[reference]))
+        for query, reference in inside[MATCHES[:2]].to_numpy()
+    )
     return {
         "size": size,
         "pairs": len(pairs),
@@ -503,23 +661,62 @@ def common_folder(paths):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("submission", type=Path, metavar="SUBMISSION", help=".h5 with descriptors or .csv, or the csv of match.py")
-    add("ground_truth", type=Path, nargs="?", metavar="GROUND_TRUTH", help="csv: query_id,reference_id")
+    add(
+        "submission",
+        type=Path,
+        metavar="SUBMISSION",
+        help=".h5 with descriptors or .csv, or the csv of match.py",
+    )
+    add(
+        "ground_truth",
+        type=Path,
+        nargs="?",
+        metavar="GROUND_TRUTH",
+        help="csv: query_id,reference_id",
+    )
     add("--output", type=Path, metavar="FILE", help="the page (default: SUBMISSION.html)")
     default = f"(default: {PAIRS} pairs of each kind, or {GROUPS} groups)"
     add("--gallery", type=int, metavar="N", help=f"how much to show as pictures {default}")
     options = parser.add_argument_group("with GROUND_TRUTH")
     add = options.add_argument
-    add("--images", type=Path, metavar="DIR", help="folder with the pictures (default: GROUND_TRUTH's)")
-    add("--edits", type=Path, metavar="FILE", help="csv: query_id,edits (default: query_edits.csv there, if it is)")
+    add(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder with the pictures (default: GROUND_TRUTH's)",
+    )
+    add(
+        "--edits",
+        type=Path,
+        metavar="FILE",
+        help="csv: query_id,edits (default: query_edits.csv there, if it is)",
+    )
     default = f"(default: {' '.join(map(str, PRECISIONS))})"
-    add("--precision", type=float, nargs="+", metavar="P", help=f"precisions to find thresholds for {default}")
-    add("--threshold", type=float, nargs="+", metavar="T", help="thresholds to find precision and recall of")
+    add(
+        "--precision",
+        type=float,
+        nargs="+",
+        metavar="P",
+        help=f"precisions to find thresholds for {default}",
+    )
+    add(
+        "--threshold",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="thresholds to find precision and recall of",
+    )
     add_track_flags(options)
     args = parser.parse_args(argv)
-    given = [name for name in ("images", "edits", "precision", "threshold", "track") if getattr(args, name) is not None]
+    given = [
+        name
+        for name in ("images", "edits", "precision", "threshold", "track")
+        if getattr(args, name) is not None
+    ]
     if given and not args.ground_truth:
         parser.error(f"--{given[0]} needs GROUND_TRUTH; the csv of match.py has none")
     if args.images and not args.images.is_dir():

@@ -1,4 +1,6 @@
-"""What every test shares: the repository's root, the golden values, and a runner for whole commands."""
+"""What every test shares: the repository's root, the golden values, and a runner for whole
+commands.
+"""
 
 import atexit
 import os
@@ -21,11 +23,15 @@ ON_ONE_CORE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 @cache
 def warm_python():
-    """The command that does what `python` does, without the seconds that it takes to load torch and the others."""
+    """The command that does what `python` does, without the seconds that it takes to load torch and
+    the others.
+    """
     folder = tempfile.TemporaryDirectory()  # whose name is short enough for a socket
     script, address = str(ROOT / "tests" / "warm_python.py"), f"{folder.name}/socket"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen([sys.executable, script, address], env=os.environ | ON_ONE_CORE, **pipes)
+    server = subprocess.Popen(
+        [sys.executable, script, address], env=os.environ | ON_ONE_CORE, **pipes
+    )
     assert server.stdout.readline() == b"ready\n"
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return [sys.executable, "-IS", script, address]
@@ -37,7 +43,8 @@ def children(pid):
 
 
 def run(*command, cwd=ROOT, timeout=300, **env):
-    """Run `python *command` as a user would, on the CPU and on one thread; returns the CompletedProcess (text).
+    """Run `python *command` as a user would, on the CPU and on one thread; returns the
+    CompletedProcess (text).
 
     A program (-c) has a process that has loaded nothing before, and so has what may use a GPU.
     """
@@ -54,7 +61,9 @@ def run(*command, cwd=ROOT, timeout=300, **env):
 
 
 def called(main, argv, capture):
-    """The CompletedProcess that `run` would return, of main(argv) in this process; capture: capsys or capfd."""
+    """The CompletedProcess that `run` would return, of main(argv) in this process; capture: capsys
+    or capfd.
+    """
     capture.readouterr()
     argv = [str(argument) for argument in argv]
     try:
@@ -67,29 +76,40 @@ def called(main, argv, capture):
 def copy_repository(target):
     """Make `target` what a clone is, as far as the README's commands need it."""
     for folder in ("exp", "scripts", "weights"):
-        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("v[0-9]*[0-9]", "__*"))
+        shutil.copytree(
+            ROOT / folder, target / folder, ignore=shutil.ignore_patterns("v[0-9]*[0-9]", "__*")
+        )
     shutil.copy(ROOT / "hubconf.py", target)
 
 
 def readme_block(heading):
     """The first fenced block of commands below a heading of the README, as it is written."""
     _, section = f"{(ROOT / 'README.md').read_text()}\n## ".split(f"\n## {heading}\n")
-    return re.search(r"^```\w*\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)[1]
+    return re.search(
+        r"^```\w*\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL
+    )[1]
 
 
 def run_as_written(commands, cwd, scaled, **env):
     """Run a block of commands in a shell, on the CPU; returns the CompletedProcess (text).
 
-    scaled: {script: flags}, which `python` appends where it runs that script, so that the run is small.
+    scaled: {script: flags}, which `python` appends where it runs that script, so that the run is
+    small.
     """
-    cases = "".join(f'  {script}) set -- "$@" {shlex.join(flags)};;\n' for script, flags in scaled.items())
+    cases = "".join(
+        f'  {script}) set -- "$@" {shlex.join(flags)};;\n' for script, flags in scaled.items()
+    )
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "python")
-        python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {shlex.join(warm_python())} "$@"\n')
+        python.write_text(
+            f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {shlex.join(warm_python())} "$@"\n'
+        )
         python.chmod(0o755)
         env |= ON_ONE_CORE | {"PATH": f"{folder}:{os.environ['PATH']}"}
         shell = ["bash", "-euo", "pipefail", "-c", commands]
-        result = subprocess.run(shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(
+            shell, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600
+        )
     assert result.returncode == 0, result.stderr
     return result
 
@@ -105,18 +125,35 @@ def assert_refused(result, *words):
 
 
 def pytest_configure():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs, and theirs, ignore Ctrl-C
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="inject many more faults: what `make faults` runs")
+    parser.addoption(
+        "--long", action="store_true", help="inject many more faults: what `make faults` runs"
+    )
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that workers that take a file at a time end at the same time."""
-    longest = ["test_training", "test_kills", "test_network", "test_benchmark", "test_checkpoints", "test_bad_images"]
+    """Begin with the files that take longest, so that workers that take a file at a time end at the
+    same time.
+    """
+    longest = [
+        "test_training",
+        "test_kills",
+        "test_network",
+        "test_benchmark",
+        "test_checkpoints",
+        "test_bad_images",
+    ]
     longest += ["test_loss", "test_readme", "test_own_data"]
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    items.sort(
+        key=lambda item: (
+            longest.index(item.path.stem) if item.path.stem in longest else len(longest)
+        )
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -141,7 +178,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start():
-    """Start a command: start(stage, *argv, folder=..., world_size=1, RLIMIT_...=...) -> stage_process.Run."""
+    """Start a command: start(stage, *argv, folder=..., world_size=1, RLIMIT_...=...) ->
+    stage_process.Run.
+    """
     from stage_process import Run, start_server
 
     return partial(Run, start_server())

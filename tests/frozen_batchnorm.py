@@ -1,4 +1,5 @@
-"""Run a stage script with BatchNorm in evaluation mode: python frozen_batchnorm.py v83 [the script's arguments].
+"""Run a stage script with BatchNorm in evaluation mode: python frozen_batchnorm.py v83 [the
+script's arguments].
 
 So one process with a whole batch and several with its parts compute the same thing.
 """

@@ -1,4 +1,6 @@
-"""The augmentations: geometry against the golden values, statistics over 2,000 draws, and images that are a trap."""
+"""The augmentations: geometry against the golden values, statistics over 2,000 draws, and images
+that are a trap.
+"""
 
 import inspect
 import json
@@ -28,16 +30,55 @@ STAGES = {"v83": v83, "v86": v86, "v98": v98}
 
 # SPEC 4's table: the published recipe of each stage.
 RECIPES = {
-    "v83": {"J": 0.7, "p": 0.25, "edge_p": 0.25, "overlay_p": 0.05, "opacity": 0.6, "size": (0.4, 0.6)},
-    "v86": {"J": 0.75, "p": 0.30, "edge_p": 0.30, "overlay_p": 0.075, "opacity": 0.5, "size": (0.3, 0.7)},
-    "v98": {"J": 0.8, "p": 0.35, "edge_p": 0.30, "overlay_p": 0.10, "opacity": 0.4, "size": (0.2, 0.8)},
+    "v83": {
+        "J": 0.7,
+        "p": 0.25,
+        "edge_p": 0.25,
+        "overlay_p": 0.05,
+        "opacity": 0.6,
+        "size": (0.4, 0.6),
+    },
+    "v86": {
+        "J": 0.75,
+        "p": 0.30,
+        "edge_p": 0.30,
+        "overlay_p": 0.075,
+        "opacity": 0.5,
+        "size": (0.3, 0.7),
+    },
+    "v98": {
+        "J": 0.8,
+        "p": 0.35,
+        "edge_p": 0.30,
+        "overlay_p": 0.10,
+        "opacity": 0.4,
+        "size": (0.2, 0.8),
+    },
 }
-SHUFFLED = ("jitter", "pixelization", "shuffle_pixels", "encoding_quality", "rgb_to_grayscale", "blur", "perspective",
-            "hflip", "vflip", "overlay_text", "overlay_emoji", "enhance_edges")  # fmt: skip
+SHUFFLED = (
+    "jitter",
+    "pixelization",
+    "shuffle_pixels",
+    "encoding_quality",
+    "rgb_to_grayscale",
+    "blur",
+    "perspective",
+    "hflip",
+    "vflip",
+    "overlay_text",
+    "overlay_emoji",
+    "enhance_edges",
+)
 AUGLY = ("pixelization", "encoding_quality", "blur")
 OURS = ("rotate", "overlay_image", "shuffle_pixels")  # of the scripts
-TORCHVISION = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "rgb_to_grayscale",
-               "perspective")  # fmt: skip
+TORCHVISION = (
+    "adjust_brightness",
+    "adjust_contrast",
+    "adjust_saturation",
+    "adjust_hue",
+    "rgb_to_grayscale",
+    "perspective",
+)
 WIDTH, HEIGHT, SIZE, DRAWS = 80, 72, 64, 2000
 
 
@@ -53,7 +94,9 @@ def seeded(seed, transform, image):
 
 
 def picture(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def array(width, height, seed=0):
@@ -63,7 +106,11 @@ def array(width, height, seed=0):
 def piece(hard, name):
     """One operation of a hard augmentation, of arrays, made certain; SPEC 4 gives their order."""
     outer = ("to_array", "rotation", "overlay")
-    found = hard.transforms[outer.index(name)] if name in outer else hard.transforms[3].transforms[SHUFFLED.index(name)]
+    found = (
+        hard.transforms[outer.index(name)]
+        if name in outer
+        else hard.transforms[3].transforms[SHUFFLED.index(name)]
+    )
     if name in ("overlay", "enhance_edges"):  # functions with their recipe
         found.keywords["overlay_p" if name == "overlay" else "p"] = 1.0
     else:  # by_pillow's steps, or itself
@@ -98,12 +145,17 @@ def test_rotation_keeps_the_published_rectangle(hard, exact, monkeypatch, row):
     width, height, degrees, *expected = row
     monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
     for transform in (hard, exact):
-        assert list(piece(transform, "rotation")(array(width, height)).shape) == [*expected[::-1], 3]
+        assert list(piece(transform, "rotation")(array(width, height)).shape) == [
+            *expected[::-1],
+            3,
+        ]
 
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_rotation_pixels(hard, monkeypatch, case):
-    """Nearest neighbour, counter-clockwise: all but a few pixels at rounding edges are the published ones."""
+    """Nearest neighbour, counter-clockwise: all but a few pixels at rounding edges are the
+    published ones.
+    """
     arrays = np.load(GOLDEN / "augment_geometry.npz")
     degrees, expected = float(arrays[f"rotate_{case}_degrees"]), arrays[f"rotate_{case}"]
     monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
@@ -114,7 +166,11 @@ def test_rotation_pixels(hard, monkeypatch, case):
 
 def test_pixelization_sizes(hard, monkeypatch):
     transform, sizes, resize = piece(hard, "pixelization"), [], v83.resize
-    monkeypatch.setattr(v83, "resize", lambda image, size, *args: sizes.append([*size]) or resize(image, size, *args))
+    monkeypatch.setattr(
+        v83,
+        "resize",
+        lambda image, size, *args: sizes.append([*size]) or resize(image, size, *args),
+    )
     for width, height, ratio, *small in GEOMETRY["pixelization"]["rows"]:
         monkeypatch.setattr(random, "uniform", lambda low, high, ratio=ratio: ratio)
         sizes.clear()
@@ -138,8 +194,14 @@ def test_overlay_box_and_opacity(tmp_path, monkeypatch, case, exact):
         return case["opacity"] if high == 1 else case["overlay_size"]
 
     near, pillows = v83.resize, Image.Image.resize
-    monkeypatch.setattr(v83, "resize", lambda image, size, kind: resized.append(size[::-1]) or near(image, size, kind))
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size: resized.append([*size]) or pillows(self, size))
+    monkeypatch.setattr(
+        v83,
+        "resize",
+        lambda image, size, kind: resized.append(size[::-1]) or near(image, size, kind),
+    )
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size: resized.append([*size]) or pillows(self, size)
+    )
     monkeypatch.setattr(random, "uniform", uniform)
     for seed in range(40):  # until this image is the background
         seed_all(seed)
@@ -206,8 +268,13 @@ def test_text_gives_auglys_pixels(monkeypatch):
             continue
         expected = image
         for (x, y), text, fill, font in drawn:
-            numbers, size = [v83.glyphs(font.path).index(glyph) for glyph in text], (font.size + 0.5) / 150
-            expected = imaugs.overlay_text(expected, None, numbers, font.path, size, 1.0, fill, x / 200, y / 150)
+            numbers, size = (
+                [v83.glyphs(font.path).index(glyph) for glyph in text],
+                (font.size + 0.5) / 150,
+            )
+            expected = imaugs.overlay_text(
+                expected, None, numbers, font.path, size, 1.0, fill, x / 200, y / 150
+            )
         assert written == expected
         different += written != image
     assert different > 50
@@ -216,7 +283,9 @@ def test_text_gives_auglys_pixels(monkeypatch):
 def test_emojis_give_auglys_pixels(monkeypatch):
     image, draws = picture(200, 150), []
     uniform, choice = random.uniform, random.choice
-    monkeypatch.setattr(random, "uniform", lambda low, high: draws.append(uniform(low, high)) or draws[-1])
+    monkeypatch.setattr(
+        random, "uniform", lambda low, high: draws.append(uniform(low, high)) or draws[-1]
+    )
     monkeypatch.setattr(random, "choice", lambda paths: draws.append(choice(paths)) or draws[-1])
     for seed in range(40):
         draws.clear()
@@ -232,7 +301,16 @@ def test_emojis_give_auglys_pixels(monkeypatch):
 def test_rotation_is_near_auglys(width, height):
     """All but some pixels at rounding edges; exact, all of them."""
     image, same = array(width, height), []
-    for degrees in [0.0, 1e-9, 45.0, 90.0, 90.1, 135.0, 180.0, *np.random.default_rng(0).uniform(0, 180, 40).tolist()]:
+    for degrees in [
+        0.0,
+        1e-9,
+        45.0,
+        90.0,
+        90.1,
+        135.0,
+        180.0,
+        *np.random.default_rng(0).uniform(0, 180, 40).tolist(),
+    ]:
         if min(v83.rotated_rect_with_max_area(width, height, degrees)) >= 2:
             expected = np.asarray(imaugs.rotate(Image.fromarray(image), degrees=degrees))
             assert np.array_equal(v83.rotate(image, degrees, exact=True), expected), degrees
@@ -243,10 +321,16 @@ def test_rotation_is_near_auglys(width, height):
     assert min(same) > 0.9
 
 
-@pytest.mark.parametrize(("width", "height"), SIZES[:-1])  # on the last, an overlay would have no pixels
+@pytest.mark.parametrize(
+    ("width", "height"), SIZES[:-1]
+)  # on the last, an overlay would have no pixels
 def test_overlay_is_near_auglys(width, height):
     image, overlay = array(width, height), array(40, 50, seed=1)
-    before, pair, rng = image.copy(), (Image.fromarray(image), Image.fromarray(overlay)), np.random.default_rng(0)
+    before, pair, rng = (
+        image.copy(),
+        (Image.fromarray(image), Image.fromarray(overlay)),
+        np.random.default_rng(0),
+    )
     for opacity, size, x, y in rng.uniform((0.4, 0.2, 0, 0), 1, (40, 4)).tolist():
         expected = np.asarray(imaugs.overlay_image(*pair, None, opacity, size, x, y)).astype(int)
         for exact in (True, False):
@@ -264,7 +348,9 @@ def test_crops_differ_by_one_at_most(stage, width, height):
         views = []
         for exact in (True, False):
             seed_all(seed)
-            view = STAGES[stage].moderate_augmentation(SIZE, (0.0,) * 3, (1 / 255,) * 3, exact)(image)
+            view = STAGES[stage].moderate_augmentation(SIZE, (0.0,) * 3, (1 / 255,) * 3, exact)(
+                image
+            )
             views.append((view, torch.rand(1), random.random()))
         assert (views[0][0] - views[1][0]).abs().max() <= 1.01
         assert views[0][1:] == views[1][1:]
@@ -272,16 +358,24 @@ def test_crops_differ_by_one_at_most(stage, width, height):
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(0, 0.3), (1, 0.3), (2, 0.3), (3, 6)])
 def test_jitter_is_near_pillows(monkeypatch, kind, tolerance):
-    """Brightness, contrast, saturation, hue, each alone: the root of the mean squared difference, of 255."""
+    """Brightness, contrast, saturation, hue, each alone: the root of the mean squared difference,
+    of 255.
+    """
     image = picture(8, 6).resize((64, 48), Image.BICUBIC)
     for seed in range(30):
         results = []
         for module in (transforms.ColorJitter, v83.ColorJitter):
             jitter = module(0.7, 0.7, 0.7, 0.2)
             seed_all(seed)
-            _, *factors = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-            monkeypatch.setattr(jitter, "get_params", lambda *_, f=factors: (torch.tensor([kind]), *f))
-            results.append(np.asarray(jitter(image if module is transforms.ColorJitter else np.asarray(image))))
+            _, *factors = jitter.get_params(
+                jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+            )
+            monkeypatch.setattr(
+                jitter, "get_params", lambda *_, f=factors: (torch.tensor([kind]), *f)
+            )
+            results.append(
+                np.asarray(jitter(image if module is transforms.ColorJitter else np.asarray(image)))
+            )
         assert np.sqrt(((results[0].astype(int) - results[1]) ** 2).mean()) <= tolerance
         assert (results[0] != np.asarray(image)).any()
 
@@ -298,10 +392,19 @@ RECIPE = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", RECIPE)
 def test_operations_are_near_the_published(stage, name):
-    """The same draws; values that differ by a few at most, hue and some pixels of the perspective's outline aside."""
-    most, far = {"crop": (1, 0), "jitter": (40, 0), "pixelization": (2, 0), "blur": (3, 0), "perspective": (1, 5)}[name]
+    """The same draws; values that differ by a few at most, hue and some pixels of the perspective's
+    outline aside.
+    """
+    most, far = {
+        "crop": (1, 0),
+        "jitter": (40, 0),
+        "pixelization": (2, 0),
+        "blur": (3, 0),
+        "perspective": (1, 5),
+    }[name]
     near, published = (
-        dict(zip(RECIPE, STAGES[stage].operations(exact), strict=True))[name](**RECIPE[name]) for exact in (False, True)
+        dict(zip(RECIPE, STAGES[stage].operations(exact), strict=True))[name](**RECIPE[name])
+        for exact in (False, True)
     )
     changed = 0
     for seed in range(60):
@@ -323,9 +426,11 @@ def test_operations_are_near_the_published(stage, name):
 
 @pytest.fixture(scope="module", params=RECIPES)
 def draws(request, tmp_path_factory):
-    """What 2,000 hard augmentations of a stage ask of the libraries, and of the script: a list of calls for each draw.
+    """What 2,000 hard augmentations of a stage ask of the libraries, and of the script: a list of
+    calls for each draw.
 
-    The functions are replaced by stubs that note their arguments and return the image, so that a draw costs little.
+    The functions are replaced by stubs that note their arguments and return the image, so that a
+    draw costs little.
     """
     path = tmp_path_factory.mktemp("overlay") / "overlay.png"
     picture(20, 30, seed=1).save(path)
@@ -405,7 +510,9 @@ def assert_probability(count, total, p, what=None, confidence=1 - 1e-5):
 
 
 def assert_uniform(values, low, high):
-    """Within the range, up to its ends (the chance that none of n comes as close is exp(-12)), and spread evenly."""
+    """Within the range, up to its ends (the chance that none of n comes as close is exp(-12)), and
+    spread evenly.
+    """
     reach = 12 * (high - low) / len(values)
     assert low <= min(values) <= low + reach
     assert high - reach <= max(values) <= high
@@ -413,13 +520,28 @@ def assert_uniform(values, low, high):
 
 
 def test_probabilities(draws):
-    expected = dict.fromkeys(("pixelization", "shuffle_pixels", "rgb_to_grayscale", "blur", "erase"), 0.25)
-    expected |= dict.fromkeys(("rotate", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p)
-    expected |= {"hflip": 0.5, "vflip": 0.1, "enhance_edges": draws.edge_p, "overlay_image": draws.overlay_p}
+    expected = dict.fromkeys(
+        ("pixelization", "shuffle_pixels", "rgb_to_grayscale", "blur", "erase"), 0.25
+    )
+    expected |= dict.fromkeys(
+        ("rotate", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p
+    )
+    expected |= {
+        "hflip": 0.5,
+        "vflip": 0.1,
+        "enhance_edges": draws.edge_p,
+        "overlay_image": draws.overlay_p,
+    }
     for name, p in expected.items():
         count = sum(any(call.name == name for call in calls) for calls in draws.calls)
         assert_probability(count, DRAWS, p, name)
-    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "resized_crop"):
+    for name in (
+        "adjust_brightness",
+        "adjust_contrast",
+        "adjust_saturation",
+        "adjust_hue",
+        "resized_crop",
+    ):
         assert len(of(draws, name)) == DRAWS, name
 
 
@@ -433,12 +555,16 @@ def test_fixed_order_around_the_shuffled_list(draws):
 
 
 def test_the_list_is_shuffled_uniformly(draws):
-    """Of any two operations that happen in a draw, either comes first equally often; each takes every place."""
+    """Of any two operations that happen in a draw, either comes first equally often; each takes
+    every place.
+    """
     before, places = {pair: [] for pair in combinations(SHUFFLED, 2)}, []
     for calls in draws.calls:
         names = [call.name for call in calls]
         names = names[names.index("resized_crop") + 1 :]
-        order = list(dict.fromkeys("jitter" if name.startswith("adjust") else name for name in names))
+        order = list(
+            dict.fromkeys("jitter" if name.startswith("adjust") else name for name in names)
+        )
         order = [name for name in order if name in SHUFFLED]
         for pair in combinations(order, 2):
             known = pair in before
@@ -465,12 +591,16 @@ def test_overlay_ranges(draws):
     assert_uniform([call.x_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
     assert_uniform([call.y_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
     own = [call.image.shape == (HEIGHT, WIDTH, 3) for call in overlays]
-    assert [call.overlay.shape == (HEIGHT, WIDTH, 3) for call in overlays] == [not background for background in own]
+    assert [call.overlay.shape == (HEIGHT, WIDTH, 3) for call in overlays] == [
+        not background for background in own
+    ]
     assert_probability(sum(own), len(own), 0.5)
 
 
 def test_crop_ranges(draws):
-    """Gentle after an overlay, strong otherwise; the side ratio is that of RandomResizedCrop, 3/4 to 4/3."""
+    """Gentle after an overlay, strong otherwise; the side ratio is that of RandomResizedCrop, 3/4
+    to 4/3.
+    """
     strong = []
     for calls in draws.calls:
         crop = next(call for call in calls if call.name == "resized_crop")
@@ -488,7 +618,9 @@ def test_shuffled_operations_ranges(draws):
     assert_uniform([call.ratio for call in of(draws, "pixelization")], 0.1, 1)
     assert_uniform([call.radius for call in of(draws, "blur")], 0, 10)
     qualities = [call.quality for call in of(draws, "encoding_quality")]
-    centers = [call.kernel[1, 1] for call in of(draws, "enhance_edges")]  # of EDGE_ENHANCE, EDGE_ENHANCE_MORE
+    centers = [
+        call.kernel[1, 1] for call in of(draws, "enhance_edges")
+    ]  # of EDGE_ENHANCE, EDGE_ENHANCE_MORE
     for choices, drawn in (((10, 20, 30, 50), qualities), ((5, 9), centers)):
         assert set(drawn) == set(choices)
         for choice in choices:
@@ -496,7 +628,10 @@ def test_shuffled_operations_ranges(draws):
     for call in of(draws, "perspective"):
         moves = np.abs(np.array(call.startpoints) - np.array(call.endpoints))
         assert moves.max() <= 0.5 * SIZE / 2
-    assert max(np.abs(np.subtract(c.startpoints, c.endpoints)).max() for c in of(draws, "perspective")) > 0.4 * SIZE / 2
+    assert (
+        max(np.abs(np.subtract(c.startpoints, c.endpoints)).max() for c in of(draws, "perspective"))
+        > 0.4 * SIZE / 2
+    )
 
 
 def test_text(draws):
@@ -504,11 +639,16 @@ def test_text(draws):
     texts, sizes = [lines for lines in texts if lines], []
     for first, *more in texts:
         assert all(5 <= len(line.text) <= 9 for line in (first, *more))
-        assert all((line.font, line.color, line.place[0]) == (first.font, first.color, first.place[0]) for line in more)
+        assert all(
+            (line.font, line.color, line.place[0]) == (first.font, first.color, first.place[0])
+            for line in more
+        )
         sizes += [(line.place[1] - first.place[1]) / SIZE for line in more]
         assert not more or first.font.size == int(sizes[-1] * SIZE + 1e-9)
         assert 0.1 * SIZE - 1 < first.font.size < 0.3 * SIZE
-        assert not {"TypeMyMusic", "PainttheSky"} & {Path(first.font.path).stem.split("_")[0].split("-")[0]}
+        assert not {"TypeMyMusic", "PainttheSky"} & {
+            Path(first.font.path).stem.split("_")[0].split("-")[0]
+        }
         assert len(first.color) == 3
         assert all(isinstance(value, int) and 0 <= value <= 255 for value in first.color)
     assert_uniform(sizes, 0.1, 0.3)
@@ -522,7 +662,9 @@ def test_text(draws):
     assert fonts == pytest.approx(363 * (1 - np.exp(-len(texts) / 363)), rel=0.1)
     pairs = [(line.text, draws.glyphs(line.font.path)) for lines in texts for line in lines]
     assert all(set(text) <= set(glyphs) for text, glyphs in pairs)
-    assert_uniform([glyphs.index(text[0]) / len(glyphs) for text, glyphs in pairs if len(glyphs) > 100], 0, 1)
+    assert_uniform(
+        [glyphs.index(text[0]) / len(glyphs) for text, glyphs in pairs if len(glyphs) > 100], 0, 1
+    )
 
 
 def test_emoji(draws):
@@ -531,7 +673,9 @@ def test_emoji(draws):
     assert all(call.size == (size, size) for call, size in zip(emojis, sizes, strict=True))
     assert {6, 7, 18, 19} <= set(sizes) <= set(range(6, 20))
     assert np.mean(sizes) == pytest.approx(0.2 * SIZE - 0.5, abs=1)
-    whole = np.array([size for size in sizes if 6 < size < 19])  # 0.1 * SIZE to 0.3 * SIZE, cut off to whole pixels
+    whole = np.array(
+        [size for size in sizes if 6 < size < 19]
+    )  # 0.1 * SIZE to 0.3 * SIZE, cut off to whole pixels
     assert_uniform(whole + np.random.default_rng(0).random(len(whole)), 7, 19)
     for axis in (0, 1):
         assert_uniform([(call.place[axis] + 0.5) / SIZE for call in emojis], 0, 1)
@@ -561,8 +705,12 @@ def test_erasing(draws):
 def test_moderate_statistics(monkeypatch, stage):
     crops, flips, image = [], [], picture(WIDTH, HEIGHT)
     crop, flip, module = TF.resized_crop, v83.cv2.flip, STAGES[stage]
-    monkeypatch.setattr(TF, "resized_crop", lambda *args, **kwargs: crops.append(args) or crop(*args, **kwargs))
-    monkeypatch.setattr(module.cv2, "flip", lambda image, flipCode: flips.append(flipCode) or flip(image, flipCode))
+    monkeypatch.setattr(
+        TF, "resized_crop", lambda *args, **kwargs: crops.append(args) or crop(*args, **kwargs)
+    )
+    monkeypatch.setattr(
+        module.cv2, "flip", lambda image, flipCode: flips.append(flipCode) or flip(image, flipCode)
+    )
     moderate = module.moderate_augmentation(SIZE, MEAN, STD, exact=True)
     seed_all(0)
     views = [moderate(image) for _ in range(500)]
@@ -602,7 +750,9 @@ THIN = [(1, 1), (1, 500), (500, 1), (2, 2), (3, 400), (90, 70), (20000, 30)]
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("size", THIN, ids=lambda size: "{}x{}".format(*size))
 def test_thin_images(tmp_path, size, exact):
-    """As the image and as the overlay, with the published probabilities and with every operation happening."""
+    """As the image and as the overlay, with the published probabilities and with every operation
+    happening.
+    """
     paths = []
     for width, height in THIN:
         paths.append(str(tmp_path / f"{width}x{height}.png"))
@@ -611,7 +761,9 @@ def test_thin_images(tmp_path, size, exact):
     usual = v98.hard_augmentation(SIZE, MEAN, STD, paths, exact)
     every = certain(v98.hard_augmentation(SIZE, MEAN, STD, paths, exact))
     seed_all(0)
-    for transform in [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD, exact)] * 5:
+    for transform in (
+        [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD, exact)] * 5
+    ):
         view = transform(image)
         assert view.shape == (3, SIZE, SIZE)
         assert view.dtype == torch.float32
@@ -691,7 +843,9 @@ def test_the_flag_reaches_every_operation(stage, tmp_path, monkeypatch, exact):
         picture(WIDTH, HEIGHT).save(tmp_path / folder / "0.png")
     for name in ("rotate", "overlay_image"):
         monkeypatch.setattr(module, name, lambda image, *args: calls.append(args[-1]) or image)
-    args = module.parse_args([str(tmp_path / "training_images"), "--input-size", str(SIZE), *["--exact"] * exact])
+    args = module.parse_args(
+        [str(tmp_path / "training_images"), "--input-size", str(SIZE), *["--exact"] * exact]
+    )
     moderate, hard = module.TrainDataset(args, MEAN, STD).crops
     shuffled = dict(zip(SHUFFLED, hard.transforms[3].transforms, strict=True))
     operations = [shuffled[name] for name in ("jitter", "pixelization", "blur", "perspective")]
@@ -708,21 +862,29 @@ def test_pixels_give_the_view_of_their_image(stage, overlay_path, tmp_path):
     picture(9, 7).resize((WIDTH, HEIGHT)).save(tmp_path / "image.jpg")
     images = [module.open_image(tmp_path / "image.jpg", pixels) for pixels in (False, True)]
     usual, every = (module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]) for _ in range(2))
-    transforms = [usual] * 20 + [certain(every)] * 5 + [module.moderate_augmentation(SIZE, MEAN, STD)] * 5
+    transforms = (
+        [usual] * 20 + [certain(every)] * 5 + [module.moderate_augmentation(SIZE, MEAN, STD)] * 5
+    )
     for seed, transform in enumerate(transforms):
         assert torch.equal(*(seeded(seed, transform, image) for image in images))
 
 
 @pytest.mark.parametrize("size", [SIZE, 1], ids=["usual", "too small to erase"])
 def test_what_loaders_leave_to_the_device_gives_torchvisions_bits(size):
-    """Of a whole batch, and of each view alone: ToTensor, RandomErasing of the same draws, Normalize."""
+    """Of a whole batch, and of each view alone: ToTensor, RandomErasing of the same draws,
+    Normalize.
+    """
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     erase = transforms.RandomErasing(p=0.7, value="random")
     published = transforms.Compose([transforms.ToTensor(), erase, transforms.Normalize(mean, std)])
     ours, finish = v83.RandomErasing(p=0.7, value="random"), v83.Finish(mean, std)
     arrays = [array(size, size, seed) for seed in range(100)]
-    expected, views = ([seeded(i, transform, arrays[i]) for i in range(100)] for transform in (published, ours))
-    pixels, places, noise, labels = v83.collate([(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])])
+    expected, views = (
+        [seeded(i, transform, arrays[i]) for i in range(100)] for transform in (published, ours)
+    )
+    pixels, places, noise, labels = v83.collate(
+        [(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])]
+    )
     assert pixels.dtype == torch.uint8 and labels.tolist() == [*range(100)]
     assert len(places) == (0 if size == 1 else sum(len(view.noise[0]) > 0 for view in views))
     assert torch.equal(finish(pixels, places, noise), torch.stack(expected))

@@ -1,4 +1,6 @@
-"""scripts/benchmark.py: A and B agree where they must, its table and JSON are well-formed. Nothing here is timed."""
+"""scripts/benchmark.py: A and B agree where they must, its table and JSON are well-formed. Nothing
+here is timed.
+"""
 
 import json
 import random
@@ -77,7 +79,9 @@ def test_extraction_agrees(part):
 
 
 def test_training_steps_agree():
-    """On a CPU, the published loop in bfloat16, train_one_epoch in float32: losses of three times eight steps."""
+    """On a CPU, the published loop in bfloat16, train_one_epoch in float32: losses of three times
+    eight steps.
+    """
     torch.manual_seed(0)
     pair = benchmark.training_steps("test_efficientnet", 32, 8, torch.device("cpu"))
     for number in range(3):
@@ -98,7 +102,10 @@ def test_augmentation_draws_the_same_distribution(photos):
 
 @pytest.mark.parametrize("name", ["moderate", "hard"])
 def test_published_views_are_finite_and_square(name, photos):
-    view = {"moderate": benchmark.published_moderate(48), "hard": benchmark.published_hard(48, photos)}[name]
+    view = {
+        "moderate": benchmark.published_moderate(48),
+        "hard": benchmark.published_hard(48, photos),
+    }[name]
     for seed in range(40):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -121,10 +128,22 @@ def test_communication_counts_overlaps_once(tmp_path):
         return {"name": name, "ts": start, "dur": duration}
 
     events = [event("Optimizer.step#SGD.step", start, 5) for start in (100, 200)]
-    events += [event("gloo:all_reduce", 110, 20), event("gloo:broadcast", 120, 20), event("gloo:all_gather", 122, 2)]
-    events += [event("gloo:all_gather", 0, 50), event("gloo:all_gather", 195, 50), event("aten::mm", 150, 10)]
-    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [*events, {"name": "gloo:no duration", "ts": 1}]}))
-    assert benchmark.covered(tmp_path / "trace.json", benchmark.is_communication) == pytest.approx(35)
+    events += [
+        event("gloo:all_reduce", 110, 20),
+        event("gloo:broadcast", 120, 20),
+        event("gloo:all_gather", 122, 2),
+    ]
+    events += [
+        event("gloo:all_gather", 0, 50),
+        event("gloo:all_gather", 195, 50),
+        event("aten::mm", 150, 10),
+    ]
+    (tmp_path / "trace.json").write_text(
+        json.dumps({"traceEvents": [*events, {"name": "gloo:no duration", "ts": 1}]})
+    )
+    assert benchmark.covered(tmp_path / "trace.json", benchmark.is_communication) == pytest.approx(
+        35
+    )
 
 
 def test_peak_memory_is_that_of_the_call():
@@ -139,15 +158,32 @@ def test_every_part_says_what_a_and_b_are():
 
 
 def test_table_and_json(photos, tmp_path):
-    """The command itself: a part that runs, one that is skipped without a GPU, and one of several processes."""
+    """The command itself: a part that runs, one that is skipped without a GPU, and one of several
+    processes.
+    """
     figures = tmp_path / "figures.json"
-    arguments = ["ranks", "extraction-input", "training-step", "--rounds", 1, "--photos", tmp_path, "--json", figures]
+    arguments = [
+        "ranks",
+        "extraction-input",
+        "training-step",
+        "--rounds",
+        1,
+        "--photos",
+        tmp_path,
+        "--json",
+        figures,
+    ]
     result = run("scripts/benchmark.py", *arguments)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     header = next(number for number, line in enumerate(lines) if line.startswith("part "))
     table = lines[header + 1 :]
-    assert [line.split()[0] for line in table] == ["training-step", "extraction-input", "extraction-input", "ranks"]
+    assert [line.split()[0] for line in table] == [
+        "training-step",
+        "extraction-input",
+        "extraction-input",
+        "ranks",
+    ]
     assert {line.rfind(" images ") for line in table} == {table[0].index(" images ")}
     content = json.loads(figures.read_text())
     rows = {row["part"]: row for row in content["rows"] if "fast" not in row["case"]}

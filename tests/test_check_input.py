@@ -1,4 +1,6 @@
-"""scripts/check_input.py: what is incomplete or inconsistent is found and named; subsets hold what they must."""
+"""scripts/check_input.py: what is incomplete or inconsistent is found and named; subsets hold what
+they must.
+"""
 
 import csv
 import os
@@ -20,7 +22,12 @@ from check_input import DISC21, SUBSET, list_folder, main
 from conftest import ROOT, assert_refused, run
 
 SCRIPT = "scripts/check_input.py"
-NUMBERS = {"training_images": 5, "reference_images": 12, "query_images": 6, "query_images_phase2": 6}
+NUMBERS = {
+    "training_images": 5,
+    "reference_images": 12,
+    "query_images": 6,
+    "query_images_phase2": 6,
+}
 
 
 def write_truth(path, rows):
@@ -38,7 +45,10 @@ def whole(tmp_path_factory):
         for number in numbers[: NUMBERS[name]]:
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{letter}{number:0{digits}}.jpg")
-    write_truth(root / "public_ground_truth.csv", [("Q00000", "R000003"), ("Q00001", ""), ("Q00002", "R000011")])
+    write_truth(
+        root / "public_ground_truth.csv",
+        [("Q00000", "R000003"), ("Q00001", ""), ("Q00002", "R000011")],
+    )
     write_truth(root / "private_ground_truth.csv", [("Q50000", "R000007"), ("Q50001", "")])
     return root
 
@@ -46,7 +56,10 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def disc21(monkeypatch):
     """DISC21 is as small as the data set."""
-    small = {name: (letter, digits, numbers[: NUMBERS[name]]) for name, (letter, digits, numbers) in DISC21.items()}
+    small = {
+        name: (letter, digits, numbers[: NUMBERS[name]])
+        for name, (letter, digits, numbers) in DISC21.items()
+    }
     monkeypatch.setattr(check_input, "DISC21", small)
     monkeypatch.setattr(check_input, "PUBLIC_ROWS", 3)
     monkeypatch.setattr(check_input, "PUBLIC_PAIRS", 2)
@@ -72,7 +85,12 @@ def found(capsys, *command):
 
 def test_nothing_is_found_where_all_is_well(whole, disc21, capsys):
     before = sorted(path.name for path in whole.rglob("*"))
-    assert found(capsys, whole) == [] == found(capsys, whole, "--decode") == found(capsys, whole, "--partial")
+    assert (
+        found(capsys, whole)
+        == []
+        == found(capsys, whole, "--decode")
+        == found(capsys, whole, "--partial")
+    )
     assert sorted(path.name for path in whole.rglob("*")) == before
 
 
@@ -82,9 +100,15 @@ def test_missing_images_are_named_as_gaps(broken, disc21, capsys):
     (broken / "query_images_phase2" / "Q50005.jpg").unlink()
     lines = found(capsys, broken)
     assert len(lines) == 3
-    assert f"{broken}/reference_images: 4 of DISC21's 12 images are missing: R000002 to R000004, R000009;" in lines[0]
+    assert (
+        f"{broken}/reference_images: 4 of DISC21's 12 images are missing: R000002 to R000004, "
+        f"R000009;" in lines[0]
+    )
     assert "1 of DISC21's 6 images are missing: Q50005;" in lines[1]
-    assert "public_ground_truth.csv: 1 of column reference_id have no image in reference_images: R000003" in lines[2]
+    assert (
+        "public_ground_truth.csv: 1 of column reference_id have no image in reference_images: "
+        "R000003" in lines[2]
+    )
     assert len(found(capsys, broken, "--partial")) == 1  # the ground truth's
 
 
@@ -93,7 +117,9 @@ def test_names_that_are_none_of_disc21s(broken, disc21, capsys):
     for name in "Q50006.jpg", "Q00000.jpg", "holiday.jpg", "Q050001.jpg":
         shutil.copy(folder / "Q50000.jpg", folder / name)
     [line] = found(capsys, broken)
-    assert f"{folder}: 4 names are none of Q50000 to Q50005: Q00000, Q050001, Q50006, holiday" in line
+    assert (
+        f"{folder}: 4 names are none of Q50000 to Q50005: Q00000, Q050001, Q50006, holiday" in line
+    )
     assert found(capsys, broken, "--partial") == []
 
 
@@ -125,7 +151,10 @@ def test_either_name_of_the_training_images(broken, disc21, capsys):
     assert f"{broken}/train_images: 1 of" in line and "T000004" in line
     (broken / "training_images").mkdir()
     lines = found(capsys, broken, "--partial")
-    assert "train_images: is not looked at" in lines[0] and "training_images: holds no image" in lines[1]
+    assert (
+        "train_images: is not looked at" in lines[0]
+        and "training_images: holds no image" in lines[1]
+    )
 
 
 def test_missing_folders_and_ground_truth(broken, disc21, capsys):
@@ -134,7 +163,8 @@ def test_missing_folders_and_ground_truth(broken, disc21, capsys):
     lines = found(capsys, broken)
     assert len(lines) == 2
     assert (
-        f"{broken}/training_images: no such folder" in lines[0] and "public_ground_truth.csv: no such file" in lines[1]
+        f"{broken}/training_images: no such folder" in lines[0]
+        and "public_ground_truth.csv: no such file" in lines[1]
     )
     assert found(capsys, broken, "--partial") == []
 
@@ -149,12 +179,18 @@ def test_images_are_those_that_the_experiments_take():
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([("Q00000", "R000099")], ["1 of column reference_id have no image in reference_images: R000099"]),
+        (
+            [("Q00000", "R000099")],
+            ["1 of column reference_id have no image in reference_images: R000099"],
+        ),
         ([("Q00009", "R000001")], ["1 of column query_id have no image in query_images: Q00009"]),
         ([("Q50000", "R000001")], ["1 of column query_id have no image in query_images: Q50000"]),
         ([("Q00000", "")], ["no query has a reference"]),
         ([("Q00000", "R000001"), ("Q00000", "R000001")], ["1 queries have a row twice: Q00000"]),
-        ([("Q00000", "R000001"), ("Q00000", "")], ["reference in one row and none in another: Q00000"]),
+        (
+            [("Q00000", "R000001"), ("Q00000", "")],
+            ["reference in one row and none in another: Q00000"],
+        ),
         ([], ["no rows below the header"]),
         ([("", "R000001")], ["no query_id in line 2"]),
     ],
@@ -207,11 +243,16 @@ def test_decode_names_what_extraction_could_not_read(broken, capsys):
 def test_ctrl_c_ends_decoding_in_one_line(broken, tmp_path):
     (broken / "reference_images" / "R000001.png").write_bytes(b"no image")
     for number in range(20_000):
-        os.link(broken / "reference_images" / "R000001.jpg", broken / "reference_images" / f"x{number}.jpg")
+        os.link(
+            broken / "reference_images" / "R000001.jpg",
+            broken / "reference_images" / f"x{number}.jpg",
+        )
     command = [sys.executable, SCRIPT, broken, "--partial", "--decode", "--workers", "1"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
-        while "R000001.png: cannot be read" not in (tmp_path / "out").read_text():  # found is printed at once
+        while (
+            "R000001.png: cannot be read" not in (tmp_path / "out").read_text()
+        ):  # found is printed at once
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -224,7 +265,10 @@ def test_refusals(tmp_path, capsys):
     assert_refused(run(SCRIPT, tmp_path / "none"), tmp_path / "none", "has none of training_images")
     assert main([str(tmp_path), "--make-subset", "9"]) == 2
     assert "nor private_ground_truth.csv" in capsys.readouterr().err
-    for flags, words in ((["--workers", "0"], "--workers 0"), (["--make-subset", "9", "--decode"], "checks nothing")):
+    for flags, words in (
+        (["--workers", "0"], "--workers 0"),
+        (["--make-subset", "9", "--decode"], "checks nothing"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main([str(tmp_path), *flags])
         assert words in capsys.readouterr().err
@@ -253,14 +297,27 @@ def test_every_other_reference_is_as_likely(broken):
         counts[[int(name[1:]) for name in (broken / SUBSET).read_text().split()]] += 1
     assert (counts[[3, 7, 11]] == 100).all()
     others = np.delete(counts, [3, 7, 11])
-    assert others.sum() == 300 and others.min() >= 14 and others.max() <= 53  # 33 each, standard deviation 5
+    assert (
+        others.sum() == 300 and others.min() >= 14 and others.max() <= 53
+    )  # 33 each, standard deviation 5
 
 
 def test_extraction_takes_the_subset(broken):
     assert main([str(broken), "--make-subset", "5"]) == 0
-    command = ["--mode", "extract", "--weight", "none", "--eval-subset", "--target-set", "qr", str(broken)]
+    command = [
+        "--mode",
+        "extract",
+        "--weight",
+        "none",
+        "--eval-subset",
+        "--target-set",
+        "qr",
+        str(broken),
+    ]
     sets = v107.extraction_sets(v107.parse_args(command))
-    assert [v107.Path(path).stem for path in sets["reference"]] == (broken / SUBSET).read_text().split()
+    assert [v107.Path(path).stem for path in sets["reference"]] == (
+        broken / SUBSET
+    ).read_text().split()
     assert len(sets["query"]) == 6
 
 
@@ -270,7 +327,9 @@ def test_a_subset_of_an_impossible_size_is_refused_and_the_old_one_stays(broken,
     assert main([str(broken), "--make-subset", str(number)]) == 2
     message = capsys.readouterr().err
     assert (
-        f"--make-subset {number}: must lie between 3," in message and "and 12," in message and message.count("\n") == 1
+        f"--make-subset {number}: must lie between 3," in message
+        and "and 12," in message
+        and message.count("\n") == 1
     )
     assert (broken / SUBSET).read_text() == "R000000\n"
     assert not list(broken.glob(".*"))
@@ -307,5 +366,8 @@ def test_a_million_names_take_seconds(monkeypatch, whole):
     start = time.process_time()
     listing = list_folder(whole, "reference_images")
     [line] = check_input.check_folder(whole, "reference_images", listing, False)
-    assert "800,002 of DISC21's 1,000,000 images are missing: R000007 to R000008, R200000 to R999999;" in line
+    assert (
+        "800,002 of DISC21's 1,000,000 images are missing: R000007 to R000008, R200000 to R999999;"
+        in line
+    )
     assert time.process_time() - start < 4

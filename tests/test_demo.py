@@ -1,4 +1,6 @@
-"""scripts/demo.py: its commands parse and chain, its table is right, and it keeps its hands off other folders."""
+"""scripts/demo.py: its commands parse and chain, its table is right, and it keeps its hands off
+other folders.
+"""
 
 import importlib
 
@@ -17,29 +19,41 @@ def test_commands_parse_and_chain(stage):
         commands.append(demo.train_command(stage, "demo"))
     for script, *flags in commands:
         assert (ROOT / script).is_file()
-        args = importlib.import_module(script.removeprefix("exp/").removesuffix(".py")).parse_args(flags)
+        args = importlib.import_module(script.removeprefix("exp/").removesuffix(".py")).parse_args(
+            flags
+        )
         assert args.arch == demo.ARCH
         assert args.output == f"demo/exp/{stage}"
     if stage == "start":
         assert args.weight == demo.START and (ROOT / demo.START).is_file()
         return
     # what an extraction loads is what the training before it wrote last
-    assert demo.checkpoint(stage, "demo") == f"demo/exp/{stage}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
+    assert (
+        demo.checkpoint(stage, "demo")
+        == f"demo/exp/{stage}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
+    )
     previous = {"v83": "start", "v86": "v83", "v98": "v86", "v107": "v98"}.get(stage)
     assert args.weight == (demo.checkpoint(previous, "demo") if previous else None)
     assert args.no_pretrained == (previous is None)
 
 
 def test_table():
-    lines = demo.table([demo.Score("v83", 0.51234, 0.3, 61.7), demo.Score("dHash, 256 bits", 1, 0, 2)]).splitlines()
+    lines = demo.table(
+        [demo.Score("v83", 0.51234, 0.3, 61.7), demo.Score("dHash, 256 bits", 1, 0, 2)]
+    ).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2:] == ["| v83 | 0.5123 | 0.3000 | 62 |", "| dHash, 256 bits | 1.0000 | 0.0000 | 2 |"]
+    assert lines[2:] == [
+        "| v83 | 0.5123 | 0.3000 | 62 |",
+        "| dHash, 256 bits | 1.0000 | 0.0000 | 2 |",
+    ]
 
 
 def test_ends_with_a_page(tmp_path, monkeypatch, capsys):
     commands, folder = [], f"{tmp_path}/demo"
     monkeypatch.setattr(
-        demo, "run", lambda command: commands.append(command) or '{"average_precision": 0, "recall_p90": 0}'
+        demo,
+        "run",
+        lambda command: commands.append(command) or '{"average_precision": 0, "recall_p90": 0}',
     )
     assert demo.main(["--folder", folder]) == 0
     script, *flags = commands[-1]
@@ -69,13 +83,22 @@ def test_replaces_its_own_files_and_no_others(tmp_path):
 
 def test_stops_at_the_first_failure(tmp_path, monkeypatch, capfd):
     folder = tmp_path / "demo"
-    monkeypatch.setitem(demo.STAGES, "untrained", demo.STAGES["untrained"] + " --batch-size 7777777")
+    monkeypatch.setitem(
+        demo.STAGES, "untrained", demo.STAGES["untrained"] + " --batch-size 7777777"
+    )
     real = demo.run
     small = ["--references", "6", "--queries", "3", "--training", "4", "--size", "128"]
-    monkeypatch.setattr(demo, "run", lambda command: real(command + small if "make_dataset" in command[0] else command))
+    monkeypatch.setattr(
+        demo,
+        "run",
+        lambda command: real(command + small if "make_dataset" in command[0] else command),
+    )
     assert demo.main(["--folder", str(folder)]) == 2
     output = capfd.readouterr()
     assert f"$ python scripts/make_dataset.py {folder}/input" in output.out
     assert output.out.count("$ python") == 2  # nothing ran after the training that failed
     errors = [line for line in output.err.splitlines() if "error:" in line]
-    assert "v83.py: error:" in errors[0] and "demo.py: error: exp/v83.py ended with code 2" in errors[1]
+    assert (
+        "v83.py: error:" in errors[0]
+        and "demo.py: error: exp/v83.py ended with code 2" in errors[1]
+    )

@@ -1,4 +1,6 @@
-"""Micro average precision, recall at 90% precision, the globally nearest pairs, and the whole command."""
+"""Micro average precision, recall at 90% precision, the globally nearest pairs, and the whole
+command.
+"""
 
 import csv
 import json
@@ -23,9 +25,13 @@ DESCRIPTORS = [name for name in EXPECTED if name.endswith(".h5")]
 def write_h5(path, query, reference, query_ids=None, reference_ids=None):
     with h5py.File(path, "w") as file:
         file["query"], file["reference"] = query, reference
-        file["query_ids"] = np.array([b"Q%05d" % i for i in range(len(query))]) if query_ids is None else query_ids
+        file["query_ids"] = (
+            np.array([b"Q%05d" % i for i in range(len(query))]) if query_ids is None else query_ids
+        )
         file["reference_ids"] = (
-            np.array([b"R%06d" % i for i in range(len(reference))]) if reference_ids is None else reference_ids
+            np.array([b"R%06d" % i for i in range(len(reference))])
+            if reference_ids is None
+            else reference_ids
         )
     return path
 
@@ -40,13 +46,17 @@ def points(count, dim=16, seed=0):
 
 
 def brute_force(query, reference, count):
-    distance = ((query[:, None].astype(np.float64) - reference) ** 2).sum(-1).astype(np.float32).ravel()
+    distance = (
+        ((query[:, None].astype(np.float64) - reference) ** 2).sum(-1).astype(np.float32).ravel()
+    )
     best = np.sort(np.argsort(distance, kind="stable")[:count])
     return best // len(reference), best % len(reference), -distance[best]
 
 
 def assert_brute_force(query, reference, count):
-    table = eval_metrics.match(query, reference, np.arange(len(query)), np.arange(len(reference)), count)
+    table = eval_metrics.match(
+        query, reference, np.arange(len(query)), np.arange(len(reference)), count
+    )
     rows, columns, scores = brute_force(query, reference, count)
     np.testing.assert_array_equal(table["query_id"].astype(int), rows)
     np.testing.assert_array_equal(table["reference_id"].astype(int), columns)
@@ -82,7 +92,10 @@ def test_command_on_golden_descriptors(tmp_path, name):
     assert len(actual) == expected["num_candidates"] + 1
     assert [row[:2] for row in actual] == [row[:2] for row in reference]
     np.testing.assert_allclose(
-        [float(row[2]) for row in actual[1:]], [float(row[2]) for row in reference[1:]], rtol=0, atol=5e-6
+        [float(row[2]) for row in actual[1:]],
+        [float(row[2]) for row in reference[1:]],
+        rtol=0,
+        atol=5e-6,
     )
     assert matches.read_text() == "the matching-track submission\n"
     assert len(list(tmp_path.iterdir())) == 3
@@ -95,7 +108,9 @@ def test_command_on_matches(tmp_path, capsys):
     submission, truth = str(GOLDEN / name), str(GOLDEN / EXPECTED[name]["ground_truth"])
     result = run(COMMAND, submission, truth, "--matching", "--ngpu", 0)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["average_precision"] == pytest.approx(1.0179582499912272, abs=1e-9)
+    assert json.loads(result.stdout)["average_precision"] == pytest.approx(
+        1.0179582499912272, abs=1e-9
+    )
     assert "warning" in result.stderr and "7 rows repeat a pair" in result.stderr
     for flags in ((), ("-m",), ("--ngpu", "-1"), ("--ngpu", "8")):
         assert eval_metrics.main([submission, truth, *flags]) == 0
@@ -144,7 +159,9 @@ def test_match_where_distances_tie():
 
 def test_match_where_lengths_differ_widely():
     reference = points(500, seed=1) * np.logspace(-3, 4, 500, dtype=np.float32)[:, None]
-    assert_brute_force(points(30) * np.logspace(-2, 2, 30, dtype=np.float32)[:, None], reference, 300)
+    assert_brute_force(
+        points(30) * np.logspace(-2, 2, 30, dtype=np.float32)[:, None], reference, 300
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -167,7 +184,9 @@ def test_block_sizes_give_the_same_answer(monkeypatch):
     for block, pairs in ((7, 2**20), (4096, 1), (64, 500)):
         monkeypatch.setattr(eval_metrics, "BLOCK", block)
         monkeypatch.setattr(eval_metrics, "PAIRS", pairs)
-        for expected, actual in zip(whole, eval_metrics.nearest_pairs(query, reference, 1500), strict=True):
+        for expected, actual in zip(
+            whole, eval_metrics.nearest_pairs(query, reference, 1500), strict=True
+        ):
             np.testing.assert_array_equal(actual, expected)
 
 
@@ -191,9 +210,13 @@ def test_match_leaves_its_inputs_alone_and_takes_any_ids():
     query, reference = points(5), points(8, seed=1)
     query.flags.writeable = reference.flags.writeable = False
     text = eval_metrics.match(query, reference, list("abcde"), list("stuvwxyz"), 12)
-    raw = eval_metrics.match(query, reference, np.array([*"abcde"], "S9"), np.array([*"stuvwxyz"], "S9"), 12)
+    raw = eval_metrics.match(
+        query, reference, np.array([*"abcde"], "S9"), np.array([*"stuvwxyz"], "S9"), 12
+    )
     pd.testing.assert_frame_equal(text, raw)
-    assert list(text) == ["query_id", "reference_id", "score"] and isinstance(text["query_id"][0], str)
+    assert list(text) == ["query_id", "reference_id", "score"] and isinstance(
+        text["query_id"][0], str
+    )
     for bad in ((query, reference, 0), (query[:0], reference, 3), (query, reference[:, 1:], 3)):
         with pytest.raises(postprocess.InputError):
             eval_metrics.match(*bad[:2], [], [], bad[2])
@@ -211,31 +234,45 @@ def table(rows):
 def test_metric_properties(seed, rows):
     rng = np.random.default_rng(seed)
     truth = pd.DataFrame(
-        {"query_id": [f"q{i}" for i in range(20)], "reference_id": [f"r{i}" for i in range(12)] + [""] * 8}
+        {
+            "query_id": [f"q{i}" for i in range(20)],
+            "reference_id": [f"r{i}" for i in range(12)] + [""] * 8,
+        }
     )
     pairs = rng.choice(400, rows, replace=False)
     score = rng.permutation(rows) / 7.0
-    candidates = table({"query_id": [f"q{p // 20}" for p in pairs], "reference_id": [f"r{p % 20}" for p in pairs]})
+    candidates = table(
+        {"query_id": [f"q{p // 20}" for p in pairs], "reference_id": [f"r{p % 20}" for p in pairs]}
+    )
     candidates["score"] = score
     metrics = eval_metrics.micro_metrics(candidates, truth)
     assert 0 <= metrics["average_precision"] <= 1 and 0 <= metrics["recall_p90"] <= 1
-    assert metrics == eval_metrics.micro_metrics(candidates.sample(frac=1, random_state=seed), truth)
+    assert metrics == eval_metrics.micro_metrics(
+        candidates.sample(frac=1, random_state=seed), truth
+    )
     assert metrics == eval_metrics.micro_metrics(candidates.assign(score=np.exp(score)), truth)
     tied = eval_metrics.micro_metrics(candidates.assign(score=0.0), truth)
     assert tied["average_precision"] <= metrics["average_precision"] + 1e-12
     worse = pd.concat([candidates, table([("q19", "r0", -1.0)])])
-    assert eval_metrics.micro_metrics(worse, truth)["average_precision"] == pytest.approx(metrics["average_precision"])
+    assert eval_metrics.micro_metrics(worse, truth)["average_precision"] == pytest.approx(
+        metrics["average_precision"]
+    )
     perfect = truth[truth["reference_id"] != ""].assign(score=1.0)
-    assert eval_metrics.micro_metrics(perfect, truth) == pytest.approx({"average_precision": 1.0, "recall_p90": 1.0})
+    assert eval_metrics.micro_metrics(perfect, truth) == pytest.approx(
+        {"average_precision": 1.0, "recall_p90": 1.0}
+    )
 
 
 def test_metrics_against_a_plain_loop():
     rng = np.random.default_rng(3)
-    truth = pd.DataFrame({"query_id": [f"q{i}" for i in range(30)], "reference_id": [f"r{i % 9}" for i in range(30)]})
+    truth = pd.DataFrame(
+        {"query_id": [f"q{i}" for i in range(30)], "reference_id": [f"r{i % 9}" for i in range(30)]}
+    )
     for _ in range(20):
         query, reference = rng.integers(0, 30, 200), rng.integers(0, 12, 200)
         rows = [
-            (f"q{q}", f"r{r}", float(s)) for q, r, s in zip(query, reference, rng.integers(0, 40, 200), strict=True)
+            (f"q{q}", f"r{r}", float(s))
+            for q, r, s in zip(query, reference, rng.integers(0, 40, 200), strict=True)
         ]
         positives = set(truth.itertuples(index=False, name=None))
         found, precision_sum, recall = 0, 0.0, 0.0
@@ -252,8 +289,15 @@ def test_metrics_against_a_plain_loop():
 
 def test_close_scores_in_a_csv_stay_apart(tmp_path):
     truth = write_text(tmp_path / "gt.csv", "query_id,reference_id", "Q00000,R000000")
-    rows = ["query_id,reference_id,score", "Q00000,R000001,0.30000000000000004", "Q00000,R000000,0.3000000000000001"]
-    assert eval_metrics.evaluate(write_text(tmp_path / "s.csv", *rows), truth)["average_precision"] == 1.0
+    rows = [
+        "query_id,reference_id,score",
+        "Q00000,R000001,0.30000000000000004",
+        "Q00000,R000000,0.3000000000000001",
+    ]
+    assert (
+        eval_metrics.evaluate(write_text(tmp_path / "s.csv", *rows), truth)["average_precision"]
+        == 1.0
+    )
 
 
 def test_csv_with_bom_crlf_and_more_columns(tmp_path):
@@ -268,7 +312,9 @@ def test_csv_with_bom_crlf_and_more_columns(tmp_path):
 
 @pytest.fixture
 def truth(tmp_path):
-    return write_text(tmp_path / "gt.csv", "query_id,reference_id", "Q00000,R000000", "Q00001,R000003", "Q00002,")
+    return write_text(
+        tmp_path / "gt.csv", "query_id,reference_id", "Q00000,R000000", "Q00001,R000003", "Q00002,"
+    )
 
 
 def refuse(capsys, submission, truth, *flags, words):
@@ -276,7 +322,9 @@ def refuse(capsys, submission, truth, *flags, words):
     assert eval_metrics.main([str(submission), str(truth), *flags]) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error:" in line]
-    assert captured.out == "" and len(errors) == 1 and errors[0].startswith("eval_metrics.py: error: "), captured
+    assert (
+        captured.out == "" and len(errors) == 1 and errors[0].startswith("eval_metrics.py: error: ")
+    ), captured
     for word in words:
         assert str(word) in errors[0], errors[0]
     assert {path: path.stat().st_mtime_ns for path in submission.parent.iterdir()} == before
@@ -288,7 +336,10 @@ def refuse(capsys, submission, truth, *flags, words):
         ([""], ["not a readable csv"]),
         (["query_id,reference_id,score"], ["no rows"]),
         (["query_id,reference,score", "Q00000,R000000,1"], ["no column reference_id"]),
-        (["query_id,reference_id,score", "Q00000,R000000,1", "Q00001,R000000,high"], ["'high'", "line 3"]),
+        (
+            ["query_id,reference_id,score", "Q00000,R000000,1", "Q00001,R000000,high"],
+            ["'high'", "line 3"],
+        ),
         (["query_id,reference_id,score", "Q00000,R000000,nan"], ["'nan'", "line 2"]),
         (["query_id,reference_id,score", "Q00000,R000000,inf"], ["'inf'", "line 2"]),
         (["query_id,reference_id,score", "Q00000,R000000"], ["''", "line 2"]),
@@ -297,7 +348,9 @@ def refuse(capsys, submission, truth, *flags, words):
     ],
 )
 def test_refuses_wrong_matches(tmp_path, truth, capsys, lines, words):
-    refuse(capsys, write_text(tmp_path / "s.csv", *lines), truth, words=[tmp_path / "s.csv", *words])
+    refuse(
+        capsys, write_text(tmp_path / "s.csv", *lines), truth, words=[tmp_path / "s.csv", *words]
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,14 +366,25 @@ def test_refuses_wrong_matches(tmp_path, truth, capsys, lines, words):
 )
 def test_refuses_wrong_ground_truth(tmp_path, capsys, lines, words):
     submission = write_h5(tmp_path / "s.h5", points(5), points(9))
-    refuse(capsys, submission, write_text(tmp_path / "gt.csv", *lines), words=[tmp_path / "gt.csv", *words])
+    refuse(
+        capsys,
+        submission,
+        write_text(tmp_path / "gt.csv", *lines),
+        words=[tmp_path / "gt.csv", *words],
+    )
 
 
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"query": np.ones((5, 16), np.float32), "reference": np.ones((9, 16), np.float32)}, ["all 14", "collapsed"]),
-        ({"query": np.zeros((5, 16), np.float32), "reference": np.zeros((9, 16), np.float32)}, ["all 14", "collapsed"]),
+        (
+            {"query": np.ones((5, 16), np.float32), "reference": np.ones((9, 16), np.float32)},
+            ["all 14", "collapsed"],
+        ),
+        (
+            {"query": np.zeros((5, 16), np.float32), "reference": np.zeros((9, 16), np.float32)},
+            ["all 14", "collapsed"],
+        ),
         ({"query": points(5)[:, 1:]}, ["dimensions", "15 and 16"]),
         ({"query": points(5) * np.nan}, ["'query'", "NaN", "row 0"]),
         ({"reference": points(9) + np.inf}, ["'reference'", "infinity"]),
@@ -329,7 +393,9 @@ def test_refuses_wrong_ground_truth(tmp_path, capsys, lines, words):
     ],
 )
 def test_refuses_wrong_descriptors(tmp_path, truth, capsys, arrays, words):
-    submission = write_h5(tmp_path / "s.h5", **({"query": points(5), "reference": points(9)} | arrays))
+    submission = write_h5(
+        tmp_path / "s.h5", **({"query": points(5), "reference": points(9)} | arrays)
+    )
     refuse(capsys, submission, truth, words=[submission, *words])
 
 
@@ -339,14 +405,20 @@ def test_refuses_files_that_are_not_there_or_not_what_they_say(tmp_path, truth):
     submission = write_h5(tmp_path / "s.h5", points(5), points(9))
     assert_refused(run(COMMAND, submission, tmp_path / "none.csv"), "none.csv", "no such file")
     assert_refused(run(COMMAND, submission, submission), "s.h5", "not a readable csv")
-    assert_refused(run(COMMAND, shutil.copy(truth, tmp_path / "text.h5"), truth), "text.h5", "not a readable HDF5")
+    assert_refused(
+        run(COMMAND, shutil.copy(truth, tmp_path / "text.h5"), truth),
+        "text.h5",
+        "not a readable HDF5",
+    )
     assert_refused(run(COMMAND, submission), "GROUND_TRUTH")
 
 
 def test_missing_references_and_unlisted_queries_are_told(tmp_path, capsys):
     query, reference = points(5), points(9, seed=1)
     reference[0] = query[0]
-    truth = write_text(tmp_path / "gt.csv", "query_id,reference_id", "Q00000,R000000", "Q00001,R000099")
+    truth = write_text(
+        tmp_path / "gt.csv", "query_id,reference_id", "Q00000,R000000", "Q00001,R000099"
+    )
     submission = write_h5(tmp_path / "s.h5", query, reference)
     assert eval_metrics.main([str(submission), str(truth)]) == 0
     captured = capsys.readouterr()
@@ -368,13 +440,20 @@ def unit(rows):
 
 
 def normalized_cosines(query, reference, train, beta, first, last):
-    """By the definition: s(q, r) - beta x mean of s(q, b_n) over the n-th nearest backgrounds, n = first..last."""
-    background = np.sort(query.astype(float) @ train.T.astype(float), axis=1)[:, ::-1][:, first : last + 1]
-    return query.astype(float) @ reference.T.astype(float) - beta * background.mean(axis=1, keepdims=True)
+    """By the definition: s(q, r) - beta x mean of s(q, b_n) over the n-th nearest backgrounds, n =
+    first..last.
+    """
+    background = np.sort(query.astype(float) @ train.T.astype(float), axis=1)[:, ::-1][
+        :, first : last + 1
+    ]
+    return query.astype(float) @ reference.T.astype(float) - beta * background.mean(
+        axis=1, keepdims=True
+    )
 
 
 @pytest.mark.parametrize(
-    ("beta", "first", "last", "trains"), [(1, 0, 2, 30), (0.5, 1, 1, 30), (1, 0, 9, 4), (0, 0, 0, 1)]
+    ("beta", "first", "last", "trains"),
+    [(1, 0, 2, 30), (0.5, 1, 1, 30), (1, 0, 9, 4), (0, 0, 0, 1)],
 )
 def test_normalized_candidates_are_the_best_of_all_pairs(beta, first, last, trains):
     query, reference, train = (unit(points(n, seed=n)) for n in (23, 57, trains))
@@ -401,17 +480,23 @@ def test_any_offset_is_exact_with_ties(seed, size, count):
 
 
 def test_command_with_score_normalization(tmp_path):
-    """Descriptors count at unit length, and rows of zeros not at all; what was written without it stays."""
+    """Descriptors count at unit length, and rows of zeros not at all; what was written without it
+    stays.
+    """
     query, reference, train = (points(n, dim=8, seed=n) for n in (5, 9, 6))
     query[4] = reference[7] = train[0] = 0
     path = write_h5(tmp_path / "a.h5", 3 * query, reference)
     np.save(tmp_path / "train.npy", train)
-    truth = write_text(tmp_path / "truth.csv", "query_id,reference_id", *(f"Q{i:05},R{i:06}" for i in range(5)))
+    truth = write_text(
+        tmp_path / "truth.csv", "query_id,reference_id", *(f"Q{i:05},R{i:06}" for i in range(5))
+    )
     assert run(COMMAND, path, truth).returncode == 0
     before = (tmp_path / "a_candidates.csv").read_bytes()
     result = run(COMMAND, "--score-normalization", tmp_path / "train.npy", path, truth)
     assert result.returncode == 0, result.stderr
-    expected = normalized_cosines(unit(query[:4]), unit(np.delete(reference, 7, 0)), unit(train[1:]), 1, 0, 2)
+    expected = normalized_cosines(
+        unit(query[:4]), unit(np.delete(reference, 7, 0)), unit(train[1:]), 1, 0, 2
+    )
     written = pd.read_csv(tmp_path / "a_normalized_candidates.csv")
     np.testing.assert_allclose(1 + written["score"] / 2, expected.ravel(), atol=1e-6)
     assert (tmp_path / "a_candidates.csv").read_bytes() == before
@@ -431,6 +516,12 @@ def test_wrong_score_normalization(tmp_path):
     assert_refused(run(COMMAND, flag, train, matches, truth), "a.csv", flag)
     assert_refused(run(COMMAND, flag, tmp_path / "none.npy", path, truth), "none.npy")
     assert_refused(run(COMMAND, flag, tmp_path / "other.npy", path, truth), "other.npy", "8", "16")
-    assert_refused(run(COMMAND, flag, train, "--normalization-neighbours", 3, 4, path, truth), "3 4", "3 training")
-    assert_refused(run(COMMAND, flag, train, "--normalization-neighbours", 2, 1, path, truth), "FIRST")
+    assert_refused(
+        run(COMMAND, flag, train, "--normalization-neighbours", 3, 4, path, truth),
+        "3 4",
+        "3 training",
+    )
+    assert_refused(
+        run(COMMAND, flag, train, "--normalization-neighbours", 2, 1, path, truth), "FIRST"
+    )
     assert not list(tmp_path.glob("*candidates.csv"))

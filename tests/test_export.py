@@ -1,4 +1,6 @@
-"""scripts/export.py: each file describes images as the network does, says what its input is, or is not left behind."""
+"""scripts/export.py: each file describes images as the network does, says what its input is, or is
+not left behind.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,10 @@ import match
 import v107
 from conftest import ROOT, run
 
-SMALL, SAME = "test_resnet", "tf_mobilenetv3_small_minimal_100"  # the latter's padding depends on the size
+SMALL, SAME = (
+    "test_resnet",
+    "tf_mobilenetv3_small_minimal_100",
+)  # the latter's padding depends on the size
 SIZE = 64
 FORMATS = [".onnx", ".pt", ".safetensors"]
 
@@ -41,7 +46,9 @@ def prepared(model, images, size=SIZE):
 
 @pytest.fixture(scope="module")
 def models():
-    """Networks of random weights by name, with BatchNorm's statistics of images: others make activations explode."""
+    """Networks of random weights by name, with BatchNorm's statistics of images: others make
+    activations explode.
+    """
     torch.manual_seed(0)
     found = {}
     for arch in (SMALL, SAME):
@@ -57,12 +64,16 @@ def models():
 
 @pytest.fixture(scope="module", autouse=True)
 def cheaper():
-    """The gate's pictures are generated once for all tests, and torch's threads do not wait for each other."""
+    """The gate's pictures are generated once for all tests, and torch's threads do not wait for
+    each other.
+    """
     threads, generate = torch.get_num_threads(), export.parity_pictures
     torch.set_num_threads(1)
     kept = generate(Namespace(photos=None, input_size=SIZE))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "parity_pictures", lambda args: generate(args) if args.photos else kept)
+        patch.setattr(
+            export, "parity_pictures", lambda args: generate(args) if args.photos else kept
+        )
         yield
     torch.set_num_threads(threads)
 
@@ -80,20 +91,28 @@ def checkpoint(models, tmp_path):
 
 
 def export_to(output, checkpoint, *flags, arch=SMALL):
-    return export.main([str(checkpoint), str(output), "-a", arch, "--input-size", str(SIZE), *map(str, flags)])
+    return export.main(
+        [str(checkpoint), str(output), "-a", arch, "--input-size", str(SIZE), *map(str, flags)]
+    )
 
 
 def refuse(capsys, output, checkpoint, *flags, words, arch=SMALL):
-    """The command ends with 2 and one line that holds all words; no file has appeared, changed or gone."""
+    """The command ends with 2 and one line that holds all words; no file has appeared, changed or
+    gone.
+    """
     before = {path: path.read_bytes() for path in checkpoint.parent.iterdir() if path.is_file()}
     assert export_to(output, checkpoint, *flags, arch=arch) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error:" in line]
-    assert captured.out == "" and len(errors) == 1 and errors[0].startswith("export.py: error: "), captured
+    assert captured.out == "" and len(errors) == 1 and errors[0].startswith("export.py: error: "), (
+        captured
+    )
     assert "Traceback" not in captured.err and errors[0].endswith("; nothing was written")
     for word in words:
         assert str(word) in errors[0], errors[0]
-    assert {path: path.read_bytes() for path in checkpoint.parent.iterdir() if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in checkpoint.parent.iterdir() if path.is_file()
+    } == before
 
 
 def session(path):
@@ -139,9 +158,16 @@ def assert_agrees(read, model, images, cosine=0.9999, difference=1e-4):
 def test_a_file_describes_as_the_network_does(models, checkpoint, tmp_path, capsys, suffix):
     output = tmp_path / f"isc{suffix}"
     assert export_to(output, checkpoint) == 0
-    line = rf"{output}: (\d+\.\d) MB, smallest cosine (\d\.\d{{7}}), largest difference (\S+) of 32 images\n"
+    line = (
+        rf"{output}: (\d+\.\d) MB, smallest cosine (\d\.\d{{7}}), largest difference (\S+) of "
+        rf"32 images\n"
+    )
     size, cosine, difference = map(float, re.fullmatch(line, capsys.readouterr().out).groups())
-    assert size == pytest.approx(output.stat().st_size / 1e6, abs=0.06) and cosine > 0.9999 and difference < 1e-4
+    assert (
+        size == pytest.approx(output.stat().st_size / 1e6, abs=0.06)
+        and cosine > 0.9999
+        and difference < 1e-4
+    )
     beside = {"isc.json"} if suffix == ".safetensors" else set()
     assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name, output.name} | beside
     read = reader(output)
@@ -174,11 +200,21 @@ def test_the_interface_of_onnx(checkpoint, tmp_path):
         assert export_to(tmp_path / "isc.onnx", checkpoint, "--size", size) == 0
         opened = session(tmp_path / "isc.onnx")
         (images,), (descriptors,) = opened.get_inputs(), opened.get_outputs()
-        assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["n", 3, *sides])
-        assert (descriptors.name, descriptors.type, descriptors.shape) == ("descriptors", "tensor(float)", ["n", 256])
+        assert (images.name, images.type, images.shape) == (
+            "images",
+            "tensor(float)",
+            ["n", 3, *sides],
+        )
+        assert (descriptors.name, descriptors.type, descriptors.shape) == (
+            "descriptors",
+            "tensor(float)",
+            ["n", 256],
+        )
         assert config_of(tmp_path / "isc.onnx")["size"] == size
         exported = onnx.load(tmp_path / "isc.onnx", load_external_data=False)
-        assert all(weight.data_location == TensorProto.DEFAULT for weight in exported.graph.initializer)
+        assert all(
+            weight.data_location == TensorProto.DEFAULT for weight in exported.graph.initializer
+        )
     with pytest.raises(Exception, match="invalid dimensions"):
         opened.run(None, {"images": np.zeros((1, 3, SIZE, SIZE + 1), np.float32)})
 
@@ -198,17 +234,27 @@ def test_fp16_computes_the_backbone_so_and_sizes_exactly(models, tmp_path):
     assert output.stat().st_size < 0.65 * checkpoint.stat().st_size
     assert config_of(output)["precision"] == "fp16"
     graph = onnx.shape_inference.infer_shapes(onnx.load(output)).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
-    found = {(node.op_type, types[node.output[0]]) for node in graph.node if node.op_type in ("Conv", "Ceil", "MatMul")}
+    types = {
+        value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]
+    }
+    found = {
+        (node.op_type, types[node.output[0]])
+        for node in graph.node
+        if node.op_type in ("Conv", "Ceil", "MatMul")
+    }
     assert found == {
         ("Conv", TensorProto.FLOAT16),
         ("Ceil", TensorProto.FLOAT),
         ("MatMul", TensorProto.FLOAT),
     }
-    assert sum(value == TensorProto.FLOAT16 for name, value in types.items() if "cast" in name) == 1  # of the input
+    assert (
+        sum(value == TensorProto.FLOAT16 for name, value in types.items() if "cast" in name) == 1
+    )  # of the input
     read, images = reader(output), prepared(models[SAME], pictures(3))
     assert_agrees(read, models[SAME], images, 0.9995, 1e-2)
-    tall = torch.nn.functional.interpolate(images[:1], (4099, 33), mode="bilinear")  # float16 knows no 4099
+    tall = torch.nn.functional.interpolate(
+        images[:1], (4099, 33), mode="bilinear"
+    )  # float16 knows no 4099
     assert_agrees(read, models[SAME], tall, 0.9995, 1e-2)
 
 
@@ -240,7 +286,8 @@ from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
 side = config["input_size"]
-pixels = np.asarray(Image.open(sys.argv[2]).convert(config["colour"]).resize((side, side), Image.Resampling.BILINEAR))
+image = Image.open(sys.argv[2]).convert(config["colour"])
+pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 images = (pixels.astype(np.float32) / 255 - np.float32(config["mean"])) / np.float32(config["std"])
 descriptors = session.run([config["output"]], {config["input"]: images.transpose(2, 0, 1)[None]})[0]
 assert "torch" not in sys.modules
@@ -279,8 +326,15 @@ def damaged(function, damage):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatch, capsys, suffix):
     write, read = export.FORMATS[suffix]
-    monkeypatch.setitem(export.FORMATS, suffix, (damaged(write, lambda weight: weight[:, :9].mul_(1.01)), read))
-    words = [f"isc{suffix}", "smallest cosine 0.99", "largest difference 0.0", "above 0.9999 and below 0.0001"]
+    monkeypatch.setitem(
+        export.FORMATS, suffix, (damaged(write, lambda weight: weight[:, :9].mul_(1.01)), read)
+    )
+    words = [
+        f"isc{suffix}",
+        "smallest cosine 0.99",
+        "largest difference 0.0",
+        "above 0.9999 and below 0.0001",
+    ]
     if suffix == ".onnx":
         (tmp_path / "isc.onnx").write_text("what was there before")
     refuse(capsys, tmp_path / f"isc{suffix}", checkpoint, words=words)
@@ -293,7 +347,9 @@ def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatc
         (lambda weight: weight.zero_(), "same numbers"),
     ],
 )
-def test_a_file_without_descriptors_is_not_left_behind(checkpoint, tmp_path, monkeypatch, capsys, damage, words):
+def test_a_file_without_descriptors_is_not_left_behind(
+    checkpoint, tmp_path, monkeypatch, capsys, damage, words
+):
     write, read = export.FORMATS[".onnx"]
     monkeypatch.setitem(export.FORMATS, ".onnx", (damaged(write, damage), read))
     refuse(capsys, tmp_path / "isc.onnx", checkpoint, words=["isc.onnx", words])
@@ -312,26 +368,48 @@ def test_a_network_without_descriptors_is_refused(models, tmp_path, capsys, valu
 def test_a_size_that_was_baked_in_is_refused(models, tmp_path, monkeypatch, capsys, suffix):
     """As the padding would be, did timm not compute it with tensors while it is traced."""
     padding = timm.layers.padding.get_same_padding
-    monkeypatch.setattr(timm.layers.padding, "get_same_padding", lambda x, *others: padding(int(x), *others))
+    monkeypatch.setattr(
+        timm.layers.padding, "get_same_padding", lambda x, *others: padding(int(x), *others)
+    )
     checkpoint = save(models[SAME], tmp_path / "same.pth.tar")
     output = tmp_path / f"isc{suffix}"
-    refuse(capsys, output, checkpoint, "--size", "dynamic", arch=SAME, words=[output.name, "smallest cosine"])
+    refuse(
+        capsys,
+        output,
+        checkpoint,
+        "--size",
+        "dynamic",
+        arch=SAME,
+        words=[output.name, "smallest cosine"],
+    )
     if suffix == ".onnx":
         assert export_to(output, checkpoint, "--size", "fixed", arch=SAME) == 0
 
 
 def test_what_the_gate_compares(models, tmp_path):
-    """32 different images, in batches of several sizes; the photographs come first, and as extraction prepares them."""
+    """32 different images, in batches of several sizes; the photographs come first, and as
+    extraction prepares them.
+    """
     for number, picture in enumerate(pictures(3, 90)):
         picture.crop((0, 0, 90, 50)).save(tmp_path / f"{number}.png")
-    flags = ["small.pth.tar", "isc.onnx", "--input-size", str(SIZE), "--photos", str(tmp_path), "--size"]
+    flags = [
+        "small.pth.tar",
+        "isc.onnx",
+        "--input-size",
+        str(SIZE),
+        "--photos",
+        str(tmp_path),
+        "--size",
+    ]
     batches = export.parity_batches(export.parse_args([*flags, "fixed"]), models[SMALL])
     assert [len(batch) for batch in batches] == [1, 3, 4, 8, 8, 8]
     images = torch.cat(batches)
     assert images.shape == (32, 3, SIZE, SIZE) and len(images.flatten(1).unique(dim=0)) == 32
     opened = [v107.open_image(tmp_path / f"{number}.png") for number in range(3)]
     assert torch.equal(images[:3], prepared(models[SMALL], opened))
-    *same, small, large = export.parity_batches(export.parse_args([*flags, "dynamic"]), models[SMALL])
+    *same, small, large = export.parity_batches(
+        export.parse_args([*flags, "dynamic"]), models[SMALL]
+    )
     assert torch.equal(torch.cat(same), images)
     assert (small.shape, large.shape) == ((8, 3, 33, 64), (8, 3, 97, 66))
 
@@ -347,8 +425,15 @@ def test_bounds_are_strict():
                     export.check(expected, actual, precision, "isc.onnx")
             else:
                 assert "smallest cosine" in export.check(expected, actual, precision, "isc.onnx")
-    with pytest.raises(v107.InputError, match=r"smallest cosine 0\.998"):  # though no number is off by 0.03
-        export.check(np.ones((1, 256)) / 16, (1 + 0.06 * (-1.0) ** np.arange(256))[None] / 16, "fp16", "isc.onnx")
+    with pytest.raises(
+        v107.InputError, match=r"smallest cosine 0\.998"
+    ):  # though no number is off by 0.03
+        export.check(
+            np.ones((1, 256)) / 16,
+            (1 + 0.06 * (-1.0) ** np.arange(256))[None] / 16,
+            "fp16",
+            "isc.onnx",
+        )
 
 
 # ---- wrong input ----
@@ -363,7 +448,9 @@ def test_the_small_network_is_the_default(tmp_path, capsys):
     assert export.main([str(tmp_path / "small.onnx")]) == 0
     captured = capsys.readouterr()
     assert f"export.py: {match.SMALL.relative_to(ROOT)} is exported" in captured.err
-    config = json.loads(session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map["config"])
+    config = json.loads(
+        session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map["config"]
+    )
     assert (config["arch"], config["input_size"]) == (match.SMALL_ARCH, match.SMALL_SIZE)
     assert config["weights_sha256"] == hashlib.sha256(match.SMALL.read_bytes()).hexdigest()
 
@@ -379,12 +466,36 @@ def test_refuses_what_cannot_be_used(checkpoint, tmp_path, capsys):
     missing = checkpoint.with_name("none.pth.tar")
     output = tmp_path / "isc.onnx"
     refuse(capsys, output, missing, words=["none.pth.tar: is no checkpoint"])
-    refuse(capsys, output, checkpoint, arch="test_efficientnet", words=["small.pth.tar: is no checkpoint"])
-    refuse(capsys, output, checkpoint, arch="resnet99999", words=["resnet99999: timm has no such backbone"])
-    refuse(capsys, tmp_path / "none" / "isc.onnx", checkpoint, words=["none/isc.onnx", "name of a file"])
+    refuse(
+        capsys,
+        output,
+        checkpoint,
+        arch="test_efficientnet",
+        words=["small.pth.tar: is no checkpoint"],
+    )
+    refuse(
+        capsys,
+        output,
+        checkpoint,
+        arch="resnet99999",
+        words=["resnet99999: timm has no such backbone"],
+    )
+    refuse(
+        capsys,
+        tmp_path / "none" / "isc.onnx",
+        checkpoint,
+        words=["none/isc.onnx", "name of a file"],
+    )
     refuse(capsys, output, checkpoint, "--photos", tmp_path / "none", words=[tmp_path / "none"])
     (tmp_path / "text.jpg").write_text("no image")
-    refuse(capsys, output, checkpoint, "--photos", tmp_path, words=["text.jpg: cannot be read as an image"])
+    refuse(
+        capsys,
+        output,
+        checkpoint,
+        "--photos",
+        tmp_path,
+        words=["text.jpg: cannot be read as an image"],
+    )
     same = checkpoint.rename(tmp_path / "small.pt")
     refuse(capsys, same, same, words=["small.pt: is the checkpoint itself"])
 
@@ -407,7 +518,9 @@ def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export.Path, "write_bytes", full)
-    refuse(capsys, tmp_path / "isc.onnx", checkpoint, words=["isc.onnx: ", "No space left on device"])
+    refuse(
+        capsys, tmp_path / "isc.onnx", checkpoint, words=["isc.onnx: ", "No space left on device"]
+    )
 
 
 def test_images_of_any_kind_are_photos(checkpoint, tmp_path):

@@ -1,4 +1,6 @@
-"""The frame: pinned requirements, their conda and GPU variants, Makefile, CI, and what no source file may contain."""
+"""The frame: pinned requirements, their conda and GPU variants, Makefile, CI, and what no source
+file may contain.
+"""
 
 import ast
 import importlib.metadata
@@ -14,8 +16,15 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("exp/*.py"), *ROOT.glob("scripts/*.py")])
-DOCS = [path for path in [ROOT / "README.md", ROOT / "input" / "README.md", ROOT / ".ci" / "run"] if path.exists()]
+FOLDERS = ("exp", "scripts", "weights")
+PRODUCT = sorted(
+    [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))]
+)
+DOCS = [
+    path
+    for path in [ROOT / "README.md", ROOT / "input" / "README.md", ROOT / ".ci" / "run"]
+    if path.exists()
+]
 
 
 def requirements(name):
@@ -43,16 +52,24 @@ def imported_modules(path):
 
 
 def make(*arguments, cwd=ROOT):
-    """`make` as a user types it, also where `make test` runs this: without the outer make's variables."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    """`make` as a user types it, also where `make test` runs this: without the outer make's
+    variables.
+    """
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 def make_targets():
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-gpu.txt", "requirements-dev.txt"]
+)
 def test_every_requirement_is_pinned(name):
     for distribution, specifier in requirements(name).items():
         assert re.fullmatch(r"==[\w.]+", specifier), f"{distribution}{specifier}"
@@ -77,7 +94,9 @@ def test_conda_installs_the_same_requirements():
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
 def test_imports_are_required(path):
-    """Experiments import what requirements.txt names; scripts also their siblings and the demo's extras."""
+    """Experiments import what requirements.txt names; scripts also their siblings and the demo's
+    extras.
+    """
     pinned = requirements("requirements.txt")
     own = set()
     if path.parent.name != "exp":
@@ -86,7 +105,9 @@ def test_imports_are_required(path):
     distributions = importlib.metadata.packages_distributions()
     for module in imported_modules(path) - sys.stdlib_module_names - own:
         names = {name.lower() for name in distributions.get(module, [module])}
-        assert names & pinned.keys(), f"{path.name} imports {module}, which no requirements file names"
+        assert names & pinned.keys(), (
+            f"{path.name} imports {module}, which no requirements file names"
+        )
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
@@ -111,8 +132,14 @@ def test_nothing_runs_text_as_code(path):
     for node in ast.walk(ast.parse(path.read_text())):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call):
-            assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "__import__"}), where
-            flags = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+            assert not (
+                isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "__import__"}
+            ), where
+            flags = {
+                word.arg: word.value.value
+                for word in node.keywords
+                if isinstance(word.value, ast.Constant)
+            }
             assert flags.get("shell", False) is False, where
             assert flags.get("allow_pickle", False) is False, where
             assert flags.get("weights_only", True) is True, where
@@ -120,8 +147,14 @@ def test_nothing_runs_text_as_code(path):
             # The exception that a refused checkpoint raises loads nothing.
             assert [alias.name for alias in node.names] == ["UnpicklingError"], where
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & set(names), where
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+            )
+            assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & set(
+                names
+            ), where
 
 
 def test_the_documents_name_existing_targets():
@@ -129,7 +162,9 @@ def test_the_documents_name_existing_targets():
     assert targets >= {"demo", "test", "faults", "benchmark", "lint", "clean", "help"}
     for document in DOCS:
         text = document.read_text()
-        commands = re.findall(r"`make ([a-z ]+)`", text) + re.findall(r"^(?:\$ )?make ([a-z ]+)$", text, re.MULTILINE)
+        commands = re.findall(r"`make ([a-z ]+)`", text) + re.findall(
+            r"^(?:\$ )?make ([a-z ]+)$", text, re.MULTILINE
+        )
         named = {target for command in commands for target in command.split()}
         assert named <= targets, f"{document.name} names {sorted(named - targets)}"
 
@@ -163,7 +198,9 @@ def test_make_refuses_an_old_python(tmp_path):
     result = make("test", f"PYTHON={old}", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.splitlines()[0].startswith(f"make: error: {old}: Python 3.11 or newer is needed, this is 3.9")
+    assert result.stderr.splitlines()[0].startswith(
+        f"make: error: {old}: Python 3.11 or newer is needed, this is 3.9"
+    )
     assert not (tmp_path / ".venv").exists()
 
 
@@ -177,7 +214,10 @@ def test_ci_runs_the_makefile():
 def test_the_paper_is_the_preferred_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     paper = citation["preferred-citation"]
-    assert (paper["authors"], paper["year"]) == ([{"family-names": "Yokoo", "given-names": "Shuhei"}], 2021)
+    assert (paper["authors"], paper["year"]) == (
+        [{"family-names": "Yokoo", "given-names": "Shuhei"}],
+        2021,
+    )
     assert paper["url"].endswith("2112.04323")
     assert citation["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License\n")

@@ -1,4 +1,6 @@
-"""What only a GPU can show: mixed precision, channels-last, extraction in half precision. Skipped without one."""
+"""What only a GPU can show: mixed precision, channels-last, extraction in half precision. Skipped
+without one.
+"""
 
 import json
 
@@ -31,11 +33,27 @@ def data(tmp_path_factory):
 
 def train(data, output, amp, device):
     """The losses of 4 steps."""
-    flags = [*FLAGS, "--no-pretrained", "--epochs", 1, "--memory-size", 64, "--log-every", 1, "--lr", 0.01]
+    flags = [
+        *FLAGS,
+        "--no-pretrained",
+        "--epochs",
+        1,
+        "--memory-size",
+        64,
+        "--log-every",
+        1,
+        "--lr",
+        0.01,
+    ]
     script, training = ROOT / "exp" / "v83.py", data / "training_images"
-    result = run(script, *flags, "--amp", amp, "--output", output, training, CUDA_VISIBLE_DEVICES=device)
+    result = run(
+        script, *flags, "--amp", amp, "--output", output, training, CUDA_VISIBLE_DEVICES=device
+    )
     assert result.returncode == 0, result.stderr
-    return [json.loads(line)["loss"] for line in (output / "train" / "log.jsonl").read_text().splitlines()[1:]]
+    return [
+        json.loads(line)["loss"]
+        for line in (output / "train" / "log.jsonl").read_text().splitlines()[1:]
+    ]
 
 
 def extract(data, output, checkpoint, amp, device):
@@ -61,25 +79,63 @@ def test_precisions_agree_with_the_cpu(data, tmp_path, amp, tolerance):
 
 def test_resuming_stays_close(data, tmp_path):
     """Two epochs in one run, and one and another in two: losses within 1e-3."""
-    flags = [*FLAGS, "--no-pretrained", "--memory-size", 64, "--log-every", 1, "--lr", 0.01, "--resume", "auto"]
+    flags = [
+        *FLAGS,
+        "--no-pretrained",
+        "--memory-size",
+        64,
+        "--log-every",
+        1,
+        "--lr",
+        0.01,
+        "--resume",
+        "auto",
+    ]
     for output, epochs in (("one", [2]), ("two", [1, 2])):
         for number in epochs:
-            command = [ROOT / "exp" / "v83.py", *flags, "--epochs", number, "--output", tmp_path / output]
+            command = [
+                ROOT / "exp" / "v83.py",
+                *flags,
+                "--epochs",
+                number,
+                "--output",
+                tmp_path / output,
+            ]
             result = run(*command, data / "training_images", CUDA_VISIBLE_DEVICES="0")
             assert result.returncode == 0, result.stderr
     one, two = (
-        [line["loss"] for line in map(json.loads, (tmp_path / output / "train" / "log.jsonl").open()) if "loss" in line]
+        [
+            line["loss"]
+            for line in map(json.loads, (tmp_path / output / "train" / "log.jsonl").open())
+            if "loss" in line
+        ]
         for output in ("one", "two")
     )
     assert len(one) == 8 and two == pytest.approx(one, abs=1e-3)
 
 
 def test_no_step_waits_for_the_device(data, tmp_path):
-    """By torch's own warnings: twice as many steps, between two lines of the log, give no more of them."""
-    program = "import sys, torch, v83; torch.cuda.set_sync_debug_mode('warn'); sys.exit(v83.main(sys.argv[1:]))"
-    flags, counts = [*FLAGS, "--no-pretrained", "--epochs", 1, "--memory-size", 64, "--log-every", 100], []
+    """By torch's own warnings: twice as many steps, between two lines of the log, give no more of
+    them.
+    """
+    program = (
+        "import sys, torch, v83; torch.cuda.set_sync_debug_mode('warn'); "
+        "sys.exit(v83.main(sys.argv[1:]))"
+    )
+    flags, counts = (
+        [*FLAGS, "--no-pretrained", "--epochs", 1, "--memory-size", 64, "--log-every", 100],
+        [],
+    )
     for number in (16, 32):
-        command = ["-c", program, *flags, "--sample-size", number, "--output", tmp_path / str(number)]
+        command = [
+            "-c",
+            program,
+            *flags,
+            "--sample-size",
+            number,
+            "--output",
+            tmp_path / str(number),
+        ]
         environment = {"CUDA_VISIBLE_DEVICES": "0", "PYTHONWARNINGS": "always"}
         result = run(*command, data / "training_images", cwd=ROOT / "exp", **environment)
         assert result.returncode == 0, result.stderr

@@ -28,15 +28,25 @@ def data(tmp_path):
     ):
         (tmp_path / folder).mkdir()
         for i, seed in enumerate(seeds):
-            image = picture(seed) if folder == "reference_images" else picture(seed).resize((100, 90))
+            image = (
+                picture(seed) if folder == "reference_images" else picture(seed).resize((100, 90))
+            )
             image.save(tmp_path / folder / name.format(i))
     return tmp_path
 
 
 @pytest.mark.parametrize(("phase", "sources"), [(1, (7, 2)), (2, (3, 0, 11))])
 def test_finds_what_was_made_smaller(data, phase, sources):
-    assert hash_images.main([str(data), "--phase", str(phase), "--output", str(data / "new" / "hashes")]) == 0
-    assert sorted(path.name for path in (data / "new" / "hashes").iterdir()) == ["dhash.csv", "phash.csv"]
+    assert (
+        hash_images.main(
+            [str(data), "--phase", str(phase), "--output", str(data / "new" / "hashes")]
+        )
+        == 0
+    )
+    assert sorted(path.name for path in (data / "new" / "hashes").iterdir()) == [
+        "dhash.csv",
+        "phash.csv",
+    ]
     for name in hash_images.HASHES:
         with (data / "new" / "hashes" / f"{name}.csv").open(newline="") as file:
             header, *rows = csv.reader(file)
@@ -76,7 +86,9 @@ def test_says_what_to_install(data, capsys, monkeypatch):
 def test_refuses_what_it_cannot_read(data):
     assert_refused(run(SCRIPT, data / "none", "--output", data), data / "none" / "query_images")
     (data / "query_images" / "Q00009.jpg").write_text("no image")
-    assert_refused(run(SCRIPT, data, "--output", data / "out"), data / "query_images" / "Q00009.jpg")
+    assert_refused(
+        run(SCRIPT, data, "--output", data / "out"), data / "query_images" / "Q00009.jpg"
+    )
     assert not (data / "out").exists()
     (data / "out").touch()
     assert_refused(run(SCRIPT, data, "--output", data / "out"), data / "out", "--output")

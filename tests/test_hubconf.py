@@ -1,4 +1,6 @@
-"""torch.hub's entry points, as a user calls them, with a small checkpoint in place of the published one."""
+"""torch.hub's entry points, as a user calls them, with a small checkpoint in place of the published
+one.
+"""
 
 import hashlib
 import pickle
@@ -28,7 +30,12 @@ def model():
 def checkpoint(model, tmp_path):
     """A file as the author's are: keys with a prefix, and a Namespace of arguments."""
     weights = {f"module.{key}": value for key, value in model.state_dict().items()}
-    content = {"epoch": 9, "arch": "test_efficientnet", "state_dict": weights, "args": v107.parse_args(["data"])}
+    content = {
+        "epoch": 9,
+        "arch": "test_efficientnet",
+        "state_dict": weights,
+        "args": v107.parse_args(["data"]),
+    }
     torch.save(content, tmp_path / "small.pth.tar")
     return tmp_path / "small.pth.tar"
 
@@ -42,7 +49,9 @@ def test_describes_as_extraction_does(model, checkpoint, name):
     loaded, preprocess = load(name, weights=str(checkpoint))
     assert not loaded.training
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
-    expected = v98.evaluation_transform(64, *(model.backbone.default_cfg[key] for key in ("mean", "std")))(image)
+    expected = v98.evaluation_transform(
+        64, *(model.backbone.default_cfg[key] for key in ("mean", "std"))
+    )(image)
     assert torch.equal(preprocess(image), expected)
     with torch.inference_mode():
         descriptor, wanted = loaded(preprocess(image)[None]), model(expected[None])
@@ -89,7 +98,9 @@ def test_random_weights_need_no_network():
 def test_the_checksum_is_checked(checkpoint):
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     load(weights=str(checkpoint), sha256=digest.upper())
-    with pytest.raises(ValueError, match=f"small.pth.tar: is not the file that sha256 names but {digest}"):
+    with pytest.raises(
+        ValueError, match=f"small.pth.tar: is not the file that sha256 names but {digest}"
+    ):
         load(weights=str(checkpoint), sha256="0" * 64)
 
 

@@ -1,4 +1,6 @@
-"""The contrastive loss with memory bank: golden sequences, pytorch-metric-learning as the oracle, several processes."""
+"""The contrastive loss with memory bank: golden sequences, pytorch-metric-learning as the oracle,
+several processes.
+"""
 
 import numpy as np
 import pytest
@@ -34,7 +36,10 @@ def load(case):
 
 def loss_like(case, embedding_size):
     return MemoryBankContrastiveLoss(
-        int(case["memory_size"]), embedding_size, float(case["pos_margin"]), float(case["neg_margin"])
+        int(case["memory_size"]),
+        embedding_size,
+        float(case["pos_margin"]),
+        float(case["neg_margin"]),
     )
 
 
@@ -47,7 +52,10 @@ def step(criterion, embeddings, labels):
 
 
 def bank_state(criterion):
-    return {name: getattr(criterion, name).clone() for name in ("bank", "bank_labels", "cursor", "filled")}
+    return {
+        name: getattr(criterion, name).clone()
+        for name in ("bank", "bank_labels", "cursor", "filled")
+    }
 
 
 def assert_bank_matches(bank, bank_labels, source_row, labels, rows):
@@ -74,7 +82,9 @@ def test_golden_sequence(name):
         assert stats["pos_pairs"].item() == case["num_pos_nonzero"][t]
         assert stats["neg_pairs"].item() == case["num_neg_nonzero"][t]
         assert criterion.cursor.item() == case["queue_idx"][t]
-        assert criterion.filled.item() == (memory_size if case["has_been_filled"][t] else case["queue_idx"][t])
+        assert criterion.filled.item() == (
+            memory_size if case["has_been_filled"][t] else case["queue_idx"][t]
+        )
         assert_bank_matches(
             criterion.bank.numpy(),
             criterion.bank_labels.numpy(),
@@ -108,7 +118,8 @@ def test_agrees_with_pytorch_metric_learning(seed):
     criterion = MemoryBankContrastiveLoss(memory_size, size, pos_margin, neg_margin)
     oracle = CrossBatchMemory(ContrastiveLoss(pos_margin, neg_margin), size, memory_size)
     for t in range(30):
-        # Not one row: there the oracle keeps the row's own copy (its test for wrapping, end <= start, holds by chance).
+        # Not one row: there the oracle keeps the row's own copy (its test for wrapping, end <=
+        # start, holds by chance).
         n = int(rng.integers(2, memory_size + 1 if t % 10 == 9 else 13))
         embeddings = torch.from_numpy(rng.normal(scale=rng.uniform(0.5, 2), size=(n, size))).float()
         labels = torch.from_numpy(rng.integers(0, 6, n))
@@ -145,7 +156,9 @@ def test_far_negatives_are_pairs_too(first, labels):
     criterion = MemoryBankContrastiveLoss(2000, 2)
     oracle = CrossBatchMemory(ContrastiveLoss(pos_margin=0.0, neg_margin=1.0), 2, memory_size=2000)
     for batch, names in (([[1.0, 0.0], [-1.0, 0.0]], [3, 9]), ([first, [0.0, -1.0]], labels)):
-        loss, expected = (step(module, torch.tensor(batch), names)[0] for module in (criterion, oracle))
+        loss, expected = (
+            step(module, torch.tensor(batch), names)[0] for module in (criterion, oracle)
+        )
         assert loss == pytest.approx(expected, abs=1e-6)
     assert loss > 0.1
 
@@ -197,7 +210,9 @@ batches = st.tuples(st.integers(2, 10), st.integers(0, 2**31 - 1))
 def warm_criterion(generator):
     """A loss with half a bank, the same for the same generator state."""
     criterion = MemoryBankContrastiveLoss(20, 8, 0.1, 1.1)
-    criterion(torch.randn(10, 8, generator=generator), torch.randint(0, 4, (10,), generator=generator))
+    criterion(
+        torch.randn(10, 8, generator=generator), torch.randint(0, 4, (10,), generator=generator)
+    )
     return criterion
 
 
@@ -237,7 +252,9 @@ def test_only_equality_of_labels_matters(batch, names):
 @settings(max_examples=30, deadline=None)
 @given(batches)
 def test_only_a_rows_own_copy_is_left_out(batch):
-    """n equal rows of one label: n x (n - 1) pairs, all at distance 0, and n more per row with each further step."""
+    """n equal rows of one label: n x (n - 1) pairs, all at distance 0, and n more per row with each
+    further step.
+    """
     n, seed = batch
     row = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
     criterion = MemoryBankContrastiveLoss(40, 8, pos_margin=-1.0)
@@ -252,13 +269,26 @@ def play(rank, name, folder):
     case = load(name)
     world_size = int(case["world_size"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     embedding_size, input_size = case["weight"].shape
     head = nn.Linear(input_size, embedding_size, bias=False)
     head.weight.data.copy_(torch.from_numpy(case["weight"]))
     head = DistributedDataParallel(head)
     criterion = loss_like(case, embedding_size)
-    seen = {key: [] for key in ("loss", "grad_embeddings", "grad_weight", "bank", "bank_labels", "cursor", "filled")}
+    seen = {
+        key: []
+        for key in (
+            "loss",
+            "grad_embeddings",
+            "grad_weight",
+            "bank",
+            "bank_labels",
+            "cursor",
+            "filled",
+        )
+    }
     for inputs, labels in zip(case["inputs"][:, rank], case["labels"][:, rank], strict=True):
         head.zero_grad()
         embeddings = nn.functional.normalize(head(torch.from_numpy(inputs)))
@@ -277,7 +307,10 @@ def play(rank, name, folder):
     poisoned_loss = criterion(poisoned, torch.zeros(2, dtype=torch.int64))
     untouched = all(torch.equal(value, before[key]) for key, value in bank_state(criterion).items())
     np.savez(
-        f"{folder}/rank{rank}.npz", **seen, untouched=untouched, poisoned_loss_finite=poisoned_loss.isfinite().item()
+        f"{folder}/rank{rank}.npz",
+        **seen,
+        untouched=untouched,
+        poisoned_loss_finite=poisoned_loss.isfinite().item(),
     )
     dist.destroy_process_group()
 
@@ -286,15 +319,23 @@ def play(rank, name, folder):
 def test_golden_sequence_in_several_processes(name, tmp_path):
     case = load(name)
     world_size = int(case["world_size"])
-    mp.get_context("forkserver").set_forkserver_preload(LIBRARIES)  # imported once, not in every process
-    mp.start_processes(play, args=(name, str(tmp_path)), nprocs=world_size, start_method="forkserver")
+    mp.get_context("forkserver").set_forkserver_preload(
+        LIBRARIES
+    )  # imported once, not in every process
+    mp.start_processes(
+        play, args=(name, str(tmp_path)), nprocs=world_size, start_method="forkserver"
+    )
     rows = case["embeddings"].reshape(-1, case["embeddings"].shape[-1])
     filled = np.where(case["has_been_filled"], case["memory_size"], case["queue_idx"])
     for rank in range(world_size):
         seen = np.load(tmp_path / f"rank{rank}.npz")
         np.testing.assert_allclose(seen["loss"], case["loss"][:, rank], rtol=1e-4, atol=2e-6)
-        np.testing.assert_allclose(seen["grad_embeddings"], case["grad_embeddings"][:, rank], rtol=1e-4, atol=2e-6)
-        np.testing.assert_allclose(seen["grad_weight"], case["grad_weight_ddp"], rtol=1e-4, atol=2e-6)
+        np.testing.assert_allclose(
+            seen["grad_embeddings"], case["grad_embeddings"][:, rank], rtol=1e-4, atol=2e-6
+        )
+        np.testing.assert_allclose(
+            seen["grad_weight"], case["grad_weight_ddp"], rtol=1e-4, atol=2e-6
+        )
         np.testing.assert_array_equal(seen["cursor"], case["queue_idx"])
         np.testing.assert_array_equal(seen["filled"], filled)
         for t in range(len(seen["bank"])):

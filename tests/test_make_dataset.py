@@ -1,4 +1,6 @@
-"""scripts/make_dataset.py: layout, disjointness, honest ground truth, reproducible bytes, interruptions, refusals."""
+"""scripts/make_dataset.py: layout, disjointness, honest ground truth, reproducible bytes,
+interruptions, refusals.
+"""
 
 import hashlib
 import importlib.util
@@ -50,7 +52,9 @@ SMALL = "--queries", 30, "--references", 40, "--training", 12, "--size", 128
 
 def contents(folder):
     """{relative path: bytes} of every file below the folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def thumbnail(path):
@@ -74,11 +78,20 @@ def tables(dataset):
 
 
 def test_layout(dataset, tables):
-    assert [p.name for p in sorted((dataset / "training_images").iterdir())] == [f"T{i:06}.jpg" for i in range(12)]
-    assert [p.name for p in sorted((dataset / "reference_images").iterdir())] == [f"R{i:06}.jpg" for i in range(40)]
-    for folder, start, truth in ("query_images", 0, tables[0]), ("query_images_phase2", 50_000, tables[1]):
+    assert [p.name for p in sorted((dataset / "training_images").iterdir())] == [
+        f"T{i:06}.jpg" for i in range(12)
+    ]
+    assert [p.name for p in sorted((dataset / "reference_images").iterdir())] == [
+        f"R{i:06}.jpg" for i in range(40)
+    ]
+    for folder, start, truth in (
+        ("query_images", 0, tables[0]),
+        ("query_images_phase2", 50_000, tables[1]),
+    ):
         ids = [f"Q{i:05}" for i in range(start, start + 30)]
-        assert [p.stem for p in sorted((dataset / folder).iterdir())] == ids == truth.query_id.tolist()
+        assert (
+            [p.stem for p in sorted((dataset / folder).iterdir())] == ids == truth.query_id.tolist()
+        )
     for file in dataset.rglob("*.jpg"):
         assert Image.open(file).mode == "RGB"
 
@@ -107,7 +120,9 @@ def test_recorded_edits_replayed_on_the_source_give_the_query(dataset, tables):
     for row in tables[2].itertuples():
         tile, edits = tiles[row.source], json.loads(row.edits)
         buffer = io.BytesIO()
-        apply_edits(open_embedded(tile.path, 128).crop(tile.box), edits).save(buffer, "JPEG", **edits[-1][1])
+        apply_edits(open_embedded(tile.path, 128).crop(tile.box), edits).save(
+            buffer, "JPEG", **edits[-1][1]
+        )
         folder = "query_images" if row.phase == 1 else "query_images_phase2"
         assert (dataset / folder / f"{row.query_id}.jpg").read_bytes() == buffer.getvalue()
         seen |= {name for name, _ in edits}
@@ -119,7 +134,9 @@ def test_copies_are_of_the_reference_in_the_ground_truth(dataset, tables):
     tiles = {tile.name: tile for tile in embedded_tiles(128)}
     for row in tables[0][tables[0].reference_id != ""].itertuples():
         tile = tiles[edits.source[row.query_id]]
-        reference = np.asarray(Image.open(dataset / "reference_images" / f"{row.reference_id}.jpg"), float)
+        reference = np.asarray(
+            Image.open(dataset / "reference_images" / f"{row.reference_id}.jpg"), float
+        )
         source = np.asarray(open_embedded(tile.path, 128).crop(tile.box), float)
         assert np.abs(reference - source).mean() < 5  # JPEG artefacts only
 
@@ -144,11 +161,15 @@ def test_same_command_same_bytes_for_any_number_of_workers(dataset, tmp_path, wo
 
 
 def test_the_embedded_data_set_is_the_one_that_the_published_figures_are_of(dataset, tables):
-    """Generated pictures hang on the machine's linear algebra, and pictures on the architecture's rounding."""
+    """Generated pictures hang on the machine's linear algebra, and pictures on the architecture's
+    rounding.
+    """
     csvs = b"".join(file.read_bytes() for file in sorted(dataset.glob("*.csv")))
     assert hashlib.sha256(csvs).hexdigest() == CSVS
     if platform.machine() == "x86_64":
-        pictures = b"".join(file.read_bytes() for file in sorted(dataset.glob("query_images*/*.jpg")))
+        pictures = b"".join(
+            file.read_bytes() for file in sorted(dataset.glob("query_images*/*.jpg"))
+        )
         assert hashlib.sha256(pictures).hexdigest() == PICTURES
 
 
@@ -170,14 +191,20 @@ def test_statistics_count_what_is_there(dataset, tables):
         files = list((dataset / folder).iterdir())
         widths = [Image.open(file).width for file in files]
         assert part["number"] == len(files) == part["of photographs"] + part["generated"]
-        assert part["width"] == {"min": min(widths), "median": int(np.median(widths)), "max": max(widths)}
+        assert part["width"] == {
+            "min": min(widths),
+            "median": int(np.median(widths)),
+            "max": max(widths),
+        }
         assert part["bytes"] == sum(file.stat().st_size for file in files)
     assert [part["generated"] for part in numbers["pictures"].values()] == [12, 0, 0, 0]
     assert numbers["pictures"]["query_images"]["copies"] == (tables[0].reference_id != "").sum()
     chains = [[name for name, _ in json.loads(edits)] for edits in tables[2].edits]
     assert numbers["queries by edit"] == Counter(name for chain in chains for name in chain)
     lengths = numbers["queries by number of edits before jpeg"]
-    assert lengths == {str(number): count for number, count in Counter(len(chain) - 1 for chain in chains).items()}
+    assert lengths == {
+        str(number): count for number, count in Counter(len(chain) - 1 for chain in chains).items()
+    }
     assert numbers["sources"]["usable"] == len(embedded_tiles(128))
     assert (
         numbers["sources"]["used"] == pd.concat([tables[2].source]).nunique() + 20
@@ -194,11 +221,16 @@ def test_contact_sheet_shows_originals_beside_queries(dataset, tables):
     for column, row in enumerate(rows[:EXAMPLES]):
         folder = "query_images" if row.phase == 1 else "query_images_phase2"
         tile = tiles[row.source]
-        pair = open_embedded(tile.path, 128).crop(tile.box), Image.open(dataset / folder / f"{row.query_id}.jpg")
+        pair = (
+            open_embedded(tile.path, 128).crop(tile.box),
+            Image.open(dataset / folder / f"{row.query_id}.jpg"),
+        )
         for number, image in enumerate(pair):
             x = GAP + column * (2 * THUMBNAIL + 3 * GAP) + number * (THUMBNAIL + GAP)
             shown = np.asarray(sheet.crop((x, y, x + THUMBNAIL, y + THUMBNAIL)), float)
-            expected = np.asarray(ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="gainsboro"), float)
+            expected = np.asarray(
+                ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="gainsboro"), float
+            )
             assert np.abs(shown - expected).mean() < 5, (row.query_id, number)
 
 
@@ -213,7 +245,9 @@ def test_labels_hold_every_parameter():
 
 def start(*command):
     """A running make_dataset.py."""
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition):
@@ -246,7 +280,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_nothing(dataset, tmp_
         wait_for(lambda workers=workers: not any(map(alive, workers)))
         assert len(workers) == 2 and pictures(unfinished) < 112
     assert not (tmp_path / "out").exists()
-    (unfinished / "data" / "query_images" / "Q00003.jpg").write_bytes(b"")  # as a power failure may leave it
+    (unfinished / "data" / "query_images" / "Q00003.jpg").write_bytes(
+        b""
+    )  # as a power failure may leave it
 
     other = run(SCRIPT, tmp_path / "out", *SMALL, "--seed", 3, "--references", 41)
     assert_refused(other, unfinished, "--seed, --references", "--start-over")
@@ -272,7 +308,9 @@ def test_ctrl_c_ends_all_in_one_line_and_start_over_discards(tmp_path):
     tiny = "--queries", 3, "--references", 3, "--training", 2, "--size", 128
     result = run(SCRIPT, tmp_path / "out", *tiny, "--start-over")
     assert result.returncode == 0, result.stderr
-    assert len(contents(tmp_path / "out")) == 11 + 5 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(contents(tmp_path / "out")) == 11 + 5 and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["out"]
 
 
 def test_a_killed_worker_is_one_line(tmp_path):
@@ -289,10 +327,23 @@ def test_photographs_are_read_once_and_others_refused(tmp_path):
     photos.mkdir()
     for i in range(14):
         dead_leaves(generator(7, "training", i), 48).save(photos / f"{i:02}.png")
-    command = SCRIPT, tmp_path / "out", "--photos", photos, "--size", 32, "--training", 4, "--references", 4
+    command = (
+        SCRIPT,
+        tmp_path / "out",
+        "--photos",
+        photos,
+        "--size",
+        32,
+        "--training",
+        4,
+        "--references",
+        4,
+    )
     assert_refused(run(*command, "--queries", 90), "allow 6 queries")
     journal = tmp_path / ".out.unfinished" / "photographs.jsonl"
-    assert [path for path, *_ in read_journal(journal)] == [str(photos / f"{i:02}.png") for i in range(14)]
+    assert [path for path, *_ in read_journal(journal)] == [
+        str(photos / f"{i:02}.png") for i in range(14)
+    ]
     with journal.open("r+") as file:  # as after a kill: the last line is torn
         file.truncate(journal.stat().st_size - 9)
     process = start(*command[1:], "--workers", 1)
@@ -333,7 +384,18 @@ def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
     Image.new("RGB", (900, 1)).save(photos / "thin.png")
     (photos / "notes.txt").write_text("no picture")
 
-    result = run(SCRIPT, tmp_path / "out", "--photos", photos, "--training", 25, "--references", 20, "--size", 64)
+    result = run(
+        SCRIPT,
+        tmp_path / "out",
+        "--photos",
+        photos,
+        "--training",
+        25,
+        "--references",
+        20,
+        "--size",
+        64,
+    )
     assert result.returncode == 0, result.stderr
     skipped = [line for line in result.stderr.splitlines() if "skipped" in line]
     assert len(skipped) == 3
@@ -341,14 +403,23 @@ def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
     assert "notes.txt" not in result.stderr
 
     edits = pd.read_csv(tmp_path / "out" / "query_edits.csv")
-    truth = pd.concat([pd.read_csv(tmp_path / "out" / f"{name}_ground_truth.csv") for name in ("public", "private")])
-    assert len(edits) == 2 * 18 and truth.reference_id.notna().sum() == 2 * 6  # 30% of 43 photographs: 13 references
+    truth = pd.concat(
+        [
+            pd.read_csv(tmp_path / "out" / f"{name}_ground_truth.csv")
+            for name in ("public", "private")
+        ]
+    )
+    assert (
+        len(edits) == 2 * 18 and truth.reference_id.notna().sum() == 2 * 6
+    )  # 30% of 43 photographs: 13 references
     assert len({p.name for p in (tmp_path / "out" / "training_images").iterdir()}) == 25
     photographs = np.array([thumbnail(p) for p in (photos / "below").iterdir()])
     found = {}
     for folder in "training_images", "reference_images":
         files = list((tmp_path / "out" / folder).iterdir())
-        distances = np.abs(np.array([thumbnail(p) for p in files])[:, None] - photographs).mean(axis=2)
+        distances = np.abs(np.array([thumbnail(p) for p in files])[:, None] - photographs).mean(
+            axis=2
+        )
         found[folder] = set(np.nonzero((distances < 12).any(axis=0))[0])
     assert len(found["training_images"]) > 12 and len(found["reference_images"]) > 6
     assert not found["training_images"] & found["reference_images"]
@@ -357,22 +428,38 @@ def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
 def png_of(width, height):
     """The first bytes of a PNG that claims so many pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">II", zlib.crc32(header), 9)
+        + b"IDAT"
+    )
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as make_dataset itself does
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # as make_dataset itself does
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_of(100_001, 1000))
     (tmp_path / "text.jpg").write_text("no\npicture")
-    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"  # Pillow alone would start Ghostscript
+    # Pillow alone would start Ghostscript
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"
     (tmp_path / "script.png").write_bytes(script)
     (tmp_path / "empty.webp").touch()
-    reasons = {"bomb": "100001 x 1000 pixels", "text": "cannot identify", "script": "cannot identify", "empty": ""}
+    reasons = {
+        "bomb": "100001 x 1000 pixels",
+        "text": "cannot identify",
+        "script": "cannot identify",
+        "empty": "",
+    }
     for name, reason in reasons.items():
         path = next(tmp_path.glob(f"{name}.*"))
         with pytest.raises(InputError) as caught:
             open_photograph(path)
-        assert str(caught.value).startswith(f"{path}: cannot be read") and reason in str(caught.value)
+        assert str(caught.value).startswith(f"{path}: cannot be read") and reason in str(
+            caught.value
+        )
         assert "\n" not in str(caught.value)
 
 
@@ -381,7 +468,9 @@ def test_photographs_are_upright_and_of_8_bits(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(open_photograph(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    assert np.array_equal(
+        open_photograph(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1)
+    )
     gray = np.linspace(0, 65535, 48 * 30).astype(np.uint16).reshape(30, 48)
     Image.fromarray(gray).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_photograph(tmp_path / "deep.png"))[..., 0], gray >> 8)
@@ -389,7 +478,9 @@ def test_photographs_are_upright_and_of_8_bits(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("pillow_heif"), reason="needs pillow-heif")
 def test_heic_is_read(tmp_path):
-    picture = dead_leaves(generator(7, "training", 0), 64).resize((256, 256))  # smooth: HEIC halves the colours
+    picture = dead_leaves(generator(7, "training", 0), 64).resize(
+        (256, 256)
+    )  # smooth: HEIC halves the colours
     picture.save(tmp_path / "phone.HEIC", format="HEIF", quality=95)
     opened = np.asarray(open_photograph(tmp_path / "phone.HEIC"), float)
     assert np.abs(opened - np.asarray(picture, float)).mean() < 8
@@ -414,10 +505,16 @@ def test_refusals_leave_nothing_behind(tmp_path):
     (full / "mine.txt").write_text("keep")
     assert_refused(run(SCRIPT, full), full, "not an empty folder")
     assert_refused(run(SCRIPT, full / "mine.txt"), "mine.txt", "not an empty folder")
-    assert_refused(run(SCRIPT, tmp_path / "out", "--photos", tmp_path / "none"), tmp_path / "none", "no such folder")
+    assert_refused(
+        run(SCRIPT, tmp_path / "out", "--photos", tmp_path / "none"),
+        tmp_path / "none",
+        "no such folder",
+    )
     assert_refused(run(SCRIPT, tmp_path / "out", "--photos", empty), empty, "more photographs")
     assert_refused(run(SCRIPT, empty / "out", "--photos", empty), "lies in --photos")
-    assert_refused(run(SCRIPT, tmp_path / "out", "--references", 40, "--queries", 90), "allow 60 queries")
+    assert_refused(
+        run(SCRIPT, tmp_path / "out", "--references", 40, "--queries", 90), "allow 60 queries"
+    )
     assert_refused(run(SCRIPT, tmp_path / "out", "--queries", 1), "--queries 1")
     assert_refused(run(SCRIPT, tmp_path / "out", "--workers", 0), "--workers 0")
     assert {p.name for p in tmp_path.iterdir()} == {"full", "photos"}

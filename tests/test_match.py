@@ -42,7 +42,9 @@ THRESHOLD = "0.95"  # of the thumbnails below
 
 
 def write_onnx(path, size=SIZE, seed=0, metadata=True):
-    """A network whose descriptors are random projections of an image's thumbnail without its mean."""
+    """A network whose descriptors are random projections of an image's thumbnail without its
+    mean.
+    """
     weights = np.random.default_rng(seed).standard_normal((3 * GRID**2, 256)).astype(np.float32)
     step = [size // GRID] * 2
     nodes = [
@@ -55,10 +57,14 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True):
     ]
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, size, size])
     output = helper.make_tensor_value_info("descriptors", TensorProto.FLOAT, ["n", 256])
-    graph = helper.make_graph(nodes, "small", [images], [output], [numpy_helper.from_array(weights, "weights")])
+    graph = helper.make_graph(
+        nodes, "small", [images], [output], [numpy_helper.from_array(weights, "weights")]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     if metadata:
-        helper.set_model_props(model, {"config": json.dumps({"input_size": size, "mean": MEAN, "std": STD})})
+        helper.set_model_props(
+            model, {"config": json.dumps({"input_size": size, "mean": MEAN, "std": STD})}
+        )
     onnx.save(model, path)
     return str(path)
 
@@ -76,7 +82,9 @@ def network_file(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures; a copy, a recompressed, a cropped and a turned one of the first; and no other file."""
+    """Eight pictures; a copy, a recompressed, a cropped and a turned one of the first; and no other
+    file.
+    """
     root = tmp_path / "pictures"
     (root / "below").mkdir(parents=True)
     for seed in range(8):
@@ -95,7 +103,16 @@ def do(tmp_path, network_file, capfdbinary):
     """Run main() in this process; returns exit code, matches as dicts from stdout, and stderr."""
 
     def do(*arguments, threshold=THRESHOLD, network=network_file):
-        options = ["--onnx", network, "--cache", tmp_path / "cache.sqlite", "--threshold", threshold, "--workers", "2"]
+        options = [
+            "--onnx",
+            network,
+            "--cache",
+            tmp_path / "cache.sqlite",
+            "--threshold",
+            threshold,
+            "--workers",
+            "2",
+        ]
         code = match.main([*map(str, options), *map(str, arguments)])
         out, err = capfdbinary.readouterr()
         rows = list(csv.DictReader(io.StringIO(out.decode("utf-8", "surrogateescape"), newline="")))
@@ -112,7 +129,9 @@ def fake(monkeypatch, wrap):
     """Have the network's run replaced by wrap(run)."""
     load = match.onnx_network
     monkeypatch.setattr(
-        match, "onnx_network", lambda args: dataclasses.replace(network := load(args), run=wrap(network.run))
+        match,
+        "onnx_network",
+        lambda args: dataclasses.replace(network := load(args), run=wrap(network.run)),
     )
 
 
@@ -130,7 +149,11 @@ def test_finds_the_copies_in_a_folder(folder, do):
     assert code == 0
     assert names(rows) == {tuple(sorted((a, b))) for a in copies for b in copies if a < b}
     assert len(rows) == 10 and {row["group"] for row in rows} == {"1"}
-    exact = [row["score"] for row in rows if "0.png" in row["query"] and "renamed.png" in row["reference"]]
+    exact = [
+        row["score"]
+        for row in rows
+        if "0.png" in row["query"] and "renamed.png" in row["reference"]
+    ]
     assert exact == ["1.000000"]
 
 
@@ -143,7 +166,8 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
     code, rows, err = do(folder, archive)
     assert code == 0
     assert names(rows) == {("3.png", "three.png")} | {
-        tuple(sorted((name, "recompressed.jpg"))) for name in ("0.png", "renamed.png", "cropped.webp", "turned.jpg")
+        tuple(sorted((name, "recompressed.jpg")))
+        for name in ("0.png", "renamed.png", "cropped.webp", "turned.jpg")
     }
     assert all(Path(row["query"]).is_relative_to(folder) for row in rows)
     assert len({row["group"] for row in rows}) == 2
@@ -153,7 +177,9 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
 def test_a_picture_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for separator in ("\n", "\r\n", "\0"):
-        Path("list.txt").write_text(separator.join(["pictures/1.png", "", "pictures/recompressed.jpg", ""]))
+        Path("list.txt").write_text(
+            separator.join(["pictures/1.png", "", "pictures/recompressed.jpg", ""])
+        )
         code, rows, _ = do("pictures/0.png", "list.txt")
         assert code == 0 and [row["reference"] for row in rows] == ["pictures/recompressed.jpg"]
     code, rows, _ = do("pictures/0.png", "pictures/1.png")
@@ -210,7 +236,10 @@ def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
     assert reasons.keys() == {*bad, "truncated.png", "huge.png", "huger.png", "pipe.jpg"}
     assert reasons["huge.png"] == "10001 x 10000 pixels, more than 100000000 to decode"
     assert "200000000 pixels" in reasons["huger.png"]
-    assert reasons["text.jpg"] == reasons["vector.gif"] and "no picture in a known format (JPEG" in reasons["text.jpg"]
+    assert (
+        reasons["text.jpg"] == reasons["vector.gif"]
+        and "no picture in a known format (JPEG" in reasons["text.jpg"]
+    )
     assert reasons["pipe.jpg"] == "no file"
     code, rows, err = do(folder, "--bad-images", "error")
     assert code == 2 and len(rows) == 10 and "--bad-images error: 7 bad files" in err
@@ -228,7 +257,10 @@ def test_outputs(folder, do, tmp_path):
     for line, row in zip(lines.read_text().splitlines(), rows, strict=True):
         assert {**row, "score": float(row["score"]), "group": int(row["group"])} == json.loads(line)
     (group,) = map(json.loads, groups.read_text().splitlines())
-    assert group["group"] == 1 and {Path(path).name for path in group["files"]} >= {"0.png", "turned.jpg"}
+    assert group["group"] == 1 and {Path(path).name for path in group["files"]} >= {
+        "0.png",
+        "turned.jpg",
+    }
     assert len(group["files"]) == 5
     do(folder, "--output", table, "--groups", groups, threshold=1)
     assert [json.loads(line)["group"] for line in groups.read_text().splitlines()] == [1]
@@ -236,7 +268,13 @@ def test_outputs(folder, do, tmp_path):
 
 
 def test_paths_keep_their_bytes(folder, do, tmp_path):
-    odd = [b"a, \" and 'b'.png", b"line\nbreak.png", b"latin \xe9.png", "ünïcode 図.png".encode(), b" =1.png"]
+    odd = [
+        b"a, \" and 'b'.png",
+        b"line\nbreak.png",
+        b"latin \xe9.png",
+        "ünïcode 図.png".encode(),
+        b" =1.png",
+    ]
     for name in odd:
         shutil.copy(folder / "5.png", os.fsencode(folder) + b"/" + name)
     (folder / os.fsdecode(b"bad\n\xff.png")).write_bytes(b"")
@@ -244,10 +282,16 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
     _, rows, err = do(folder, "--output", out, "--output", "-", threshold=1)
     found = [json.loads(line) for line in out.read_text().splitlines()]
     for table in (rows, found):
-        files = {os.fsencode(row[side]).rpartition(b"/")[2] for row in table for side in ("query", "reference")}
+        files = {
+            os.fsencode(row[side]).rpartition(b"/")[2]
+            for row in table
+            for side in ("query", "reference")
+        }
         assert files >= {*odd, b"5.png"}
-    assert err.splitlines()[-1].endswith(r"bad\n\udcff.png: no picture in a known format "
-                                         "(JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIF)")  # fmt: skip
+    assert err.splitlines()[-1].endswith(
+        r"bad\n\udcff.png: no picture in a known format "
+        "(JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIF)"
+    )
 
 
 def test_report(folder, do, tmp_path, monkeypatch):
@@ -258,12 +302,25 @@ def test_report(folder, do, tmp_path, monkeypatch):
     _, rows, _ = do(folder, "--report", tmp_path / "page.html")
     ((output, matches, bad, threshold),) = given
     assert output == tmp_path / "page.html" and threshold == float(THRESHOLD)
-    assert isinstance(matches, pd.DataFrame) and list(matches) == ["query", "reference", "score", "group"]
-    assert matches["query"].tolist() == [row["query"] for row in rows] and matches["score"].dtype == float
+    assert isinstance(matches, pd.DataFrame) and list(matches) == [
+        "query",
+        "reference",
+        "score",
+        "group",
+    ]
+    assert (
+        matches["query"].tolist() == [row["query"] for row in rows]
+        and matches["score"].dtype == float
+    )
     assert [(Path(path).name, reason[:10]) for path, reason in bad] == [("bad.jpg", "no picture")]
     monkeypatch.setitem(sys.modules, "report", None)
     code, _, err = do(folder, "--report", tmp_path / "page.html")
-    assert code == 2 and err.startswith("match.py: error: ") and "report" in err and "describing" not in err
+    assert (
+        code == 2
+        and err.startswith("match.py: error: ")
+        and "report" in err
+        and "describing" not in err
+    )
 
 
 def test_quiet_says_nothing_but_what_is_wrong(folder, do, tmp_path):
@@ -282,7 +339,10 @@ def test_quiet_says_nothing_but_what_is_wrong(folder, do, tmp_path):
 
 
 def test_a_reader_that_has_had_enough(folder, network_file):
-    command = f"{sys.executable} {COMMAND} {folder} {folder} --onnx {network_file} --no-cache -q --threshold -1 | true"
+    command = (
+        f"{sys.executable} {COMMAND} {folder} {folder} --onnx {network_file} --no-cache -q "
+        f"--threshold -1 | true"
+    )
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stderr == ""
 
@@ -291,7 +351,10 @@ def test_runs_without_torch_and_without_heif(folder, network_file, tmp_path):
     """Neither is imported where --onnx is given, and a HEIC then says what it needs."""
     picture(0).save(folder / "phone.heic")
     blocked = ["torch", "torchvision", "timm", "augly", "pillow_heif", "hubconf"]
-    block = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path[0] = {str(COMMAND.parent)!r}"
+    block = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path[0] = "
+        f"{str(COMMAND.parent)!r}"
+    )
     arguments = [str(folder), "--onnx", network_file, "--no-cache", "--threshold", THRESHOLD]
     result = run("-c", f"{block}; import match; sys.exit(match.main({arguments!r}))", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -307,7 +370,9 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = v107.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
     path = tmp_path_factory.mktemp("checkpoint") / "small.pth.tar"
-    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path
+    )
     return path
 
 
@@ -334,8 +399,15 @@ def test_prepares_every_value_as_extraction_does():
 @pytest.mark.parametrize("orientation", range(10))
 def test_turns_pictures_as_viewers_do(tmp_path, orientation):
     """Turned back by the inverse of what EXIF orders; 0 and 9 order nothing."""
-    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-             7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    turns = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     turn = turns.get(orientation)
     stored = picture(1).transpose(Image.Transpose[turn]) if turn else picture(1)
     exif = Image.Exif()
@@ -350,20 +422,37 @@ def test_reads_damaged_exif_and_16_bits(tmp_path):
     picture(1).save(tmp_path / "exif.png", exif=b"Exif\0\0nonsense")
     deep = np.asarray(picture(1).convert("L")).astype(np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    for name, expected in (("exif.png", picture(1)), ("deep.png", picture(1).convert("L").convert("RGB"))):
+    for name, expected in (
+        ("exif.png", picture(1)),
+        ("deep.png", picture(1).convert("L").convert("RGB")),
+    ):
         with (tmp_path / name).open("rb") as file:
             actual = match.read_picture(file, np.asarray, match.Budget(match.MAX_PIXELS))
         np.testing.assert_array_equal(actual, np.asarray(expected))
 
 
 def test_describes_as_torch_hub_does(folder, checkpoint, tmp_path, capfd):
-    options = ["--weight", str(checkpoint), "-a", "test_efficientnet", "--input-size", "64", "--device", "cpu"]
+    options = [
+        "--weight",
+        str(checkpoint),
+        "-a",
+        "test_efficientnet",
+        "--input-size",
+        "64",
+        "--device",
+        "cpu",
+    ]
     cache = tmp_path / "cache.sqlite"
     assert match.main([str(folder), *options, "--cache", str(cache), "--batch-size", "5"]) == 0
     out, _ = capfd.readouterr()
     assert f"{folder}/0.png,{folder}/below/renamed.png,1.000000" in out
     model, preprocess = torch.hub.load(
-        str(ROOT), "isc_ft_v107", source="local", weights=str(checkpoint), arch="test_efficientnet", input_size=64
+        str(ROOT),
+        "isc_ft_v107",
+        source="local",
+        weights=str(checkpoint),
+        arch="test_efficientnet",
+        input_size=64,
     )
     args = match.parse_args([str(folder), *options, "--no-cache", "--batch-size", "4"])
     network = match.torch_network(args)
@@ -388,12 +477,32 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(urllib.request, "urlretrieve", fail)
-    for name in ("isc_ft_v107", "isc_selfsup_v98"):  # quiet, or the line of what is fetched comes first
-        words = [f"{name}: cannot be fetched", "no network", "--weight", "--onnx", "scripts/download_weights.py"]
+    for name in (
+        "isc_ft_v107",
+        "isc_selfsup_v98",
+    ):  # quiet, or the line of what is fetched comes first
+        words = [
+            f"{name}: cannot be fetched",
+            "no network",
+            "--weight",
+            "--onnx",
+            "scripts/download_weights.py",
+        ]
         refused("--weight", name, "--quiet", words=words)
     small = "-a", "test_efficientnet"
-    refused("--weight", tmp_path / "missing.pth.tar", *small, words=["missing.pth.tar: is no checkpoint"])
-    refused("--weight", checkpoint, "-a", "test_resnet", words=["small.pth.tar: is no checkpoint for these arguments"])
+    refused(
+        "--weight",
+        tmp_path / "missing.pth.tar",
+        *small,
+        words=["missing.pth.tar: is no checkpoint"],
+    )
+    refused(
+        "--weight",
+        checkpoint,
+        "-a",
+        "test_resnet",
+        words=["small.pth.tar: is no checkpoint for these arguments"],
+    )
     refused("--weight", checkpoint, "-a", "nothing", words=["nothing: timm has no such backbone"])
     refused("--weight", checkpoint, *small, "--device", "nothing", words=["--device nothing: "])
     if not torch.cuda.is_available():
@@ -401,14 +510,19 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
 
 
 def test_the_small_network_is_the_default(tmp_path, capfd):
-    """It finds edited copies of pictures that it has not seen, and says in a line that it is the small one."""
+    """It finds edited copies of pictures that it has not seen, and says in a line that it is the
+    small one.
+    """
     for i in range(8):
         picture = make_dataset.dead_leaves(np.random.default_rng(i), 160)
         picture.save(tmp_path / f"{i}.png")
         picture.crop((6, 6, 154, 146)).save(tmp_path / f"{i}-copy.jpg", quality=50)
     assert match.main([str(tmp_path), "--no-cache"]) == 0
     out, err = capfd.readouterr()
-    found = {tuple(sorted(Path(path).stem for path in line.split(",")[:2])) for line in out.splitlines()[1:]}
+    found = {
+        tuple(sorted(Path(path).stem for path in line.split(",")[:2]))
+        for line in out.splitlines()[1:]
+    }
     assert found == {(f"{i}", f"{i}-copy") for i in range(8)}
     assert "match.py: weights/v98.pth.tar describes; --weight isc_ft_v107" in err
     assert match.main([str(tmp_path), "--no-cache", "--quiet"]) == 0
@@ -475,13 +589,24 @@ def killed(run):
             os.kill(os.getpid(), signal.SIGKILL)
         return run(images)
     return call
-match.onnx_network = lambda args: dataclasses.replace(network := load(args), run=killed(network.run))
+def load_killed(args):
+    network = load(args)
+    return dataclasses.replace(network, run=killed(network.run))
+match.onnx_network = load_killed
 match.main()
 """
 
 
 def test_goes_on_after_kill_9(folder, do, tmp_path, network_file):
-    arguments = [folder, "--onnx", network_file, "--cache", tmp_path / "cache.sqlite", "--batch-size", "3"]
+    arguments = [
+        folder,
+        "--onnx",
+        network_file,
+        "--cache",
+        tmp_path / "cache.sqlite",
+        "--batch-size",
+        "3",
+    ]
     result = run("-c", KILLED, COMMAND.parent, *arguments)
     assert result.returncode == -signal.SIGKILL and result.stdout == ""
     code, rows, err = do(folder)
@@ -492,8 +617,20 @@ def test_two_commands_at_once(folder, network_file, tmp_path):
     for seed in range(100, 160):
         picture(seed).save(folder / f"{seed}.png")
     cache = tmp_path / "cache.sqlite"
-    command = [sys.executable, COMMAND, folder, "--onnx", network_file, "--cache", cache, "--batch-size", "1"]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    command = [
+        sys.executable,
+        COMMAND,
+        folder,
+        "--onnx",
+        network_file,
+        "--cache",
+        cache,
+        "--batch-size",
+        "1",
+    ]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
+    ]
     results = [process.communicate(timeout=100) for process in running]
     assert [process.returncode for process in running] == [0, 0], results
     assert results[0][0] == results[1][0]
@@ -506,7 +643,11 @@ def test_damaged_caches(folder, do, tmp_path):
     cache = tmp_path / "cache.sqlite"
     _, expected, _ = do(folder)
     whole = cache.read_bytes()
-    for damaged in (b"no database" * 1000, whole[:1000], whole[:2000] + b"\0" * 8000 + whole[10000:]):
+    for damaged in (
+        b"no database" * 1000,
+        whole[:1000],
+        whole[:2000] + b"\0" * 8000 + whole[10000:],
+    ):
         cache.write_bytes(damaged)
         code, rows, err = do(folder, "-q")
         assert code == 2 and rows == [] and err.count("\n") == 1
@@ -532,7 +673,9 @@ def test_a_network_that_fails_on_a_picture(folder, do, monkeypatch):
     with monkeypatch.context() as patch:
         fake(patch, wrap)
         code, _, err = do(folder, "--batch-size", "16")
-    assert code == 0 and err.count("descriptor of it is not finite") == 1 and "10 of them new" in err
+    assert (
+        code == 0 and err.count("descriptor of it is not finite") == 1 and "10 of them new" in err
+    )
     _, _, err = do(folder)
     assert "1 of them new" in err and "bad files" not in err
 
@@ -540,10 +683,14 @@ def test_a_network_that_fails_on_a_picture(folder, do, monkeypatch):
 def test_descriptors_do_not_depend_on_workers(folder, network_file, tmp_path):
     rows = []
     for workers in ("1", "3"):
-        args = match.parse_args([str(folder), "--onnx", network_file, "--workers", workers, "-q", "--batch-size", "5"])
+        args = match.parse_args(
+            [str(folder), "--onnx", network_file, "--workers", workers, "-q", "--batch-size", "5"]
+        )
         network = match.onnx_network(args)
         paths, _, _ = match.collect([str(folder)])
-        rows.append(match.describe(paths, network, match.Cache(None, network), args, "")[0].tobytes())
+        rows.append(
+            match.describe(paths, network, match.Cache(None, network), args, "")[0].tobytes()
+        )
     assert rows[0] == rows[1]
 
 
@@ -566,7 +713,9 @@ def test_large_pictures_wait_for_each_other():
             time.sleep(0.002)
             held.remove(pixels)
 
-    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in [100, 60, 30, 60, 30, 10] * 4]
+    threads = [
+        threading.Thread(target=decode, args=(pixels,)) for pixels in [100, 60, 30, 60, 30, 10] * 4
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -608,9 +757,13 @@ def by_brute_force(descriptors, queries, references, threshold, top_k):
     same=st.booleans(),
     similarities=st.sampled_from([1, 50, 10**6]),
 )
-def test_pairs_and_groups_are_those_of_brute_force(seed, count, top_k, threshold, same, similarities):
+def test_pairs_and_groups_are_those_of_brute_force(
+    seed, count, top_k, threshold, same, similarities
+):
     rng = np.random.default_rng(seed)
-    descriptors = rows_of(*rng.standard_normal((count, 3)))[rng.integers(0, count, count)]  # with exact copies
+    descriptors = rows_of(*rng.standard_normal((count, 3)))[
+        rng.integers(0, count, count)
+    ]  # with exact copies
     queries = references = np.arange(count)
     if not same:
         order = rng.permutation(count)
@@ -631,7 +784,9 @@ def test_groups_are_over_more_than_the_reported_pairs():
     angles = np.cumsum([0, 1, 3, 1, 3, 1]) / 100
     descriptors = rows_of(*np.stack([np.cos(angles), np.sin(angles)], 1))
     files = np.arange(6)
-    query, reference, _, group = match.find_pairs(descriptors, files, files, float(np.cos(0.031)), 1)
+    query, reference, _, group = match.find_pairs(
+        descriptors, files, files, float(np.cos(0.031)), 1
+    )
     assert list(zip(query.tolist(), reference.tolist(), strict=True)) == [(0, 1), (2, 3), (4, 5)]
     assert group.tolist() == [0] * 6
 
@@ -683,7 +838,9 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
     assert float(row["score"]) == pytest.approx(float(a @ b), abs=2e-6)
     assert float(row["score"]) != pytest.approx(float(plain[0] @ plain[1]), abs=2e-4)
 
-    np.save(tmp_path / "feats.npy", np.concatenate([described, np.zeros((1, 256), np.float32)]))  # one unread
+    np.save(
+        tmp_path / "feats.npy", np.concatenate([described, np.zeros((1, 256), np.float32)])
+    )  # one unread
     _, again, _ = do(folder, "--negatives", tmp_path / "feats.npy")
     assert again == rows
     np.save(tmp_path / "feats.npy", described[:, :64])
@@ -702,16 +859,40 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
         (["nowhere", "--onnx", "x"], "nowhere: no such file or folder"),
         (["pictures", "nowhere.txt", "--onnx", "x"], "nowhere.txt: no such file or folder"),
         (["empty", "--onnx", "x"], "empty: a folder without pictures"),
-        (["text.txt", "--onnx", "x"], "text.txt: no picture by its suffix, and no line of it is the path of a file"),
-        (["binary", "--onnx", "x"], "binary: no picture by its suffix, and no line of it is the path of a file"),
+        (
+            ["text.txt", "--onnx", "x"],
+            "text.txt: no picture by its suffix, and no line of it is the path of a file",
+        ),
+        (
+            ["binary", "--onnx", "x"],
+            "binary: no picture by its suffix, and no line of it is the path of a file",
+        ),
         (["pictures", "--onnx", "missing.onnx"], "missing.onnx"),
         (["pictures", "--onnx", "text.txt"], "text.txt: is no ONNX file of export.py"),
-        (["pictures", "--onnx", "plain.onnx"], "plain.onnx: is no ONNX file of export.py (KeyError: 'config')"),
-        (["pictures", "--onnx", "small.onnx", "--input-size", "64"], "small.onnx: takes 32 pixels only"),
-        (["pictures", "--onnx", "small.onnx", "--device", "cuda"], "--device cuda: this onnxruntime has"),
-        (["pictures", "--onnx", "small.onnx", "--device", "tpu"], "--device tpu: this onnxruntime has"),
-        (["pictures", "--onnx", "small.onnx", "--cache", "text.txt"], "text.txt: cannot be used as a cache"),
-        (["pictures", "--onnx", "small.onnx", "--cache", "text.txt/c"], "text.txt/c: cannot be used as a cache"),
+        (
+            ["pictures", "--onnx", "plain.onnx"],
+            "plain.onnx: is no ONNX file of export.py (KeyError: 'config')",
+        ),
+        (
+            ["pictures", "--onnx", "small.onnx", "--input-size", "64"],
+            "small.onnx: takes 32 pixels only",
+        ),
+        (
+            ["pictures", "--onnx", "small.onnx", "--device", "cuda"],
+            "--device cuda: this onnxruntime has",
+        ),
+        (
+            ["pictures", "--onnx", "small.onnx", "--device", "tpu"],
+            "--device tpu: this onnxruntime has",
+        ),
+        (
+            ["pictures", "--onnx", "small.onnx", "--cache", "text.txt"],
+            "text.txt: cannot be used as a cache",
+        ),
+        (
+            ["pictures", "--onnx", "small.onnx", "--cache", "text.txt/c"],
+            "text.txt/c: cannot be used as a cache",
+        ),
         (["pictures", "--onnx", "small.onnx", "--negatives", "no.npy"], "no.npy: no such file"),
     ],
 )
@@ -724,7 +905,9 @@ def test_refuses_in_one_line(arguments, words, folder, tmp_path, network_file, m
     write_onnx("plain.onnx", metadata=False)
     assert match.main(["--no-cache", "-q", *arguments]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("match.py: error: ") and words in err
+    assert (
+        out == "" and err.count("\n") == 1 and err.startswith("match.py: error: ") and words in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -752,7 +935,11 @@ def test_a_full_disk_is_one_line(folder, do, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = do(folder, "--output", tmp_path / "out.csv", "-q")
-    assert code == 2 and err.count("\n") == 1 and "out.csv: cannot be written (No space left on device)" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "out.csv: cannot be written (No space left on device)" in err
+    )
     assert list(tmp_path.glob("*out*")) == []
 
 

@@ -1,4 +1,6 @@
-"""The network, its checkpoint keys, the optimizer groups and the learning rate, against the golden values."""
+"""The network, its checkpoint keys, the optimizer groups and the learning rate, against the golden
+values.
+"""
 
 import json
 import zlib
@@ -77,8 +79,12 @@ def test_evaluation_mode(values, p):
 
 @torch.no_grad()
 def test_last_feature_map(values):
-    """In float64; the stored map is of single precision, off by up to 6e-4 where values reach 30."""
-    feature = network(values).eval().double().backbone(torch.from_numpy(values["input_0"]).double())[-1]
+    """In float64; the stored map is of single precision, off by up to 6e-4 where values reach
+    30.
+    """
+    feature = (
+        network(values).eval().double().backbone(torch.from_numpy(values["input_0"]).double())[-1]
+    )
     assert_close(feature, values["last_feature_0"], atol=1e-3)
 
 
@@ -90,15 +96,24 @@ def test_training_mode(values, p):
     assert_close(output, values[f"train_p{p}_output"], atol=2e-5)
     assert_close(model.bn.running_mean, values[f"train_p{p}_bn_running_mean"], atol=5e-5)
     assert_close(model.bn.running_var, values[f"train_p{p}_bn_running_var"], atol=5e-5)
-    assert_close(model.backbone.bn1.running_mean, values[f"train_p{p}_backbone_bn1_running_mean"], atol=5e-5)
-    assert_close(model.backbone.bn1.running_var, values[f"train_p{p}_backbone_bn1_running_var"], atol=5e-5)
+    assert_close(
+        model.backbone.bn1.running_mean, values[f"train_p{p}_backbone_bn1_running_mean"], atol=5e-5
+    )
+    assert_close(
+        model.backbone.bn1.running_var, values[f"train_p{p}_backbone_bn1_running_var"], atol=5e-5
+    )
     assert model.bn.num_batches_tracked.item() == values[f"train_p{p}_num_batches_tracked"]
     assert_close(model.bn.weight.grad, values[f"train_p{p}_grad_bn_weight"], atol=1e-4)
     assert_close(model.fc.weight.grad[0], values[f"train_p{p}_grad_fc_weight_row0"], atol=1e-4)
-    assert_close(model.backbone.conv_stem.weight.grad, values[f"train_p{p}_grad_conv_stem"], atol=5e-3)
+    assert_close(
+        model.backbone.conv_stem.weight.grad, values[f"train_p{p}_grad_conv_stem"], atol=5e-3
+    )
     names, parameters = zip(*model.named_parameters(), strict=True)
     assert list(names) == values["param_names"].tolist()
-    norms, expected = np.array([q.grad.norm().item() for q in parameters]), values[f"train_p{p}_grad_norm"]
+    norms, expected = (
+        np.array([q.grad.norm().item() for q in parameters]),
+        values[f"train_p{p}_grad_norm"],
+    )
     assert_close(norms[expected > 0.01], expected[expected > 0.01], atol=0, rtol=1e-3)
 
 
@@ -112,8 +127,13 @@ def test_the_full_size_network(values, real_network):
 
 
 def test_both_names_of_the_published_backbone_work(values):
-    assert timm.is_model(str(values["real_arch"]).split(".")[0]) or timm.is_model("tf_efficientnetv2_m")
-    assert v83.parse_args(["data"]).arch in (str(values["real_arch"]), "tf_efficientnetv2_m.in21k_ft_in1k")
+    assert timm.is_model(str(values["real_arch"]).split(".")[0]) or timm.is_model(
+        "tf_efficientnetv2_m"
+    )
+    assert v83.parse_args(["data"]).arch in (
+        str(values["real_arch"]),
+        "tf_efficientnetv2_m.in21k_ft_in1k",
+    )
 
 
 @pytest.mark.parametrize("p", [1, 3, 4])
@@ -161,7 +181,10 @@ def test_weight_decay_groups(real_network):
         assert len(group["params"]) == expected[f"{name}_tensors"]
         assert sum(q.numel() for q in group["params"]) == expected[f"{name}_params"]
     assert all(q.ndim > 1 for q in decay["params"])
-    assert [len(group["params"]) for group in parameter_groups(real_network, 0.0)] == [402, 245]  # resuming needs both
+    assert [len(group["params"]) for group in parameter_groups(real_network, 0.0)] == [
+        402,
+        245,
+    ]  # resuming needs both
 
 
 def test_a_gain_is_not_decayed():
@@ -190,7 +213,11 @@ def test_linear_schedule():
         optimizer, rates = torch.optim.SGD(network.parameters()), []
         for epoch in range(args.epochs):
             state = {"epoch": epoch, "step": 0}
-            assert not list(stage.train_one_epoch(args, state, NoSamples(), network, loss, optimizer, None, None))
+            assert not list(
+                stage.train_one_epoch(
+                    args, state, NoSamples(), network, loss, optimizer, None, None
+                )
+            )
             rates.append(optimizer.param_groups[0]["lr"])
         assert rates == pytest.approx(schedule["values"], rel=1e-12)
 

@@ -10,11 +10,18 @@ from conftest import copy_repository, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
 SECTION = "Fine-tune on your own pictures"
-SMALL = {"ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet", "SIZE=512": "SIZE=32"}  # all that is replaced
+SMALL = {
+    "ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet",
+    "SIZE=512": "SIZE=32",
+}  # all that is replaced
 
 
 def files(folder):
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    return {
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
 
 
 def test_the_commands_run_as_they_are_written(tmp_path):
@@ -28,7 +35,9 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     weights = clone / "exp" / "v107" / "train" / "checkpoint_0009.pth.tar"
     weights.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    network = v107.create_model(v107.parse_args(["x", "-a", "test_resnet", "--no-pretrained"]), torch.device("cpu"))
+    network = v107.create_model(
+        v107.parse_args(["x", "-a", "test_resnet", "--no-pretrained"]), torch.device("cpu")
+    )
     torch.save({"state_dict": network.state_dict(prefix="module."), "arch": "test_resnet"}, weights)
     before = files(clone)
 
@@ -44,10 +53,17 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     assert f"{own / 'input'}: no findings" in result.stdout
     statistics = json.loads((own / "input" / "statistics.json").read_text())
     assert statistics["sources"] == {"usable": 48, "used": 48, "unreadable": 1}
-    scores = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"average_precision"')]
+    scores = [
+        json.loads(line)
+        for line in result.stdout.splitlines()
+        if line.startswith('{"average_precision"')
+    ]
     assert len(scores) == 2 and scores[0] != scores[1]
 
-    log = [json.loads(line) for line in (own / "exp" / "tuned" / "train" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (own / "exp" / "tuned" / "train" / "log.jsonl").read_text().splitlines()
+    ]
     assert log[0]["args"]["weight"] == "exp/v107/train/checkpoint_0009.pth.tar"
     losses = [line["loss"] for line in log if "loss" in line]
     assert len(losses) == 10 and losses[-1] < losses[0]

@@ -9,7 +9,8 @@ import plot_edits
 from conftest import ROOT, assert_refused, called, run
 
 SCRIPT = ROOT / "scripts" / "plot_edits.py"
-QUERIES = {  # its reference, its edits; the first submission finds crops, the second what was not cropped
+# its reference, its edits; the first submission finds crops, the second what was not cropped
+QUERIES = {
     "Q00000": ("R000000", ["crop"]),
     "Q00001": ("R000001", ["crop", "pad_square"]),
     "Q00002": ("R000002", ["pad_square"]),
@@ -34,7 +35,9 @@ def data(tmp_path):
 
 
 def test_whole_command(data):
-    submissions = [f"{title}={data}/{file}.csv" for title, file in (("one", "one"), (r"$\x$", "two"))]
+    submissions = [
+        f"{title}={data}/{file}.csv" for title, file in (("one", "one"), (r"$\x$", "two"))
+    ]
     result = run(SCRIPT, data / "truth.csv", *submissions, "-o", data / "edits.png")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -51,7 +54,10 @@ def test_whole_command(data):
 def test_draws_the_scores_of_the_table():
     table = {"crop": {"a": 0.25, "b": 0.5}, "all queries": {"a": 1.0, "b": 0.0}}
     (axes,) = plot_edits.draw(table).axes
-    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[0.25, 1.0], [0.5, 0.0]]
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [
+        [0.25, 1.0],
+        [0.5, 0.0],
+    ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["crop", "all queries"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
@@ -64,7 +70,10 @@ def test_bad_input_is_refused(data, capsys):
         ((truth, f"a={data}/one.csv", "-o", "edits.txt"), ["--output edits.txt", "png"]),
         ((truth, f"a={data}/one.csv", "-o", f"{data}/none/edits.png"), [f"{data}/none/edits.png"]),
         ((truth, f"a={data}/none.csv", "-o", output), [f"{data}/none.csv"]),
-        ((truth, f"a={data}/one.csv", "--edits", f"{data}/none.csv", "-o", output), [f"{data}/none.csv"]),
+        (
+            (truth, f"a={data}/one.csv", "--edits", f"{data}/none.csv", "-o", output),
+            [f"{data}/none.csv"],
+        ),
     ):
         assert_refused(called(plot_edits.main, arguments, capsys), *words)
     assert_refused(run(SCRIPT, truth, f"a={data}/none.csv", "-o", output), data / "none.csv")

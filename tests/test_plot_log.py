@@ -13,7 +13,10 @@ VALUES = dict.fromkeys(plot_log.PANELS, 1.0)
 
 
 def write_log(path, steps=(50, 100, 150, 200), end=""):
-    lines = [{"epoch": 0, "step": 0, "args": {}}, {"epoch": 0, "step": 60, "bad_image": "x.jpg: is no image"}]
+    lines = [
+        {"epoch": 0, "step": 0, "args": {}},
+        {"epoch": 0, "step": 60, "bad_image": "x.jpg: is no image"},
+    ]
     lines += [{"epoch": step // 101, "step": step, **VALUES, "lr": step / 1000} for step in steps]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
     return path
@@ -31,12 +34,16 @@ def test_whole_command(tmp_path):
 
 def test_draws_what_the_log_says(tmp_path):
     logs = {
-        name: plot_log.read_log(write_log(tmp_path / name, steps)) for name, steps in (("a", (50, 200)), ("b", (9,)))
+        name: plot_log.read_log(write_log(tmp_path / name, steps))
+        for name, steps in (("a", (50, 200)), ("b", (9,)))
     }
     axes = plot_log.draw(logs).axes
     assert len(axes) == 8
     lr = next(axis for axis in axes if axis.get_title(loc="left") == "learning rate")
-    assert [line.get_xydata().tolist() for line in lr.lines] == [[[50, 0.05], [200, 0.2]], [[9, 0.009]]]
+    assert [line.get_xydata().tolist() for line in lr.lines] == [
+        [[50, 0.05], [200, 0.2]],
+        [[9, 0.009]],
+    ]
 
 
 def test_epochs_have_borders_in_a_single_log(tmp_path):

@@ -1,4 +1,6 @@
-"""Database augmentation, negative embedding subtraction, nearest neighbours, and the whole command."""
+"""Database augmentation, negative embedding subtraction, nearest neighbours, and the whole
+command.
+"""
 
 import csv
 
@@ -25,7 +27,9 @@ def close(actual, expected):
 
 
 def write_stage(exp, stage, case, submission="fb-isc-submission.h5", **changes):
-    """Lays out what a stage's extraction leaves, from a golden case; a change of None leaves the dataset out."""
+    """Lays out what a stage's extraction leaves, from a golden case; a change of None leaves the
+    dataset out.
+    """
     folder = exp / stage / "extract"
     folder.mkdir(parents=True, exist_ok=True)
     data = {name: case[name] for name in ("query", "reference")}
@@ -91,7 +95,9 @@ def test_block_sizes_give_the_same_answer(monkeypatch, case):
 
 
 class OneGpu:
-    """Stands in for faiss's GPU build: another order of summation, and neighbours in no particular order."""
+    """Stands in for faiss's GPU build: another order of summation, and neighbours in no particular
+    order.
+    """
 
     def __init__(self, index):
         self.index = index
@@ -192,13 +198,21 @@ def test_command_reproduces_golden(tmp_path, name):
     assert result.stdout.split() == [str(folder / "v107_iso.h5"), str(folder / "v107_iso.csv")]
     with h5py.File(folder / "v107_iso.h5") as file:
         assert sorted(file) == ["query", "query_ids", "reference", "reference_ids"]
-        assert (file["query_ids"].dtype, file["reference_ids"].dtype) == (np.dtype("S6"), np.dtype("S7"))
+        assert (file["query_ids"].dtype, file["reference_ids"].dtype) == (
+            np.dtype("S6"),
+            np.dtype("S7"),
+        )
         assert file["query"].dtype == file["reference"].dtype == np.float32
         close(file["query"], case["query_subtracted"])
         close(file["reference"], case["reference_subtracted"])
         np.testing.assert_array_equal(np.char.decode(file["query_ids"][()]), case["query_ids"])
-        np.testing.assert_array_equal(np.char.decode(file["reference_ids"][()]), case["reference_ids"])
-    with (folder / "v107_iso.csv").open() as actual, (GOLDEN / f"postprocess_{name}.csv").open() as expected:
+        np.testing.assert_array_equal(
+            np.char.decode(file["reference_ids"][()]), case["reference_ids"]
+        )
+    with (
+        (folder / "v107_iso.csv").open() as actual,
+        (GOLDEN / f"postprocess_{name}.csv").open() as expected,
+    ):
         actual, expected = list(csv.reader(actual)), list(csv.reader(expected))
     assert [row[:2] for row in actual] == [row[:2] for row in expected]
     close([float(row[2]) for row in actual[1:]], [float(row[2]) for row in expected[1:]])
@@ -221,7 +235,10 @@ def test_parameters_reach_the_steps(tmp_path, case):
     assert run(COMMAND, "--exp", tmp_path, *flags).returncode == 0
     train = postprocess.database_augmentation(case["train"], 7, 2)
     with h5py.File(folder / "v107_iso.h5") as file:
-        close(file["query"], postprocess.negative_embedding_subtraction(case["query"], train, 3, 7, 0.2))
+        close(
+            file["query"],
+            postprocess.negative_embedding_subtraction(case["query"], train, 3, 7, 0.2),
+        )
 
 
 def test_several_stages_are_concatenated(tmp_path, case):
@@ -287,7 +304,10 @@ def nan_in(rows):
         ({"reference_ids": None}, ["no dataset 'reference_ids'"]),
         ({"query": lambda case: nan_in(case["query"])}, ["'query'", "NaN", "row 4"]),
         ({"reference": lambda case: case["reference"] + np.inf}, ["'reference'", "infinity"]),
-        ({"reference": lambda case: case["reference"] * np.float64(1e200)}, ["'reference'", "infinity"]),
+        (
+            {"reference": lambda case: case["reference"] * np.float64(1e200)},
+            ["'reference'", "infinity"],
+        ),
         ({"query": lambda case: case["query"][:, 1:]}, ["dimensions", "63 and 64"]),
         ({"query": lambda case: case["query"][1:]}, ["59 rows", "60 ids"]),
         ({"query": lambda case: case["query"][:0]}, ["'query'", "empty"]),
@@ -295,7 +315,10 @@ def nan_in(rows):
         ({"query": lambda case: case["query"].astype(int)}, ["'query'", "int64"]),
         ({"query_ids": lambda case: np.full(60, b"Q00007")}, ["Q00007", "more than once"]),
         ({"query_ids": lambda case: np.arange(60)}, ["'query_ids'", "string"]),
-        ({"query_ids": lambda case: np.array([b"\xff%d" % i for i in range(60)])}, ["'query_ids'", "UTF-8"]),
+        (
+            {"query_ids": lambda case: np.array([b"\xff%d" % i for i in range(60)])},
+            ["'query_ids'", "UTF-8"],
+        ),
     ],
 )
 def test_refuses_wrong_submission(tmp_path, case, capsys, changes, words):
@@ -369,7 +392,15 @@ def test_refuses_links_and_shape_bombs(tmp_path, case, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--k", 0), ("--num-iter", -1), ("--beta", "nan"), ("--alpha", "x"), ("--phase", 3), ("--exp",)]
+    "flags",
+    [
+        ("--k", 0),
+        ("--num-iter", -1),
+        ("--beta", "nan"),
+        ("--alpha", "x"),
+        ("--phase", 3),
+        ("--exp",),
+    ],
 )
 def test_refuses_wrong_flags(tmp_path, flags):
     assert_refused(run(COMMAND, *flags), flags[0])

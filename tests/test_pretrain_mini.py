@@ -1,4 +1,6 @@
-"""scripts/pretrain_mini.py: pictures and views are drawn from the seed alone; a resumed run is the run in one piece."""
+"""scripts/pretrain_mini.py: pictures and views are drawn from the seed alone; a resumed run is the
+run in one piece.
+"""
 
 import json
 
@@ -24,7 +26,12 @@ def small(monkeypatch):
 
 def command(out, *more):
     flags = "--pictures 2 --input-size 48 --early-size 32 --pairs 4 --warmup 2"
-    return [str(out), *flags.split(), *["--workers", "0", "--log-every", "2", "--checkpoint-every", "3"], *more]
+    return [
+        str(out),
+        *flags.split(),
+        *["--workers", "0", "--log-every", "2", "--checkpoint-every", "3"],
+        *more,
+    ]
 
 
 def views(seed=0):
@@ -70,7 +77,8 @@ def test_views_before_the_rate_falls_do_not_depend_on_the_number_of_steps(small,
     pretrain_mini.write_pictures(0, tmp_path / "pictures", 0)
     pretrain_mini.write_images(tmp_path)
     ten, hundred = (
-        pretrain_mini.Batches(pretrain_mini.parse_args(command(tmp_path, "--steps", steps))) for steps in ("10", "100")
+        pretrain_mini.Batches(pretrain_mini.parse_args(command(tmp_path, "--steps", steps)))
+        for steps in ("10", "100")
     )
     assert torch.equal(ten[6], hundred[6]) and ten[6].shape == (8, 32, 32, 3)
     assert ten[7].shape == (8, 48, 48, 3) and torch.equal(ten[7], ten[7])
@@ -126,15 +134,21 @@ def test_a_resumed_run_is_the_run_in_one_piece(small, tmp_path):
     assert torch.load(tmp_path / "parts/last.pth.tar", weights_only=False)["step"] == 3
     assert pretrain_mini.main(command(tmp_path / "parts", "--steps", "6")) == 0
 
-    whole, parts = (v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), "cpu") for _ in range(2))
+    whole, parts = (
+        v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), "cpu") for _ in range(2)
+    )
     for name, model in ("whole", whole), ("parts", parts):
         checkpoint = v98.load_checkpoint([tmp_path / name / "start.pth.tar"], model)
-        halves = {value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()}
+        halves = {
+            value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()
+        }
         assert halves == {torch.float16} and checkpoint["arch"] == "test_byobnet"
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
     images = sorted((tmp_path / "whole/input").glob("*/*.jpg"))
-    assert [path.parent.name for path in images] == ["reference_images"] * 4 + ["training_images"] * 8
+    assert [path.parent.name for path in images] == ["reference_images"] * 4 + [
+        "training_images"
+    ] * 8
     lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6] and lines[0]["args"]["pairs"] == 4
 

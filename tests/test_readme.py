@@ -1,4 +1,6 @@
-"""The README's commands for a folder of one's own, thresholds and other runtimes, run in bash as they are written."""
+"""The README's commands for a folder of one's own, thresholds and other runtimes, run in bash as
+they are written.
+"""
 
 import importlib
 import os
@@ -48,13 +50,19 @@ def home(tmp_path_factory):
 
 
 def run_block(home, heading, scaled):
-    return run_as_written(readme_block(heading), home / "clone", scaled, HOME=str(home), XDG_CACHE_HOME="")
+    return run_as_written(
+        readme_block(heading), home / "clone", scaled, HOME=str(home), XDG_CACHE_HOME=""
+    )
 
 
 def read_matches(path):
     """{(name, name): score} of a csv of match.py, the names in order."""
     matches = pd.read_csv(path)
-    names = zip(matches["query"].map(os.path.basename), matches["reference"].map(os.path.basename), strict=True)
+    names = zip(
+        matches["query"].map(os.path.basename),
+        matches["reference"].map(os.path.basename),
+        strict=True,
+    )
     return dict(zip(map(tuple, map(sorted, names)), matches["score"], strict=True))
 
 
@@ -66,7 +74,10 @@ def test_copies_among_own_pictures(home):
     assert found["3.jpg", "compressed.jpg"] > 0.9
     page = (clone / "copies.html").read_text()
     assert "renamed.jpg" in page and "broken.jpg" in page and "data:image/jpeg" in page
-    assert any("renamed.jpg" in line and "1.jpg" in line for line in (clone / "groups.jsonl").read_text().splitlines())
+    assert any(
+        "renamed.jpg" in line and "1.jpg" in line
+        for line in (clone / "groups.jsonl").read_text().splitlines()
+    )
     assert (home / ".cache" / "isc21" / "descriptors.sqlite").exists()
 
 
@@ -79,7 +90,9 @@ def test_thresholds(home):
         for name, rows in (("query", query), ("reference", reference)):
             file[name] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
             width = {"query": 5, "reference": 6}[name]
-            file[f"{name}_ids"] = np.array([f"{name[0].upper()}{i:0{width}}".encode() for i in range(len(rows))])
+            file[f"{name}_ids"] = np.array(
+                [f"{name[0].upper()}{i:0{width}}".encode() for i in range(len(rows))]
+            )
     (clone / "input").mkdir()
     pairs = "".join(f"Q{i:05},R{i:06}\n" for i in range(20))
     (clone / "input/public_ground_truth.csv").write_text(f"query_id,reference_id\n{pairs}")
@@ -105,5 +118,7 @@ def test_commands_in_the_text_parse(command):
     """Those that need several GPUs or machines."""
     words = shlex.split(command)
     script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    args = importlib.import_module(words[script].removesuffix(".py")).parse_args(words[script + 1 :])
+    args = importlib.import_module(words[script].removesuffix(".py")).parse_args(
+        words[script + 1 :]
+    )
     assert args.data == "../input/training_images/"

@@ -1,4 +1,6 @@
-"""scripts/report.py: right thresholds, pages that a browser shows without a fault, names and pictures of any kind."""
+"""scripts/report.py: right thresholds, pages that a browser shows without a fault, names and
+pictures of any kind.
+"""
 
 import html
 import json
@@ -21,7 +23,9 @@ from eval_metrics import micro_metrics, read_ground_truth
 
 SCRIPT = "scripts/report.py"
 EVIL = """<script>alert("1")</script>'&amp;"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Page(HTMLParser):
@@ -59,13 +63,20 @@ def write_truth(path, rows):
 def data(tmp_path_factory):
     """A data folder, 8 references and 6 queries, whose h5 has every case of the page.
 
-    Q0 to Q2 are copies that are found, Q2 with an id that wants escaping; Q3's reference has a row of zeros, Q4 is no
-    copy and looks like R6, Q5's reference is the farthest of all. R1's picture is broken, R3's is missing.
+    Q0 to Q2 are copies that are found, Q2 with an id that wants escaping; Q3's reference has a row
+    of zeros, Q4 is no copy and looks like R6, Q5's reference is the farthest of all. R1's picture
+    is broken, R3's is missing.
     """
     folder = tmp_path_factory.mktemp("input")
     query_ids, reference_ids = ["Q0", "Q1", EVIL, "Q3", "Q4", "Q5"], [f"R{i}" for i in range(8)]
     for number, name in enumerate(["Q0", "Q1", "Q3", "Q4", "Q5", *reference_ids]):
-        kind = "query_images_phase2" if name == "Q5" else "query_images" if name[0] == "Q" else "reference_images"
+        kind = (
+            "query_images_phase2"
+            if name == "Q5"
+            else "query_images"
+            if name[0] == "Q"
+            else "reference_images"
+        )
         photo(folder / kind / f"{name}{'.PNG' if name == 'Q4' else '.jpg'}", number)
     (folder / "reference_images/R1.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     (folder / "reference_images/R3.jpg").unlink()
@@ -78,11 +89,28 @@ def data(tmp_path_factory):
     reference[3] = 0
     with h5py.File(folder / "sub.h5", "w") as file:
         file["query"], file["reference"] = query, reference
-        file["query_ids"], file["reference_ids"] = np.array(query_ids, "S40"), np.array(reference_ids, "S4")
-    write_truth(folder / "truth.csv", zip(query_ids, ["R0", "R1", "R2", "R3", "", "R5"], strict=True))
-    edits = [["crop", "jpeg"], ["crop", "over_lay", "jpeg"], [EVIL, "jpeg"], ["pad", "jpeg"], ["pad", "jpeg"], ["jpeg"]]
-    rows = [(q, "x", json.dumps([[e, {"p": 1}] for e in names]), 1) for q, names in zip(query_ids, edits, strict=True)]
-    pd.DataFrame(rows, columns=["query_id", "source", "edits", "phase"]).to_csv(folder / "query_edits.csv", index=False)
+        file["query_ids"], file["reference_ids"] = (
+            np.array(query_ids, "S40"),
+            np.array(reference_ids, "S4"),
+        )
+    write_truth(
+        folder / "truth.csv", zip(query_ids, ["R0", "R1", "R2", "R3", "", "R5"], strict=True)
+    )
+    edits = [
+        ["crop", "jpeg"],
+        ["crop", "over_lay", "jpeg"],
+        [EVIL, "jpeg"],
+        ["pad", "jpeg"],
+        ["pad", "jpeg"],
+        ["jpeg"],
+    ]
+    rows = [
+        (q, "x", json.dumps([[e, {"p": 1}] for e in names]), 1)
+        for q, names in zip(query_ids, edits, strict=True)
+    ]
+    pd.DataFrame(rows, columns=["query_id", "source", "edits", "phase"]).to_csv(
+        folder / "query_edits.csv", index=False
+    )
     return folder
 
 
@@ -90,7 +118,9 @@ def data(tmp_path_factory):
 def submission_page(data, tmp_path_factory):
     """(stdout, path) of a page made by the command."""
     output = tmp_path_factory.mktemp("page") / "page.html"
-    result = run(SCRIPT, data / "sub.h5", data / "truth.csv", "--output", output, "--threshold", 0.99, -0.999)
+    result = run(
+        SCRIPT, data / "sub.h5", data / "truth.csv", "--output", output, "--threshold", 0.99, -0.999
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout, output
 
@@ -99,10 +129,20 @@ def submission_page(data, tmp_path_factory):
 def pairs(tmp_path_factory):
     """Pairs as match.py gives them: three groups, names of every kind, one file gone."""
     folder = tmp_path_factory.mktemp("photos")
-    names = [EVIL.replace("/", "-") + ".jpg", "a.png", "b.gif", os.fsdecode(b"caf\xe9.jpg"), "sub/\u202egnp.jpg"]
-    paths = [str(photo(folder / name, number)) for number, name in enumerate(names)] + [str(folder / "gone.jpg")]
+    names = [
+        EVIL.replace("/", "-") + ".jpg",
+        "a.png",
+        "b.gif",
+        os.fsdecode(b"caf\xe9.jpg"),
+        "sub/\u202egnp.jpg",
+    ]
+    paths = [str(photo(folder / name, number)) for number, name in enumerate(names)] + [
+        str(folder / "gone.jpg")
+    ]
     rows = [(0, 1, 0.91, 7), (0, 2, 0.93, 7), (3, 4, 0.99, 2), (4, 5, 0.7, 3)]
-    return pd.DataFrame([(paths[a], paths[b], *rest) for a, b, *rest in rows], columns=report.MATCHES)
+    return pd.DataFrame(
+        [(paths[a], paths[b], *rest) for a, b, *rest in rows], columns=report.MATCHES
+    )
 
 
 # ---- numbers ----
@@ -110,17 +150,25 @@ def pairs(tmp_path_factory):
 
 @st.composite
 def scored(draw):
-    """(candidates, truth) with many equal scores, repeated pairs, and copies that are no candidates."""
+    """(candidates, truth) with many equal scores, repeated pairs, and copies that are no
+    candidates.
+    """
     ids = st.integers(0, 5)
     rows = draw(st.lists(st.tuples(ids, ids, st.integers(-6, 0)), min_size=1, max_size=40))
     truth = draw(st.sets(st.tuples(ids, ids), min_size=1, max_size=12))
-    candidates = pd.DataFrame([(f"Q{q}", f"R{r}", s / 5) for q, r, s in rows], columns=[*report.PAIR, "score"])
+    candidates = pd.DataFrame(
+        [(f"Q{q}", f"R{r}", s / 5) for q, r, s in rows], columns=[*report.PAIR, "score"]
+    )
     candidates["score"] = candidates["score"].astype(np.float32)
-    return candidates, pd.DataFrame([(f"Q{q}", f"R{r}") for q, r in sorted(truth)] + [("Q9", "")], columns=report.PAIR)
+    return candidates, pd.DataFrame(
+        [(f"Q{q}", f"R{r}") for q, r in sorted(truth)] + [("Q9", "")], columns=report.PAIR
+    )
 
 
 def at_thresholds(candidates, truth):
-    """{score: (pairs, precision, recall, F1)} of accepting all pairs of this score or more, by counting."""
+    """{score: (pairs, precision, recall, F1)} of accepting all pairs of this score or more, by
+    counting.
+    """
     positives, result = {(q, r) for q, r in truth.to_numpy() if r}, {}
     for score in candidates["score"].unique():
         accepted = candidates[candidates["score"] >= score]
@@ -145,7 +193,9 @@ def test_operating_points_are_the_best_thresholds(data, precision):
         assert f1["F1"] == max(values[3] for values in counted.values())
     for point in at, f1, threshold:  # what is printed is what happens at that score
         if point["pairs"]:
-            assert (point["pairs"], point["precision"], point["recall"], point["F1"]) == counted[point["score"]]
+            assert (point["pairs"], point["precision"], point["recall"], point["F1"]) == counted[
+                point["score"]
+            ]
     assert threshold["score"] == given
 
 
@@ -155,13 +205,18 @@ def test_ranks_as_eval_metrics(data):
     candidates, truth = data
     ranking = report.rank(candidates, truth)
     recall = [0, *ranking.curve()[1]][ranking.depth(0.9)]
-    assert micro_metrics(candidates, truth) == {"average_precision": ranking.average_precision(), "recall_p90": recall}
+    assert micro_metrics(candidates, truth) == {
+        "average_precision": ranking.average_precision(),
+        "recall_p90": recall,
+    }
 
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(-4, 0, width=32), min_size=1, max_size=20))
 def test_printed_cosine_accepts_the_same_pairs(scores):
-    table = pd.DataFrame({"query_id": "Q", "reference_id": [f"R{i}" for i in range(len(scores))], "score": scores})
+    table = pd.DataFrame(
+        {"query_id": "Q", "reference_id": [f"R{i}" for i in range(len(scores))], "score": scores}
+    )
     table["score"] = table["score"].astype(np.float32)
     truth = table[report.PAIR].iloc[:1]
     points = report.operating_points(report.rank(table, truth), (0.01,))
@@ -177,23 +232,47 @@ def test_printed_cosine_accepts_the_same_pairs(scores):
 def test_missed_copies_worst_first_with_scores(data):
     truth = read_ground_truth(data / "truth.csv")
     candidates = pd.DataFrame(
-        [("Q1", "R1", -0.5), ("Q0", "R7", -0.1), ("Q0", "R0", -0.2)], columns=[*report.PAIR, "score"]
+        [("Q1", "R1", -0.5), ("Q0", "R7", -0.1), ("Q0", "R0", -0.2)],
+        columns=[*report.PAIR, "score"],
     )
     missed = report.missed_copies(report.rank(candidates, truth), truth)
-    assert missed["query_id"].tolist()[3:] == ["Q1", "Q0"] and missed["rank"].tolist() == [0, 0, 0, 3, 2]
+    assert missed["query_id"].tolist()[3:] == ["Q1", "Q0"] and missed["rank"].tolist() == [
+        0,
+        0,
+        0,
+        3,
+        2,
+    ]
     assert missed["score"].isna().tolist() == [True] * 3 + [False] * 2
     submission = report.read_submission(data / "sub.h5")
     missed = report.missed_copies(report.rank(candidates, truth), truth, submission)
-    assert missed["query_id"].tolist() == ["Q3", "Q5", EVIL, "Q1", "Q0"]  # R3 is a row of zeros: it has no score
+    assert missed["query_id"].tolist() == [
+        "Q3",
+        "Q5",
+        EVIL,
+        "Q1",
+        "Q0",
+    ]  # R3 is a row of zeros: it has no score
     query, reference = submission["query"], submission["reference"]
-    expected = [-np.square(query[q] - reference[r]).sum() for q, r in ((5, 5), (2, 2), (1, 1), (0, 0))]
+    expected = [
+        -np.square(query[q] - reference[r]).sum() for q, r in ((5, 5), (2, 2), (1, 1), (0, 0))
+    ]
     np.testing.assert_allclose(missed["score"].tolist()[1:], expected, rtol=1e-5)
     assert np.isnan(missed["score"].iloc[0])
 
 
 def test_scores_by_edit(data):
-    truth, edits = read_ground_truth(data / "truth.csv"), report.read_edits(data / "query_edits.csv")
-    rows = [("Q0", "R0", -0.1), ("Q1", "R7", -0.2), ("Q1", "R1", -0.3), ("Q4", "R6", -0.4), (EVIL, "R2", -0.5)]
+    truth, edits = (
+        read_ground_truth(data / "truth.csv"),
+        report.read_edits(data / "query_edits.csv"),
+    )
+    rows = [
+        ("Q0", "R0", -0.1),
+        ("Q1", "R7", -0.2),
+        ("Q1", "R1", -0.3),
+        ("Q4", "R6", -0.4),
+        (EVIL, "R2", -0.5),
+    ]
     ranking = report.rank(pd.DataFrame(rows, columns=[*report.PAIR, "score"]), truth)
     assert report.scores_by_edit(ranking, truth, edits) == [
         ("pad", 2, 1, 0, 0, 0),
@@ -210,17 +289,27 @@ def test_scores_by_edit(data):
 def test_command_prints_and_shows_the_same(submission_page, data):
     stdout, path = submission_page
     first, *table, last = stdout.splitlines()
-    assert first.startswith("µAP 0.6190, R@P90 0.6000, queries 6, copies 5, candidates 42, true candidates 4")
+    assert first.startswith(
+        "µAP 0.6190, R@P90 0.6000, queries 6, copies 5, candidates 42, true candidates 4"
+    )
     assert last == f"{path}: {path.stat().st_size / 1e6:.1f} MB, " + last.partition("MB, ")[2]
     text = " ".join(Page(path).text.split())
     for line in table:
         assert " ".join(line.split()) in text
     assert re.search(r"threshold 0\.99 +0\.999200 +1\.0000 +0\.6000 +0\.7500 +3 +-0\.00", stdout)
     assert re.search(r"threshold -0\.999 +unknown", stdout)
-    for sentence in "against truth.csv", "cosine is 1 + score / 2", "Confident mistakes", "none: this query is no copy":
+    for sentence in (
+        "against truth.csv",
+        "cosine is 1 + score / 2",
+        "Confident mistakes",
+        "none: this query is no copy",
+    ):
         assert sentence in text
     missed = text[text.index("Missed copies") :]
-    assert "2 of the 5 pairs" in missed and "no cosine not a candidate query Q3 no such picture reference R3" in missed
+    assert (
+        "2 of the 5 pairs" in missed
+        and "no cosine not a candidate query Q3 no such picture reference R3" in missed
+    )
     assert "crop · over lay · jpeg" in text
 
 
@@ -235,8 +324,12 @@ def test_page_is_whole_and_escaped(submission_page):
     assert len(ids) == len(set(ids))
     assert EVIL in page.text and html.escape(EVIL, quote=False) not in page.text
     assert [len(page.all(tag)) for tag in ("h1", "title", "svg")] == [1, 1, 2]
-    assert all(image["alt"] for image in page.all("img")) and all(svg["aria-label"] for svg in page.all("svg"))
-    assert page.text.count("no such picture") >= 2 and "cannot be read" in page.text  # and there is a page all the same
+    assert all(image["alt"] for image in page.all("img")) and all(
+        svg["aria-label"] for svg in page.all("svg")
+    )
+    assert (
+        page.text.count("no such picture") >= 2 and "cannot be read" in page.text
+    )  # and there is a page all the same
 
 
 def test_matching_track_and_explicit_files(data, tmp_path, capsys):
@@ -246,7 +339,9 @@ def test_matching_track_and_explicit_files(data, tmp_path, capsys):
     assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
     page = Page(tmp_path / "s.csv.html")
     assert "cosine" not in page.text and "score -7.5" in page.text
-    assert not page.all("img") and "Kinds of edit" not in page.text  # neither is beside the ground truth
+    assert (
+        not page.all("img") and "Kinds of edit" not in page.text
+    )  # neither is beside the ground truth
     flags = (
         "--images",
         data,
@@ -267,7 +362,9 @@ def test_matching_track_and_explicit_files(data, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("rows", [[("Q1", "R6", -7)], [("Q1", "R6", -7), ("Q2", "R2", -7)], [("Q0", "R0", 0)]])
+@pytest.mark.parametrize(
+    "rows", [[("Q1", "R6", -7)], [("Q1", "R6", -7), ("Q2", "R2", -7)], [("Q0", "R0", 0)]]
+)
 def test_few_candidates(rows, tmp_path, capsys):
     pd.DataFrame(rows, columns=[*report.PAIR, "score"]).to_csv(tmp_path / "s.csv", index=False)
     truth = write_truth(tmp_path / "t.csv", [("Q0", "R0"), ("Q1", "R1"), ("Q2", "")])
@@ -289,7 +386,9 @@ def test_descriptors_of_other_lengths_have_no_cosine(data, tmp_path, capsys):
 
 def test_many_queries(tmp_path, capsys):
     n = 3000
-    queries = pd.DataFrame({"query_id": np.repeat([f"Q{i}" for i in range(n)], 10), "reference_id": "R0"})
+    queries = pd.DataFrame(
+        {"query_id": np.repeat([f"Q{i}" for i in range(n)], 10), "reference_id": "R0"}
+    )
     queries["reference_id"] = [f"R{i}" for i in range(10 * n)]
     queries["score"] = -np.random.default_rng(0).random(10 * n)
     queries.to_csv(tmp_path / "s.csv", index=False)
@@ -323,7 +422,11 @@ def test_match_page(pairs, tmp_path):
     ):
         assert part in text, part
     titles = re.findall(r"\d pictures \d pairs?(?:, the best)? \S+", text)
-    assert titles == ["3 pictures 2 pairs, the best 0.9300", "2 pictures 1 pair 0.9900", "2 pictures 1 pair 0.7000"]
+    assert titles == [
+        "3 pictures 2 pairs, the best 0.9300",
+        "2 pictures 1 pair 0.9900",
+        "2 pictures 1 pair 0.7000",
+    ]
     assert re.search(r"1 . 2 0\.9300 1 . 3 0\.9100", text)
 
 
@@ -341,7 +444,10 @@ def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
     assert "No two pictures are alike enough." in Page(tmp_path / "m.html").text
     many = [(f"/a/{i}.jpg", f"/b/{i + 1}.jpg", 0.5 + i / 1000, i // 40) for i in range(400)]
     report.write_match_page(
-        tmp_path / "m.html", pd.DataFrame(many, columns=report.MATCHES), [("x", "y")] * 900, gallery=2
+        tmp_path / "m.html",
+        pd.DataFrame(many, columns=report.MATCHES),
+        [("x", "y")] * 900,
+        gallery=2,
     )
     page = Page(tmp_path / "m.html")
     text = " ".join(page.text.split())
@@ -355,11 +461,20 @@ def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
 
 def test_pictures_of_every_kind(tmp_path):
     for number, (mode, suffix) in enumerate(
-        [("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "bmp"), ("L", "webp")]
+        [
+            ("RGBA", "png"),
+            ("P", "gif"),
+            ("CMYK", "jpg"),
+            ("I;16", "png"),
+            ("1", "bmp"),
+            ("L", "webp"),
+        ]
     ):
         Image.new(mode, (300, 1000)).save(tmp_path / f"{number}.{suffix}")
         shown = report.embed(tmp_path / f"{number}.{suffix}")
-        assert (shown["width"], shown["height"]) == (77, 256) and shown["data"].startswith("data:image/jpeg;base64,")
+        assert (shown["width"], shown["height"]) == (77, 256) and shown["data"].startswith(
+            "data:image/jpeg;base64,"
+        )
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
@@ -391,7 +506,9 @@ def test_an_id_leads_to_no_other_folder(tmp_path):
 
 def test_needs_no_torch():
     """match.py --onnx makes its page without it."""
-    code = "import sys; sys.path.insert(0, 'scripts'); import report; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import report; sys.exit('torch' in sys.modules)"
+    )
     assert run("-c", code).returncode == 0
 
 
@@ -418,7 +535,9 @@ def test_needs_no_torch():
 def test_refusals(flags, words, data, tmp_path, monkeypatch, capsys):
     for name in "sub.h5", "truth.csv":
         shutil.copy(data / name, tmp_path)
-    (tmp_path / "broken_edits.csv").write_text('query_id,edits\nQ0,"[[""crop"", {}]]"\nQ1,"{""a"": 1}"\n')
+    (tmp_path / "broken_edits.csv").write_text(
+        'query_id,edits\nQ0,"[[""crop"", {}]]"\nQ1,"{""a"": 1}"\n'
+    )
     (tmp_path / "nan.csv").write_text("query,reference,score,group\na,b,nan,0\n")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -469,11 +588,17 @@ def test_browser(kind, browser, submission_page, pairs, tmp_path):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        texts = page.evaluate("[...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill)")
+        texts = page.evaluate(
+            "[...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill)"
+        )
         assert texts and paper not in texts
         page.screenshot(path=tmp_path / "shot.png", full_page=True)
-        brightness[scheme, width] = np.asarray(Image.open(tmp_path / "shot.png").convert("L")).mean()
+        brightness[scheme, width] = np.asarray(
+            Image.open(tmp_path / "shot.png").convert("L")
+        ).mean()
     page.close()
     assert faults == []
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
-    assert all(brightness["light", width] > 150 > 100 > brightness["dark", width] for width in (1280, 400))
+    assert all(
+        brightness["light", width] > 150 > 100 > brightness["dark", width] for width in (1280, 400)
+    )

@@ -1,4 +1,6 @@
-"""scripts/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its table."""
+"""scripts/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
+table.
+"""
 
 import pytest
 
@@ -17,23 +19,32 @@ def table(result):
     """{(index, probes): its row as {column: float}}."""
     assert result.returncode == 0, result.stderr
     head, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if "|" in line
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in result.stdout.splitlines()
+        if "|" in line
     ]
     cells = [dict(zip(head, row, strict=True)) for row in rows]
     return {
-        (row.pop("index"), row.pop("nprobe")): {column: float(value) for column, value in row.items()} for row in cells
+        (row.pop("index"), row.pop("nprobe")): {
+            column: float(value) for column, value in row.items()
+        }
+        for row in cells
     }
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return table(simulate("--index", "IVF32,Flat", "IVF32,PQ4np", "IVF32,PQ32np", "--probes", 1, 4, 32))
+    return table(
+        simulate("--index", "IVF32,Flat", "IVF32,PQ4np", "IVF32,PQ32np", "--probes", 1, 4, 32)
+    )
 
 
 def test_exact_search_finds_every_copy(rows):
     shares = ("recall@10", "copy@1", "copy@10", "copy@100", "hard@10")
     assert [rows["exact", ""][share] for share in shares] == [1] * 5
-    assert [rows["IVF32,Flat", "32"][share] for share in shares] == [1] * 5  # all lists visited, nothing compressed
+    assert [rows["IVF32,Flat", "32"][share] for share in shares] == [
+        1
+    ] * 5  # all lists visited, nothing compressed
 
 
 def test_more_probes_and_bytes_find_more(rows):
@@ -42,7 +53,9 @@ def test_more_probes_and_bytes_find_more(rows):
             few, some, all_ = (rows[index, probes][share] for probes in ("1", "4", "32"))
             assert few <= some + NOISE and some <= all_ + NOISE
         for probes in ("1", "4", "32"):
-            small, large, whole = (rows[f"IVF32,{code}", probes][share] for code in ("PQ4np", "PQ32np", "Flat"))
+            small, large, whole = (
+                rows[f"IVF32,{code}", probes][share] for code in ("PQ4np", "PQ32np", "Flat")
+            )
             assert small <= large + NOISE and large <= whole + NOISE
     assert rows["IVF32,Flat", "1"]["copy@10"] < 0.9 * rows["IVF32,Flat", "32"]["copy@10"]
     assert rows["IVF32,PQ4np", "32"]["recall@10"] < 0.9 * rows["IVF32,PQ32np", "32"]["recall@10"]
@@ -50,7 +63,8 @@ def test_more_probes_and_bytes_find_more(rows):
 
 def test_bytes_are_the_codes_and_an_id(rows):
     sizes = [
-        rows[index, probes]["bytes"] for index, probes in [("exact", ""), ("IVF32,Flat", "1"), ("IVF32,PQ4np", "1")]
+        rows[index, probes]["bytes"]
+        for index, probes in [("exact", ""), ("IVF32,Flat", "1"), ("IVF32,PQ4np", "1")]
     ]
     assert sizes == [1024, 1024 + 8, 4 + 8]
 
@@ -58,7 +72,9 @@ def test_bytes_are_the_codes_and_an_id(rows):
 def test_nearer_copies_are_found_sooner():
     """The queries' cosines are those asked for: near copies are found where far ones are missed."""
     near, far = (
-        table(simulate("--index", "IVF32,Flat", "--probes", 1, "--cosines", cosine, cosine))["IVF32,Flat", "1"]
+        table(simulate("--index", "IVF32,Flat", "--probes", 1, "--cosines", cosine, cosine))[
+            "IVF32,Flat", "1"
+        ]
         for cosine in (0.95, 0.6)
     )
     assert near["copy@1"] > far["copy@1"] + 0.2

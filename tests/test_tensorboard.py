@@ -15,7 +15,9 @@ def read_board(folder):
     scalars = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
     assert all(len({event.step for event in events}) == len(events) for events in scalars.values())
     sizes = {event.step: (event.height, event.width) for event in board.Images("views")}
-    return {name: {event.step: event.value for event in events} for name, events in scalars.items()}, sizes
+    return {
+        name: {event.step: event.value for event in events} for name, events in scalars.items()
+    }, sizes
 
 
 def train(stage, data, output, *flags):
@@ -23,10 +25,26 @@ def train(stage, data, output, *flags):
     return importlib.import_module(stage).main([str(argument) for argument in argv])
 
 
-@pytest.mark.parametrize(("stage", "flags", "columns"), [("v83", [], 2), ("v107", ["--num-negatives", 2], 4)])
+@pytest.mark.parametrize(
+    ("stage", "flags", "columns"), [("v83", [], 2), ("v107", ["--num-negatives", 2], 4)]
+)
 def test_shows_the_log_and_the_first_views(data, tmp_path, stage, flags, columns):
     for epochs in (1, 3):  # in two runs
-        assert train(stage, data, tmp_path, *flags, "--resume", "auto", "--log-every", 1, "--epochs", epochs) == 0
+        assert (
+            train(
+                stage,
+                data,
+                tmp_path,
+                *flags,
+                "--resume",
+                "auto",
+                "--log-every",
+                1,
+                "--epochs",
+                epochs,
+            )
+            == 0
+        )
     lines = [line for line in log_lines(tmp_path) if "loss" in line]
     scalars, sizes = read_board(tmp_path / "train" / "tensorboard")
     assert scalars.keys() == lines[0].keys() - {"epoch", "step"}

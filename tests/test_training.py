@@ -1,4 +1,6 @@
-"""Whole commands of the four stages on 64 small images: training, checkpoints, resuming, extraction, wrong input."""
+"""Whole commands of the four stages on 64 small images: training, checkpoints, resuming,
+extraction, wrong input.
+"""
 
 import argparse
 import csv
@@ -27,7 +29,17 @@ SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jp
 PAIRS = [("Q00001", "R000003"), ("Q00004", "R000000"), ("Q00005", "R000007"), ("Q00007", "R000009")]
 
 TINY = ["-a", "test_efficientnet", "--input-size", "32", "-j", "0"]
-SMALL = [*TINY, "--batch-size", "4", "--sample-size", "8", "--memory-size", "64", "--log-every", "1"]
+SMALL = [
+    *TINY,
+    "--batch-size",
+    "4",
+    "--sample-size",
+    "8",
+    "--memory-size",
+    "64",
+    "--log-every",
+    "1",
+]
 SCALED = {  # what makes a stage small: 2 steps per epoch
     "v83": [*SMALL, "--no-pretrained"],
     "v86": SMALL,
@@ -44,9 +56,15 @@ def write_ground_truth(path, pairs=PAIRS, header=("query_id", "reference_id")):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A folder with exp/ (copies of the four scripts alone) and input/ (64 images in DISC21's layout)."""
+    """A folder with exp/ (copies of the four scripts alone) and input/ (64 images in DISC21's
+    layout).
+    """
     house, rng = tmp_path_factory.mktemp("house"), np.random.default_rng(0)
-    shutil.copytree(ROOT / "exp", house / "exp", ignore=lambda folder, names: [n for n in names if n[-3:] != ".py"])
+    shutil.copytree(
+        ROOT / "exp",
+        house / "exp",
+        ignore=lambda folder, names: [n for n in names if n[-3:] != ".py"],
+    )
     for folder, (name, count) in SETS.items():
         (house / "input" / folder).mkdir(parents=True)
         for i in range(count):
@@ -59,7 +77,9 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(house):
-    """The commands of the README's Train and Extract, the published ones, as they are written: what they printed."""
+    """The commands of the README's Train and Extract, the published ones, as they are written: what
+    they printed.
+    """
     shutil.copytree(ROOT / "scripts", house / "scripts")
     scaled = {f"{stage}.py": flags for stage, flags in SCALED.items()}
     train, extract = readme_block("Train"), readme_block("Extract, post-process, submit")
@@ -77,7 +97,10 @@ def checkpoint(house, published):
 
 
 def test_published_commands_leave_the_checkpoints_of_every_epoch(house, published):
-    epochs = {stage: sorted(path.name for path in (house / "exp" / stage / "train").iterdir()) for stage in STAGES}
+    epochs = {
+        stage: sorted(path.name for path in (house / "exp" / stage / "train").iterdir())
+        for stage in STAGES
+    }
     for stage, number in EPOCHS.items():
         assert epochs[stage] == [f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(number)] + [
             "last.pth.tar",
@@ -90,10 +113,21 @@ def test_checkpoint_layout(house, published, stage):
     last = sorted((house / "exp" / stage / "train").glob("checkpoint_*.tar"))[-1]
     checkpoint = load(last)
     assert {"epoch", "arch", "state_dict", "optimizer", "args"} <= checkpoint.keys()
-    assert {"step", "memory_bank", "seed", "world_size", "files", "versions", "source", "log"} <= checkpoint.keys()
+    assert {
+        "step",
+        "memory_bank",
+        "seed",
+        "world_size",
+        "files",
+        "versions",
+        "source",
+        "log",
+    } <= checkpoint.keys()
     assert checkpoint["memory_bank"].keys() == {"bank", "bank_labels", "cursor", "filled"}
     assert_same(load(last.with_name("last.pth.tar")), checkpoint)
-    assert checkpoint["epoch"] == int(last.name[11:15]) + 1  # the epoch at which to continue, as published
+    assert (
+        checkpoint["epoch"] == int(last.name[11:15]) + 1
+    )  # the epoch at which to continue, as published
     assert checkpoint["arch"] == "test_efficientnet"
     model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True))
     expected = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -133,7 +167,10 @@ def test_log(house, published, stage):
 def test_resuming_continues_the_run(house, published):
     """Epoch, momentum and memory bank go on: each epoch writes 16 rows into a bank of 64."""
     folder = house / "exp" / "v83" / "train"
-    before, after = load(folder / "checkpoint_0004.pth.tar"), load(folder / "checkpoint_0005.pth.tar")
+    before, after = (
+        load(folder / "checkpoint_0004.pth.tar"),
+        load(folder / "checkpoint_0005.pth.tar"),
+    )
     assert (before["epoch"], after["epoch"]) == (5, 6)
     assert (before["args"].seed, after["args"].seed) == (9, 90)
     assert before["memory_bank"]["cursor"].item() == 5 * 16 % 64
@@ -145,33 +182,66 @@ def test_resuming_continues_the_run(house, published):
 
 
 def test_resuming_is_exact(house, tmp_path, call):
-    """Two epochs in one run, and one and another in two: the same weights, momenta, bank and log, bit for bit."""
+    """Two epochs in one run, and one and another in two: the same weights, momenta, bank and log,
+    bit for bit.
+    """
     flags, training = [*SMALL, "--lr", 0.01, "--output"], house / "input" / "training_images"
-    assert call("v83", *flags, tmp_path / "one", "--no-pretrained", "--epochs", 2, training).returncode == 0
-    assert call("v83", *flags, tmp_path / "two", "--no-pretrained", "--epochs", 1, training).returncode == 0
+    assert (
+        call("v83", *flags, tmp_path / "one", "--no-pretrained", "--epochs", 2, training).returncode
+        == 0
+    )
+    assert (
+        call("v83", *flags, tmp_path / "two", "--no-pretrained", "--epochs", 1, training).returncode
+        == 0
+    )
     first = tmp_path / "two" / "train" / "checkpoint_0000.pth.tar"
-    assert call("v83", *flags, tmp_path / "two", "--resume", first, "--epochs", 2, training).returncode == 0
-    one, two = (load(tmp_path / name / "train" / "checkpoint_0001.pth.tar") for name in ("one", "two"))
+    assert (
+        call("v83", *flags, tmp_path / "two", "--resume", first, "--epochs", 2, training).returncode
+        == 0
+    )
+    one, two = (
+        load(tmp_path / name / "train" / "checkpoint_0001.pth.tar") for name in ("one", "two")
+    )
     for part in ("state_dict", "optimizer", "memory_bank"):
         assert_same(two[part], one[part])
-    one, two = ([line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    one, two = (
+        [line["loss"] for line in log_lines(tmp_path / name) if "loss" in line]
+        for name in ("one", "two")
+    )
     assert two == one
 
 
 @pytest.mark.parametrize("fused", [False, True])  # as on CUDA
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_step_that_is_not_finite_is_left_out(house, tmp_path, call, monkeypatch, step, fused):
-    """It reaches neither weights, momenta, BatchNorm's statistics nor the bank, and the log counts it."""
+    """It reaches neither weights, momenta, BatchNorm's statistics nor the bank, and the log counts
+    it.
+    """
     calls, gem, sgd = [], v83.gem, torch.optim.SGD
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.zeros_like(x, **options) / 0)  # any memory
-    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: sgd(*args, **options | {"fused": fused}))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **options: torch.zeros_like(x, **options) / 0
+    )  # any memory
+    monkeypatch.setattr(
+        torch.optim, "SGD", lambda *args, **options: sgd(*args, **options | {"fused": fused})
+    )
 
     def overflow_once(x, p):
         calls.append(p)
         return gem(x, p) * (torch.inf if len(calls) == step else 1)
 
     monkeypatch.setattr(v83, "gem", overflow_once)
-    flags = [*SMALL, "--no-pretrained", "--sample-size", 16, "--epochs", 1, "--log-every", 2, "--output", tmp_path]
+    flags = [
+        *SMALL,
+        "--no-pretrained",
+        "--sample-size",
+        16,
+        "--epochs",
+        1,
+        "--log-every",
+        2,
+        "--output",
+        tmp_path,
+    ]
     assert call("v83", *flags, house / "input" / "training_images").returncode == 0
     checkpoint = load(tmp_path / "train" / "checkpoint_0000.pth.tar")
     assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
@@ -199,15 +269,25 @@ def test_published_extraction(house, published):
     assert_descriptors(submission["query"], 8)
     assert_descriptors(submission["reference"], 12)
     assert_descriptors(np.load(house / "exp" / "v107" / "extract" / "train_feats.npy"), 40)
-    np.testing.assert_array_equal(submission["query_ids"], np.array([f"Q{i:05d}" for i in range(8)], "S6"))
-    np.testing.assert_array_equal(submission["reference_ids"], np.array([f"R{i:06d}" for i in range(12)], "S7"))
+    np.testing.assert_array_equal(
+        submission["query_ids"], np.array([f"Q{i:05d}" for i in range(8)], "S6")
+    )
+    np.testing.assert_array_equal(
+        submission["reference_ids"], np.array([f"R{i:06d}" for i in range(12)], "S7")
+    )
     assert (submission["query_ids"].dtype, submission["reference_ids"].dtype) == ("S6", "S7")
 
 
 def test_published_commands_end_in_a_score(house, published):
     *written, scores, normalized = published.splitlines()
-    assert written == [str(house / "exp/v107/extract" / name) for name in ("v107_iso.h5", "v107_iso.csv")]
-    assert json.loads(scores).keys() == json.loads(normalized).keys() == {"average_precision", "recall_p90"}
+    assert written == [
+        str(house / "exp/v107/extract" / name) for name in ("v107_iso.h5", "v107_iso.csv")
+    ]
+    assert (
+        json.loads(scores).keys()
+        == json.loads(normalized).keys()
+        == {"average_precision", "recall_p90"}
+    )
 
 
 # ---- the same in this process ----
@@ -228,7 +308,17 @@ def call(capfd):
 @pytest.mark.parametrize("stage", STAGES)
 def test_extraction_of_every_stage(house, published, tmp_path, call, stage):
     weight = house / "exp" / stage / "train" / "last.pth.tar"
-    flags = [*TINY, "--mode", "extract", "--weight", weight, "--batch-size", 3, "--output", tmp_path]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        weight,
+        "--batch-size",
+        3,
+        "--output",
+        tmp_path,
+    ]
     assert call(stage, *flags, "--target-set", "qrt", house / "input").returncode == 0
     submission = read(tmp_path)
     assert_descriptors(submission["query"], 8)
@@ -243,33 +333,66 @@ def test_extraction_of_every_stage(house, published, tmp_path, call, stage):
 def by_hand(house, weight):
     """A checkpoint's network, and query 3 as it should be given to it."""
     model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
-    model.load_state_dict({key.removeprefix("module."): value for key, value in load(weight)["state_dict"].items()})
+    model.load_state_dict(
+        {key.removeprefix("module."): value for key, value in load(weight)["state_dict"].items()}
+    )
     with Image.open(house / "input" / "query_images" / "Q00003.jpg") as image:
-        pixels = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).copy())
-    mean, std = (torch.tensor(model.backbone.default_cfg[name])[:, None, None] for name in ("mean", "std"))
+        pixels = torch.from_numpy(
+            np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).copy()
+        )
+    mean, std = (
+        torch.tensor(model.backbone.default_cfg[name])[:, None, None] for name in ("mean", "std")
+    )
     return model, (pixels.permute(2, 0, 1) / 255 - mean) / std
 
 
 def test_three_scales_and_their_mirror_images(house, published, tmp_path, call):
     weight = house / "exp" / "v107" / "train" / "last.pth.tar"
-    flags = [*TINY, "--mode", "extract", "--weight", weight, "--output", tmp_path, "--target-set", "q", "--tta"]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        weight,
+        "--output",
+        tmp_path,
+        "--target-set",
+        "q",
+        "--tta",
+    ]
     assert call("v107", *flags, house / "input").returncode == 0
     model, image = by_hand(house, weight)
     total = 0
     for scale in (1, 2**-0.5, 2**0.5):
-        at = ((np.arange(int(32 * scale)) + 0.5) / scale - 0.5).clip(0, 31)  # bilinear, without antialiasing
+        at = ((np.arange(int(32 * scale)) + 0.5) / scale - 0.5).clip(
+            0, 31
+        )  # bilinear, without antialiasing
         scaled = image.numpy()
         for axis in (1, 2):
-            scaled = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(32), line), axis, scaled)
+            scaled = np.apply_along_axis(
+                lambda line, at=at: np.interp(at, np.arange(32), line), axis, scaled
+            )
         for view in (scaled, scaled[:, :, ::-1]):
             with torch.inference_mode():
-                total = total + model(torch.tensor(view.copy(), dtype=torch.float32)[None])[0].numpy()
+                total = (
+                    total + model(torch.tensor(view.copy(), dtype=torch.float32)[None])[0].numpy()
+                )
     np.testing.assert_allclose(read(tmp_path)["query"][3], total / np.linalg.norm(total), atol=1e-5)
 
 
 @pytest.mark.parametrize("target_set", ["q", "r", "t", "qt"])
 def test_any_target_set(house, checkpoint, tmp_path, call, target_set):
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--output", tmp_path, "--target-set", target_set]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--target-set",
+        target_set,
+    ]
     assert call("v83", *flags, house / "input").returncode == 0
     assert (tmp_path / "extract" / "train_feats.npy").exists() == ("t" in target_set)
     if target_set == "t":
@@ -283,7 +406,9 @@ def test_phase_2_and_eval_subset(house, checkpoint, tmp_path, call):
     subset = tmp_path / "subset.txt"
     subset.write_text("R000007\nR000002\n")
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--output", tmp_path]
-    result = call("v83", *flags, "--phase", 2, "--eval-subset", subset, "--target-set", "qr", house / "input")
+    result = call(
+        "v83", *flags, "--phase", 2, "--eval-subset", subset, "--target-set", "qr", house / "input"
+    )
     assert result.returncode == 0, result.stderr
     submission = read(tmp_path, "-phase2")
     assert submission["query_ids"].tolist() == [f"Q{i:05d}".encode() for i in range(4)]
@@ -295,7 +420,18 @@ def test_dryrun_cuts_rows_and_ids_alike(tmp_path, checkpoint, call):
     (tmp_path / "query_images").mkdir()
     for i in range(103):
         Image.new("RGB", (8, 8), (i, i, 2 * i)).save(tmp_path / "query_images" / f"Q{i:05d}.png")
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--output", tmp_path, "--target-set", "q", "--dryrun"]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--target-set",
+        "q",
+        "--dryrun",
+    ]
     assert call("v83", *flags, tmp_path).returncode == 0
     submission = read(tmp_path)
     assert submission["query"].shape == (100, 256)
@@ -306,7 +442,17 @@ def test_long_ids_are_not_cut(tmp_path, checkpoint, call):
     (tmp_path / "query_images").mkdir()
     for name in ("holiday-2021", "holiday-2022"):
         Image.new("RGB", (8, 8)).save(tmp_path / "query_images" / f"{name}.png")
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--output", tmp_path, "--target-set", "q"]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--target-set",
+        "q",
+    ]
     assert call("v83", *flags, tmp_path).returncode == 0
     assert read(tmp_path)["query_ids"].tolist() == [b"holiday-2021", b"holiday-2022"]
 
@@ -320,7 +466,9 @@ def test_either_name_of_the_training_folder(house, tmp_path, call):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_reruns_are_bit_identical(house, published, tmp_path, call, stage):
-    """The same command twice gives the same but for the speed in the log, whatever the number of loader workers."""
+    """The same command twice gives the same but for the speed in the log, whatever the number of
+    loader workers.
+    """
     flags = [
         *SCALED[stage],
         "--epochs",
@@ -351,17 +499,30 @@ def test_the_seed_matters(house, published, tmp_path, call):
 
 
 def published_checkpoint(path, epoch=5):
-    """A file as the published code leaves it: no bank, no scaler, the options of an old SGD. Returns its model."""
+    """A file as the published code leaves it: no bank, no scaler, the options of an old SGD.
+    Returns its model.
+    """
     torch.manual_seed(3)
     model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True))
     groups, position = [], 0
     for group in v83.parameter_groups(model, 1e-6):
         indices = list(range(position, position + len(group["params"])))
         position += len(indices)
-        options = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": group["weight_decay"]}
+        options = {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "dampening": 0,
+            "nesterov": False,
+            "weight_decay": group["weight_decay"],
+        }
         groups.append(options | {"params": indices})
-    parameters = [parameter for group in v83.parameter_groups(model, 1e-6) for parameter in group["params"]]
-    state = {i: {"momentum_buffer": torch.full_like(parameter, 0.25)} for i, parameter in enumerate(parameters)}
+    parameters = [
+        parameter for group in v83.parameter_groups(model, 1e-6) for parameter in group["params"]
+    ]
+    state = {
+        i: {"momentum_buffer": torch.full_like(parameter, 0.25)}
+        for i, parameter in enumerate(parameters)
+    }
     checkpoint = {
         "epoch": epoch,
         "arch": "test_efficientnet",
@@ -391,13 +552,25 @@ def test_a_published_checkpoint_serves_everywhere(house, tmp_path, call):
     checkpoint = load(tmp_path / "weight" / "train" / "checkpoint_0000.pth.tar")
     assert torch.equal(checkpoint["state_dict"]["module.fc.weight"], start["module.fc.weight"])
 
-    flags = [*TINY, "--mode", "extract", "--target-set", "q", "--output", tmp_path, "--weight", path]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--target-set",
+        "q",
+        "--output",
+        tmp_path,
+        "--weight",
+        path,
+    ]
     assert call("v107", *flags, house / "input").returncode == 0
     assert_descriptors(read(tmp_path)["query"], 8)
 
 
 def test_any_momenta_serve_a_fused_optimizer():
-    """Laid out otherwise, as the published code's, or not there: what it takes is laid out as the parameter is."""
+    """Laid out otherwise, as the published code's, or not there: what it takes is laid out as the
+    parameter is.
+    """
     torch.manual_seed(0)
     weights, momenta = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     for fused in (False, True):
@@ -406,12 +579,16 @@ def test_any_momenta_serve_a_fused_optimizer():
         model.weight.data.copy_(weights)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, fused=fused)
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": {0: {"momentum_buffer": momenta}}, "param_groups": groups})
+        optimizer.load_state_dict(
+            {"state": {0: {"momentum_buffer": momenta}}, "param_groups": groups}
+        )
         v83.prepare_momenta(optimizer, model)
         assert optimizer.state[model.bias]["momentum_buffer"].tolist() == [0, 0, 0, 0]
         model(torch.ones(1, 3, 5, 5)).sum().backward()
         optimizer.step()
-        np.testing.assert_allclose(model.weight.detach(), weights - 0.1 * (0.9 * momenta + 1), atol=1e-6)
+        np.testing.assert_allclose(
+            model.weight.detach(), weights - 0.1 * (0.9 * momenta + 1), atol=1e-6
+        )
         assert optimizer.state[model.weight]["momentum_buffer"].stride() == model.weight.stride()
 
 
@@ -419,19 +596,40 @@ def test_any_momenta_serve_a_fused_optimizer():
 
 
 def in_two_processes(*command):
-    """The command in two processes that a launcher's environment joins; the CompletedProcess of each."""
+    """The command in two processes that a launcher's environment joins; the CompletedProcess of
+    each.
+    """
     environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT / "exp")}
     with ThreadPoolExecutor() as pool:
-        ranks = [pool.submit(run, *command, RANK=rank, LOCAL_RANK=rank, **environment) for rank in ("0", "1")]
+        ranks = [
+            pool.submit(run, *command, RANK=rank, LOCAL_RANK=rank, **environment)
+            for rank in ("0", "1")
+        ]
     return [result.result() for result in ranks]
 
 
 def test_one_and_two_processes_learn_the_same(house, tmp_path, call, monkeypatch):
     """Batch 8 in one process and 4 + 4 in two, BatchNorm in evaluation mode: the same 5 steps."""
-    flags = [*TINY, "--no-pretrained", "--epochs", 1, "--batch-size", 8, "--memory-size", 48, "--log-every", 1]
-    flags, outputs = [*flags, house / "input" / "training_images"], [tmp_path / "one", tmp_path / "two"]
-    for result in in_two_processes(ROOT / "tests" / "frozen_batchnorm.py", "v83", "--output", outputs[1], *flags):
+    flags = [
+        *TINY,
+        "--no-pretrained",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--memory-size",
+        48,
+        "--log-every",
+        1,
+    ]
+    flags, outputs = (
+        [*flags, house / "input" / "training_images"],
+        [tmp_path / "one", tmp_path / "two"],
+    )
+    for result in in_two_processes(
+        ROOT / "tests" / "frozen_batchnorm.py", "v83", "--output", outputs[1], *flags
+    ):
         assert result.returncode == 0, result.stderr
     monkeypatch.setattr(v83.ISCNet, "train", stay_in_evaluation_mode)
     assert call("v83", "--output", outputs[0], *flags).returncode == 0
@@ -440,30 +638,61 @@ def test_one_and_two_processes_learn_the_same(house, tmp_path, call, monkeypatch
     for expected, line in zip(one, two, strict=True):
         for name in ("loss", "pos_loss", "neg_loss"):
             assert line[name] == pytest.approx(expected[name], rel=1e-5)
-        assert (line["pos_pairs"], line["neg_pairs"]) == (expected["pos_pairs"], expected["neg_pairs"])
+        assert (line["pos_pairs"], line["neg_pairs"]) == (
+            expected["pos_pairs"],
+            expected["neg_pairs"],
+        )
     one, two = (load(output / "train" / "checkpoint_0000.pth.tar") for output in outputs)
     for name, expected in one["state_dict"].items():
         difference = (two["state_dict"][name] - expected).double().norm()
         assert difference <= 1e-5 * expected.double().norm(), name
     assert torch.equal(two["memory_bank"]["bank_labels"], one["memory_bank"]["bank_labels"])
-    torch.testing.assert_close(two["memory_bank"]["bank"], one["memory_bank"]["bank"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        two["memory_bank"]["bank"], one["memory_bank"]["bank"], rtol=0, atol=1e-5
+    )
 
 
 def on_two_nodes(*command, output):
     """The published flags on two nodes with one process each; the CompletedProcess of each."""
-    nodes = ["--multiprocessing-distributed", "--dist-url", f"tcp://localhost:{free_port()}", "--world-size", 2]
+    nodes = [
+        "--multiprocessing-distributed",
+        "--dist-url",
+        f"tcp://localhost:{free_port()}",
+        "--world-size",
+        2,
+    ]
     *command, data = command
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(run, *command, *nodes, "--rank", rank, "--output", output, data) for rank in range(2)]
+        runs = [
+            pool.submit(run, *command, *nodes, "--rank", rank, "--output", output, data)
+            for rank in range(2)
+        ]
     return [result.result() for result in runs]
 
 
 def test_extraction_in_two_processes(house, checkpoint, tmp_path):
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6, "--target-set", "qrt"]
-    for result in on_two_nodes(ROOT / "exp" / "v83.py", *flags, house / "input", output=tmp_path / "two"):
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--batch-size",
+        6,
+        "--target-set",
+        "qrt",
+    ]
+    for result in on_two_nodes(
+        ROOT / "exp" / "v83.py", *flags, house / "input", output=tmp_path / "two"
+    ):
         assert result.returncode == 0, result.stderr
     # In a process of its own: the bits of a CPU's descriptors depend on the number of its threads.
-    assert run(ROOT / "exp" / "v83.py", *flags, "--output", tmp_path / "one", house / "input").returncode == 0
+    assert (
+        run(
+            ROOT / "exp" / "v83.py", *flags, "--output", tmp_path / "one", house / "input"
+        ).returncode
+        == 0
+    )
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
         one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
         assert two.read_bytes() == one.read_bytes()
@@ -489,7 +718,9 @@ def assert_nothing_written(output):
 def refused(result, output, *words):
     """One line that starts with the script's name, exit code 2, nothing half-written."""
     assert_refused(result, *words)
-    assert any(line.startswith(f"{result.args[0]}.py: error: ") for line in result.stderr.splitlines()), result.stderr
+    assert any(
+        line.startswith(f"{result.args[0]}.py: error: ") for line in result.stderr.splitlines()
+    ), result.stderr
     assert_nothing_written(output)
 
 
@@ -507,7 +738,11 @@ def test_folder_without_images(tmp_path, call):
     (tmp_path / "training_images").mkdir()
     (tmp_path / "training_images" / "notes.txt").write_text("no image")
     output = tmp_path / "out"
-    refused(call("v83", *training_flags(output), tmp_path / "training_images"), output, tmp_path / "training_images")
+    refused(
+        call("v83", *training_flags(output), tmp_path / "training_images"),
+        output,
+        tmp_path / "training_images",
+    )
 
 
 def test_fewer_images_than_a_batch(house, tmp_path, call):
@@ -520,7 +755,9 @@ def test_a_bank_smaller_than_a_step(house, tmp_path, call):
     refused(call("v83", *flags), tmp_path, "--memory-size", "8 images")
 
 
-@pytest.mark.parametrize("flag", ["--epochs", "--log-every", "--ncrops", "--input-size", "--reference-world-size"])
+@pytest.mark.parametrize(
+    "flag", ["--epochs", "--log-every", "--ncrops", "--input-size", "--reference-world-size"]
+)
 def test_a_number_too_small(house, tmp_path, flag):
     flags = [*training_flags(tmp_path), flag, 0, house / "input" / "training_images"]
     with pytest.raises(SystemExit, match="2"):
@@ -540,7 +777,12 @@ def test_an_image_that_is_not_one(tmp_path, house, call, workers):
 
 
 def test_refusal_by_a_whole_command(tmp_path):
-    result = run(ROOT / "exp" / "v98.py", *training_flags(tmp_path / "out"), tmp_path / "nowhere", cwd=tmp_path)
+    result = run(
+        ROOT / "exp" / "v98.py",
+        *training_flags(tmp_path / "out"),
+        tmp_path / "nowhere",
+        cwd=tmp_path,
+    )
     assert_refused(result, "v98.py: error: ", tmp_path / "nowhere")
     assert result.stdout == ""
     assert_nothing_written(tmp_path)
@@ -548,7 +790,14 @@ def test_refusal_by_a_whole_command(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--weight", "--resume"])
 def test_a_checkpoint_of_another_architecture(house, tmp_path, checkpoint, call, flag):
-    flags = [*training_flags(tmp_path), "-a", "test_resnet", flag, checkpoint, house / "input" / "training_images"]
+    flags = [
+        *training_flags(tmp_path),
+        "-a",
+        "test_resnet",
+        flag,
+        checkpoint,
+        house / "input" / "training_images",
+    ]
     refused(call("v83", *flags), tmp_path, checkpoint)
 
 
@@ -560,7 +809,9 @@ class Malicious:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "malicious", "no weights", "a folder"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "text", "truncated", "malicious", "no weights", "a folder"]
+)
 def test_a_corrupt_checkpoint(house, tmp_path, checkpoint, call, kind):
     path, output, victim = tmp_path / "checkpoint.pth.tar", tmp_path / "out", tmp_path / "victim"
     if kind == "a folder":
@@ -570,7 +821,9 @@ def test_a_corrupt_checkpoint(house, tmp_path, checkpoint, call, kind):
     elif kind == "no weights":
         torch.save({"epoch": 3}, path)
     elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "truncated": checkpoint.read_bytes()[:5000]}[kind])
+        path.write_bytes(
+            {"empty": b"", "text": b"hello", "truncated": checkpoint.read_bytes()[:5000]}[kind]
+        )
     for stage, mode in (("v83", ["--weight", path]), ("v83", ["--resume", path])):
         flags = [*training_flags(output), *mode, house / "input" / "training_images"]
         refused(call(stage, *flags), output, path)
@@ -580,7 +833,12 @@ def test_a_corrupt_checkpoint(house, tmp_path, checkpoint, call, kind):
 
 
 def test_an_unknown_backbone(house, tmp_path, call):
-    flags = [*training_flags(tmp_path), "-a", "efficientnet_of_tomorrow", house / "input" / "training_images"]
+    flags = [
+        *training_flags(tmp_path),
+        "-a",
+        "efficientnet_of_tomorrow",
+        house / "input" / "training_images",
+    ]
     refused(call("v83", *flags), tmp_path, "efficientnet_of_tomorrow")
 
 
@@ -599,7 +857,17 @@ def test_imagenet_weights_out_of_reach(house, tmp_path, call, monkeypatch):
 
 @pytest.mark.parametrize("target_set", ["", "x", "qx"])
 def test_an_unknown_target_set(house, tmp_path, checkpoint, call, target_set):
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--output", tmp_path, "--target-set", target_set]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--target-set",
+        target_set,
+    ]
     refused(call("v83", *flags, house / "input"), tmp_path, "--target-set")
 
 
@@ -613,7 +881,17 @@ def test_duplicate_ids_in_extraction(house, tmp_path, checkpoint, call):
     folder.mkdir()
     for name in ("Q00000.jpg", "Q00001.jpg", "Q00001.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--target-set", "q", "--output", tmp_path / "out"]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--target-set",
+        "q",
+        "--output",
+        tmp_path / "out",
+    ]
     refused(call("v83", *flags, tmp_path), tmp_path / "out", tmp_path, "suffix")
 
 
@@ -622,7 +900,17 @@ def test_a_wrong_eval_subset(house, tmp_path, checkpoint, call, subset):
     path = tmp_path / "subset.txt"
     if subset is not None:
         path.write_text(subset)
-    flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--eval-subset", path, "--output", tmp_path / "out"]
+    flags = [
+        *TINY,
+        "--mode",
+        "extract",
+        "--weight",
+        checkpoint,
+        "--eval-subset",
+        path,
+        "--output",
+        tmp_path / "out",
+    ]
     refused(call("v83", *flags, house / "input"), tmp_path / "out", path)
 
 
@@ -641,8 +929,22 @@ def pairs_root(house, tmp_path):
 
 
 def call_v107(call, root, output, *flags):
-    small = [*TINY, "--batch-size", 2, "--num-negatives", 2, "--memory-size", 64, "--epochs", 1, "--log-every", 1]
-    return call("v107", *small, "--no-pretrained", "--output", output, *flags, root / "training_images")
+    small = [
+        *TINY,
+        "--batch-size",
+        2,
+        "--num-negatives",
+        2,
+        "--memory-size",
+        64,
+        "--epochs",
+        1,
+        "--log-every",
+        1,
+    ]
+    return call(
+        "v107", *small, "--no-pretrained", "--output", output, *flags, root / "training_images"
+    )
 
 
 WRONG_GROUND_TRUTHS = {
@@ -660,20 +962,34 @@ def test_a_wrong_ground_truth(pairs_root, tmp_path, call, kind):
     path = pairs_root / "public_ground_truth.csv"
     path.write_text(WRONG_GROUND_TRUTHS[kind])
     words = {"unknown query": ["Q99999"], "unknown reference": ["R999999"]}.get(kind, [])
-    refused(call_v107(call, pairs_root, tmp_path / "out"), tmp_path / "out", "public_ground_truth.csv", *words)
+    refused(
+        call_v107(call, pairs_root, tmp_path / "out"),
+        tmp_path / "out",
+        "public_ground_truth.csv",
+        *words,
+    )
 
 
 def test_a_missing_ground_truth(pairs_root, tmp_path, call):
     (pairs_root / "public_ground_truth.csv").unlink()
-    refused(call_v107(call, pairs_root, tmp_path / "out"), tmp_path / "out", "public_ground_truth.csv")
+    refused(
+        call_v107(call, pairs_root, tmp_path / "out"), tmp_path / "out", "public_ground_truth.csv"
+    )
 
 
 def test_pairs_and_their_negatives(house):
-    """Query and reference share their pair's label; each reference of no pair has a label of its own."""
+    """Query and reference share their pair's label; each reference of no pair has a label of its
+    own.
+    """
     args = v107.parse_args([*SCALED["v107"], str(house / "input" / "training_images")])
     dataset = v107.TrainDataset(args, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    plain, finish = v107.evaluation_transform(32, dataset.mean, dataset.std), v107.Finish(dataset.mean, dataset.std)
-    images = {path.stem: plain(Image.open(path)) for path in (house / "input").glob("*_images/[QR]*.jpg")}
+    plain, finish = (
+        v107.evaluation_transform(32, dataset.mean, dataset.std),
+        v107.Finish(dataset.mean, dataset.std),
+    )
+    images = {
+        path.stem: plain(Image.open(path)) for path in (house / "input").glob("*_images/[QR]*.jpg")
+    }
     names, negatives = {image.numpy().tobytes(): name for name, image in images.items()}, {}
     assert len(dataset) == len(PAIRS)
     for epoch in range(10):
@@ -681,23 +997,31 @@ def test_pairs_and_their_negatives(house):
         for i, pair in enumerate(sorted(PAIRS)):
             views, labels = dataset[i]
             assert len(views) == 8
-            query, reference, *others = (names[finish.one(view).numpy().tobytes()] for view in views)
+            query, reference, *others = (
+                names[finish.one(view).numpy().tobytes()] for view in views
+            )
             assert (query, reference) == pair
             assert labels[:2] == [i, i]
             assert len(set(others)) == 6
             for name, label in zip(others, labels[2:], strict=True):
                 assert label >= 1_000_000
                 assert negatives.setdefault(name, label) == label
-    assert negatives.keys() == {f"R{i:06d}" for i in range(12)} - {reference for _, reference in PAIRS}
+    assert negatives.keys() == {f"R{i:06d}" for i in range(12)} - {
+        reference for _, reference in PAIRS
+    }
     assert len(set(negatives.values())) == len(negatives)
 
 
 @pytest.mark.parametrize("stage", [v98, v107], ids=["v98", "v107"])
 def test_fast_input_in_training(house, stage):
-    """What is only resized differs, by one at most of Pillow's values; views of v98's training image do not."""
+    """What is only resized differs, by one at most of Pillow's values; views of v98's training
+    image do not.
+    """
     samples, size = [], ["--input-size", "37"]  # at 32, halved, they are equal
     for flags in ([], ["--fast-input"]):
-        args = stage.parse_args([*SCALED[stage.__name__], *size, *flags, str(house / "input" / "training_images")])
+        args = stage.parse_args(
+            [*SCALED[stage.__name__], *size, *flags, str(house / "input" / "training_images")]
+        )
         samples.append(stage.collate([stage.TrainDataset(args, (0.5,) * 3, (0.5,) * 3)[3]])[::3])
     (exact, labels), (fast, same_labels) = samples
     assert torch.equal(labels, same_labels)
@@ -711,7 +1035,10 @@ def test_references_as_negatives_of_v98(house):
     """Two plain references with every sample, labelled by a million and their position."""
     args = v98.parse_args([*SCALED["v98"], str(house / "input" / "training_images")])
     dataset = v98.TrainDataset(args, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    plain, finish = v98.evaluation_transform(32, dataset.mean, dataset.std), v98.Finish(dataset.mean, dataset.std)
+    plain, finish = (
+        v98.evaluation_transform(32, dataset.mean, dataset.std),
+        v98.Finish(dataset.mean, dataset.std),
+    )
     seen = set()
     for epoch in range(10):
         dataset.epoch = epoch

@@ -1,4 +1,6 @@
-"""conftest's forked Python does what python does: output, arguments, folder, environment, exit codes."""
+"""conftest's forked Python does what python does: output, arguments, folder, environment, exit
+codes.
+"""
 
 import subprocess
 import sys
@@ -9,9 +11,11 @@ from conftest import run, warm_python
 
 PIPES = {"capture_output": True, "text": True, "timeout": 60}
 PROGRAMS = {
-    "output": "import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['COLOUR'], sys.path[0], __name__)",
+    "output": "import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['COLOUR'], "
+    "sys.path[0], __name__)",
     "input": "import sys\nprint(sys.stdin.read().upper(), file=sys.stderr)",
-    "at exit": "import atexit, threading\natexit.register(print, 'end')\nthreading.Timer(0.1, print, ['late']).start()",
+    "at exit": "import atexit, threading\natexit.register(print, 'end')\nthreading.Timer(0.1, "
+    "print, ['late']).start()",
     "code": "import sys\nsys.exit(75)",
     "message": "import sys\nsys.exit('no such thing')",
     "error": "print('begun')\nraise ValueError('wrong')",
@@ -26,11 +30,19 @@ def test_does_what_python_does(tmp_path, name):
     script.write_text(PROGRAMS[name])
     (tmp_path / "beside.py").write_text("VALUE = 7")
     warm, cold = (
-        subprocess.run([*python, script, "a b", "--flag"], cwd=tmp_path, env={"COLOUR": "red"}, input="words", **PIPES)
+        subprocess.run(
+            [*python, script, "a b", "--flag"],
+            cwd=tmp_path,
+            env={"COLOUR": "red"},
+            input="words",
+            **PIPES,
+        )
         for python in (warm_python(), [sys.executable])
     )
     assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout)
-    assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]  # a traceback has other frames above
+    assert (
+        warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]
+    )  # a traceback has other frames above
 
 
 def test_leaves_nothing_to_the_next_command(tmp_path):

@@ -1,4 +1,6 @@
-"""weights/: what is there loads, is small, and came from the commands in make.sh, which feed one another."""
+"""weights/: what is there loads, is small, and came from the commands in make.sh, which feed one
+another.
+"""
 
 import argparse
 import importlib
@@ -18,16 +20,25 @@ NAMES = ["start", "v98", "v107"]
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """[(script, its module, its arguments)] of make.sh, whose `python` only notes them, and its last command."""
+    """[(script, its module, its arguments)] of make.sh, whose `python` only notes them, and its
+    last command.
+    """
     folder = tmp_path_factory.mktemp("weights")
     python, noted = folder / "python", folder / "noted"
-    python.write_text(f'#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done >> {noted}\necho >> {noted}\n')
+    python.write_text(
+        f'#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done >> {noted}\necho >> {noted}\n'
+    )
     python.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin"}
-    subprocess.run(["bash", WEIGHTS / "make.sh", folder / "mini"], env=environment, check=True, timeout=60)
-    lines = [line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()]
+    subprocess.run(
+        ["bash", WEIGHTS / "make.sh", folder / "mini"], env=environment, check=True, timeout=60
+    )
+    lines = [
+        line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()
+    ]
     return [
-        (script, importlib.import_module(script.partition("/")[2][:-3]), flags) for script, *flags in lines[:-1]
+        (script, importlib.import_module(script.partition("/")[2][:-3]), flags)
+        for script, *flags in lines[:-1]
     ], lines[-1]
 
 
@@ -35,7 +46,9 @@ def commands(tmp_path_factory):
 def test_weights_load_and_are_small(name):
     model = v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), torch.device("cpu"))
     checkpoint = v98.load_checkpoint([WEIGHTS / f"{name}.pth.tar"], model)
-    assert checkpoint["arch"] == "test_byobnet" and isinstance(checkpoint["args"], argparse.Namespace)
+    assert checkpoint["arch"] == "test_byobnet" and isinstance(
+        checkpoint["args"], argparse.Namespace
+    )
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert sum(path.stat().st_size for path in WEIGHTS.glob("*.pth.tar")) < 4e6
 
@@ -64,18 +77,31 @@ def test_the_logs_are_of_these_commands(commands):
     for name in NAMES:
         for line in map(json.loads, (WEIGHTS / f"{name}.jsonl").read_text().splitlines()):
             if "args" in line:
-                logged[line.get("stage", "pretrain_mini")] = line["args"]  # of a run that was resumed, the last
+                logged[line.get("stage", "pretrain_mini")] = line[
+                    "args"
+                ]  # of a run that was resumed, the last
     for _, module, flags in commands[0]:
         if module.__name__ == "make_dataset":
             continue
         args = vars(module.parse_args(flags))
-        known = vars(module.parse_args(["DATA"])) | logged[module.__name__]  # flags added since had their defaults
+        known = (
+            vars(module.parse_args(["DATA"])) | logged[module.__name__]
+        )  # flags added since had their defaults
         for values in args, known:
             values |= {name: Path(values[name]) for name in ("out", "data") if name in values}
-        different = {name for name in args.keys() | known.keys() if args.get(name) != known.get(name)}
-        assert different <= {"resume", "workers"}, {name: (args.get(name), known.get(name)) for name in different}
+        different = {
+            name for name in args.keys() | known.keys() if args.get(name) != known.get(name)
+        }
+        assert different <= {"resume", "workers"}, {
+            name: (args.get(name), known.get(name)) for name in different
+        }
 
 
 def test_make_needs_a_folder():
-    result = subprocess.run(["bash", WEIGHTS / "make.sh"], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2 and result.stderr == "make.sh: error: give a folder to make the weights in\n"
+    result = subprocess.run(
+        ["bash", WEIGHTS / "make.sh"], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr == "make.sh: error: give a folder to make the weights in\n"
+    )

@@ -1,9 +1,12 @@
-"""A `python` that starts in no time: it is forked from a server that has loaded the libraries, which takes seconds.
+"""A `python` that starts in no time: it is forked from a server that has loaded the libraries,
+which takes seconds.
 
 python warm_python.py SOCKET                 the server, which ends with its standard input
-python -IS warm_python.py SOCKET SCRIPT ...  does what `python SCRIPT ...` does: same files, folder, environment, code
+python -IS warm_python.py SOCKET SCRIPT ...  does what `python SCRIPT ...` does: same files, folder,
+environment, code
 
-What a library reads from the environment while it is imported, such as OMP_NUM_THREADS, is the server's.
+What a library reads from the environment while it is imported, such as OMP_NUM_THREADS, is the
+server's.
 """
 
 import atexit
@@ -18,12 +21,23 @@ import socket
 import sys
 import threading
 
-LIBRARIES = ("h5py", "pandas", "pylibmagic", "faiss", "timm", "torch.distributed.run", "augly.image", "cv2")
+LIBRARIES = (
+    "h5py",
+    "pandas",
+    "pylibmagic",
+    "faiss",
+    "timm",
+    "torch.distributed.run",
+    "augly.image",
+    "cv2",
+)
 LIBRARIES += ("simplejpeg", "torchvision.transforms.v2", "imagehash", "matplotlib.pyplot")
 
 
 def serve(address):
-    """Fork for each command, and return its arguments in the process that is to run it; None at the end."""
+    """Fork for each command, and return its arguments in the process that is to run it; None at the
+    end.
+    """
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()  # the collector shall not touch, and so copy, what the forks share
@@ -41,7 +55,9 @@ def serve(address):
 
 
 def take(connection):
-    """Fork once more: one process waits and tells the exit code, in the other this returns the command's arguments."""
+    """Fork once more: one process waits and tells the exit code, in the other this returns the
+    command's arguments.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request, files, _, _ = socket.recv_fds(connection, 2**20, 3)
     if command := os.fork():
@@ -69,7 +85,9 @@ def ask(address, argv):
 
 
 def execute(argv):
-    """Do what `python SCRIPT ...` does, but for taking down all that is loaded, which costs seconds in a fork."""
+    """Do what `python SCRIPT ...` does, but for taking down all that is loaded, which costs seconds
+    in a fork.
+    """
     sys.argv, sys.path[0] = argv, os.path.realpath(os.path.dirname(argv[0]))  # noqa: PTH120
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     code = 0

@@ -1,6 +1,8 @@
-"""A stage's command in a process of its own that starts in no time, tells how far it is, and can be killed anywhere.
+"""A stage's command in a process of its own that starts in no time, tells how far it is, and can be
+killed anywhere.
 
-The processes are forked from a server that has imported the stages, which saves each start some seconds.
+The processes are forked from a server that has imported the stages, which saves each start some
+seconds.
 """
 
 import argparse
@@ -25,13 +27,26 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = ["-a", "test_efficientnet", "--input-size", 32, "-j", 0]
-TRAINING = [*NETWORK, "--batch-size", 4, "--memory-size", 64, "--log-every", 3, "--no-pretrained", "--lr", 0.01]
+TRAINING = [
+    *NETWORK,
+    "--batch-size",
+    4,
+    "--memory-size",
+    64,
+    "--log-every",
+    3,
+    "--no-pretrained",
+    "--lr",
+    0.01,
+]
 SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jpg", 22),
         "query_images": ("Q{:05d}.jpg", 9)}  # fmt: skip
 
 
 def make_images(root):
-    """Write small images in DISC21's layout, eight of the queries with a reference; returns `root`."""
+    """Write small images in DISC21's layout, eight of the queries with a reference; returns
+    `root`.
+    """
     rng = np.random.default_rng(0)
     for folder, (name, count) in SETS.items():
         (root / folder).mkdir(parents=True)
@@ -44,11 +59,17 @@ def make_images(root):
 
 
 def start_server():
-    """The context whose processes are forked from the server; it sees no GPU, so that all bits are the CPU's."""
+    """The context whose processes are forked from the server; it sees no GPU, so that all bits are
+    the CPU's.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["v83", "v107", "stage_process"])
     folders = (ROOT / "exp", ROOT / "tests" / "faults")
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     with mock.patch.dict(os.environ, environment):
         multiprocessing.forkserver.ensure_running()
     return context
@@ -58,7 +79,9 @@ def start_server():
 
 
 def count_images(module, path, hold):
-    """Have the module's network note in the file at `path` how many images it is given, and stay there after `hold`."""
+    """Have the module's network note in the file at `path` how many images it is given, and stay
+    there after `hold`.
+    """
     embed, seen = module.embed, 0
 
     def counted(args, model, images):
@@ -75,16 +98,22 @@ def count_images(module, path, hold):
 
 
 def run_stage(stage, argv, environment, limits, output, hold):
-    """What the process does: the command, its messages into files in `output`, and at last its peak memory."""
+    """What the process does: the command, its messages into files in `output`, and at last its peak
+    memory.
+    """
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a command of its own
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of loader processes, as in a command of its own
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     faulthandler.register(signal.SIGUSR2)  # where it is, when it does not end
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1]))
+        resource.setrlimit(
+            getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1])
+        )
     module = importlib.import_module(stage)
     count_images(module, output / "images", hold)
     code = module.main(argv)
@@ -97,7 +126,10 @@ def save_forever(path, number):
     import v83
 
     for value in range(number, 10**6):
-        content = {"state_dict": {"number": torch.tensor(value)}, "filling": torch.full((2**19,), value)}
+        content = {
+            "state_dict": {"number": torch.tensor(value)},
+            "filling": torch.full((2**19,), value),
+        }
         v83.save(path, lambda unfinished, content=content: torch.save(content, unfinished), 0)
 
 
@@ -105,7 +137,9 @@ def save_forever(path, number):
 
 
 class Run:
-    """A started command of `world_size` processes, which wait to be killed after `hold` images each."""
+    """A started command of `world_size` processes, which wait to be killed after `hold` images
+    each.
+    """
 
     def __init__(self, context, stage, *argv, folder, world_size=1, hold=None, **limits):
         self.outputs = [Path(folder, f"rank{rank}") for rank in range(world_size)]
@@ -116,15 +150,26 @@ class Run:
         self.processes = []
         for rank, output in enumerate(self.outputs):
             output.mkdir(parents=True, exist_ok=True)
-            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
-            process = context.Process(target=run_stage, args=(stage, argv, own, limits, output, hold))
+            own = environment | (
+                {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+            )
+            process = context.Process(
+                target=run_stage, args=(stage, argv, own, limits, output, hold)
+            )
             process.start()
             self.processes.append(process)
 
     def images(self):
-        """How many images the networks of all processes have had, in this and all earlier runs in the folder."""
+        """How many images the networks of all processes have had, in this and all earlier runs in
+        the folder.
+        """
         files = [output / "images" for output in self.outputs]
-        return sum(int(number) for file in files if file.exists() for number in file.read_text().split("\n")[:-1])
+        return sum(
+            int(number)
+            for file in files
+            if file.exists()
+            for number in file.read_text().split("\n")[:-1]
+        )
 
     def wait(self, timeout=120):
         """The exit codes of all processes, which must end by themselves."""
@@ -176,8 +221,20 @@ def free_port():
 
 
 def train(start, data, output, *flags, **options):
-    """Start v83 for three epochs of ten steps of four images in two views, with a checkpoint every three steps."""
-    argv = [*TRAINING, "--epochs", 3, "--checkpoint-every", 3, "--output", output, *flags, data / "training_images"]
+    """Start v83 for three epochs of ten steps of four images in two views, with a checkpoint every
+    three steps.
+    """
+    argv = [
+        *TRAINING,
+        "--epochs",
+        3,
+        "--checkpoint-every",
+        3,
+        "--output",
+        output,
+        *flags,
+        data / "training_images",
+    ]
     return start("v83", *argv, folder=output / "ranks", **options)
 
 
@@ -195,7 +252,10 @@ def log_lines(output):
 def losses(output):
     """What a run has logged of its loss, without the speed."""
     lines = [line for line in log_lines(output) if "loss" in line]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name != "images_per_second"}
+        for line in lines
+    ]
 
 
 def assert_same_run(output, expected, epochs=3):

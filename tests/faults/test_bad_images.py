@@ -1,4 +1,6 @@
-"""Files that are no images, or odd ones, among the images: what can be read is used, and the rest costs a line."""
+"""Files that are no images, or odd ones, among the images: what can be read is used, and the rest
+costs a line.
+"""
 
 import json
 import os
@@ -17,14 +19,18 @@ import v83
 
 
 def pixels(height, width, channels=3):
-    return np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return np.random.default_rng(height * width).integers(
+        0, 256, (height, width, channels), dtype=np.uint8
+    )
 
 
 def picture(mode="RGB", size=(60, 45), form="JPEG", **options):
     """What writes an image of this mode and size."""
 
     def write(path):
-        Image.fromarray(pixels(size[1], size[0], 4), "RGBA").convert("RGB").convert(mode).save(path, form, **options)
+        Image.fromarray(pixels(size[1], size[0], 4), "RGBA").convert("RGB").convert(mode).save(
+            path, form, **options
+        )
 
     return write
 
@@ -48,7 +54,17 @@ def header_alone(path):
 
 def huge_tile(path):
     """16 x 16 pixels in a tile of 24,000 x 24,000."""
-    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: 24_000, 323: 24_000, 324: 200, 325: 24_000**2}
+    tags = {
+        256: 16,
+        257: 16,
+        258: 8,
+        259: 1,
+        262: 1,
+        322: 24_000,
+        323: 24_000,
+        324: 200,
+        325: 24_000**2,
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(100))
 
@@ -59,7 +75,9 @@ def animation(path):
 
 
 def sixteen_bits(path):
-    Image.fromarray(np.linspace(0, 65535, 45 * 60).astype(np.uint16).reshape(45, 60)).save(path, "PNG")
+    Image.fromarray(np.linspace(0, 65535, 45 * 60).astype(np.uint16).reshape(45, 60)).save(
+        path, "PNG"
+    )
 
 
 def rotated_by_exif(path):
@@ -75,7 +93,9 @@ BAD = {
     "truncated.jpg": truncated,
     "text.jpg": lambda path: path.write_text("this is no picture"),
     "folder.jpg": lambda path: path.mkdir(),
-    "postscript.jpg": lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "postscript.jpg": lambda path: path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    ),
     "icon.png": lambda path: Image.new("RGB", (16, 16)).save(path, "ICO"),
     "bomb.png": bomb,
     "header.png": header_alone,
@@ -124,7 +144,9 @@ def test_what_can_be_read(tmp_path, name):
     pixels = v83.open_image(tmp_path / name, pixels=True)
     assert pixels.dtype == v83.torch.uint8 and np.array_equal(pixels.permute(1, 2, 0), image)
     with Image.open(tmp_path / name) as original:
-        assert image.size == original.size  # EXIF's orientation is not looked at, as in the published code
+        assert (
+            image.size == original.size
+        )  # EXIF's orientation is not looked at, as in the published code
     if name == "16-bit.png":
         assert np.abs(np.asarray(image)[..., 0].ravel() - np.linspace(0, 255, 45 * 60)).max() <= 1
 
@@ -137,7 +159,9 @@ def test_what_cannot_be_read(tmp_path, name, pixels):
         v83.open_image(tmp_path / name, pixels)
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 40, "subsampling": 0}, {"progressive": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"quality": 40, "subsampling": 0}, {"progressive": True}], ids=str
+)
 def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options):
     """Its verdict and its values, also where another decoder is the first to look."""
     path, rng, verdicts = tmp_path / "image.jpg", np.random.default_rng(0), []
@@ -183,7 +207,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         v83.open_image(tmp_path / "pipe.jpg")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without permission and back")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can become somebody without permission and back"
+)
 def test_no_permission(tmp_path):
     path = tmp_path / "private.jpg"
     picture()(path)
@@ -223,7 +249,8 @@ def test_training_names_each_bad_image_once(start, odd, undisturbed, tmp_path, f
         clean = int((undisturbed[1] / "ranks" / "rank0" / "memory").read_text())
         assert run.memory() <= clean + 300
         figure(
-            f"training on {len(BAD)} kinds of bad, {len(GOOD)} of odd images: {run.memory() - clean:+d} MB at the peak"
+            f"training on {len(BAD)} kinds of bad, {len(GOOD)} of odd images: "
+            f"{run.memory() - clean:+d} MB at the peak"
         )
 
 
@@ -267,14 +294,18 @@ def test_a_resumed_run_does_not_name_them_again(start, data, tmp_path):
     shutil.copytree(data, tmp_path / "input")
     (tmp_path / "input" / "training_images" / "T000007.jpg").write_text("this is no picture")
     assert train(start, tmp_path / "input", tmp_path).wait() == [0]
-    assert train(start, tmp_path / "input", tmp_path, "--epochs", 3, "--resume", "auto").wait() == [0]
+    assert train(start, tmp_path / "input", tmp_path, "--epochs", 3, "--resume", "auto").wait() == [
+        0
+    ]
     assert len(bad_images(tmp_path)) == 1
     assert len(load(tmp_path / "train" / "last.pth.tar")["bad"]) == 1
 
 
 @pytest.mark.parametrize("stage", ["v98", "v107"])
 def test_a_bad_image_of_several_in_a_sample(start, data, tmp_path, stage):
-    """One that serves as negative, in turn, of many samples is named once, and its samples give way."""
+    """One that serves as negative, in turn, of many samples is named once, and its samples give
+    way.
+    """
     root = tmp_path / "input"
     shutil.copytree(data, root)
     pairs = "".join(f"Q{i:05d},R{i:06d}\n" for i in range(8))
@@ -315,7 +346,17 @@ def printed(name):
 
 
 def extract(start, data, output, weight, *flags, **options):
-    argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--batch-size", 7, "--target-set", "qrt"]
+    argv = [
+        *NETWORK,
+        "--mode",
+        "extract",
+        "--weight",
+        weight,
+        "--batch-size",
+        7,
+        "--target-set",
+        "qrt",
+    ]
     return start("v83", *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
 
 
@@ -330,7 +371,9 @@ def clean(start, data, weight, tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_extraction_ends_with_the_list_and_goes_on(start, data, odd, weight, tmp_path, world_size):
-    """All others are done and kept: after the bad ones are replaced, only their batches are computed."""
+    """All others are done and kept: after the bad ones are replaced, only their batches are
+    computed.
+    """
     root = tmp_path / "input"
     shutil.copytree(odd, root, symlinks=True)
     run = extract(start, root, tmp_path, weight, world_size=world_size)
@@ -353,7 +396,9 @@ def test_extraction_ends_with_the_list_and_goes_on(start, data, odd, weight, tmp
     whole = extract(start, root, tmp_path / "whole", weight)
     assert whole.wait() == [0]
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
-        assert (tmp_path / "extract" / name).read_bytes() == (tmp_path / "whole" / "extract" / name).read_bytes()
+        assert (tmp_path / "extract" / name).read_bytes() == (
+            tmp_path / "whole" / "extract" / name
+        ).read_bytes()
 
 
 def test_rows_of_zeros(start, odd, weight, clean, tmp_path, capsys, figure):
@@ -373,7 +418,9 @@ def test_rows_of_zeros(start, odd, weight, clean, tmp_path, capsys, figure):
     assert b"caf\\udce9" in rows["query_ids"]
     listed = (tmp_path / "extract" / "zero-rows.txt").read_text().splitlines()
     assert sorted(listed) == sorted(3 * expected)
-    with h5py.File(clean[0] / "extract" / "fb-isc-submission.h5") as file:  # the others are what they were
+    with h5py.File(
+        clean[0] / "extract" / "fb-isc-submission.h5"
+    ) as file:  # the others are what they were
         positions = [rows["query_ids"].tolist().index(id_) for id_ in file["query_ids"][()]]
         np.testing.assert_allclose(rows["query"][positions], file["query"][()], atol=1e-5)
     exp = tmp_path / "exp" / "v83"

@@ -1,4 +1,6 @@
-"""Submissions that must be refused, in one line, soon, and with little memory; and the few odd ones that must not."""
+"""Submissions that must be refused, in one line, soon, and with little memory; and the few odd ones
+that must not.
+"""
 
 import sys
 import time
@@ -39,7 +41,9 @@ def good(**changes):
 
 
 def write(path, **changes):
-    """A submission of 20 queries and 30 references with some datasets changed; None leaves one out."""
+    """A submission of 20 queries and 30 references with some datasets changed; None leaves one
+    out.
+    """
     with h5py.File(path, "w") as file:
         for name, value in good(**changes).items():
             file.create_dataset(name, data=value)
@@ -82,7 +86,9 @@ def external_storage(path):
     secret = path.with_name("secret")
     secret.write_bytes(b"not yours" * 1000)
     with h5py.File(write(path, query=None), "a") as file:
-        file.create_dataset("query", (QUERIES, DIM), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+        file.create_dataset(
+            "query", (QUERIES, DIM), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
+        )
 
 
 def virtual(path):
@@ -148,7 +154,9 @@ def gzip_bomb(path):
     """1 GB of zeros, honestly compressed: 1 MB."""
     chunk = (1000, 256)
     with h5py.File(write(path, reference=None), "a") as file:
-        bomb = file.create_dataset("reference", (10**6, 256), "f4", chunks=chunk, compression="gzip")
+        bomb = file.create_dataset(
+            "reference", (10**6, 256), "f4", chunks=chunk, compression="gzip"
+        )
         for start in range(0, 10**6, 1000):
             bomb.id.write_direct_chunk((start, 0), zeros(4 * 1000 * 256))
 
@@ -156,13 +164,17 @@ def gzip_bomb(path):
 def inflating_chunk(path):
     """A chunk of 1 MB that inflates to 500 MB."""
     with h5py.File(write(path, query=None, query_ids=ids("Q", 1000, 5)), "a") as file:
-        bomb = file.create_dataset("query", (1000, 256), "f4", chunks=(1000, 256), compression="gzip")
+        bomb = file.create_dataset(
+            "query", (1000, 256), "f4", chunks=(1000, 256), compression="gzip"
+        )
         bomb.id.write_direct_chunk((0, 0), zeros(500 * 2**20))
 
 
 def chunk_of_rubbish(path):
     with h5py.File(write(path, query=None), "a") as file:
-        broken = file.create_dataset("query", (QUERIES, DIM), "f4", chunks=(QUERIES, DIM), compression="gzip")
+        broken = file.create_dataset(
+            "query", (QUERIES, DIM), "f4", chunks=(QUERIES, DIM), compression="gzip"
+        )
         broken.id.write_direct_chunk((0, 0), b"rubbish" * 20)
 
 
@@ -170,7 +182,9 @@ def padded_chunk(path):
     """20 rows in a chunk that holds 2 GB of zeros."""
     with h5py.File(write(path, query=None), "a") as file:
         options = {"chunks": (2**26, DIM), "maxshape": (None, DIM), "compression": "gzip"}
-        file.create_dataset("query", (QUERIES, DIM), "f4", **options).id.write_direct_chunk((0, 0), b"x" * 100)
+        file.create_dataset("query", (QUERIES, DIM), "f4", **options).id.write_direct_chunk(
+            (0, 0), b"x" * 100
+        )
 
 
 def shared_id(path):
@@ -203,9 +217,15 @@ LIES = {
     "scale-offset filter": (created(chunks=True, scaleoffset=2), "filters"),
     "gzip in gzip": (gzip_twice, "filters"),
     "lzf filter": (created(chunks=True, compression="lzf"), "filters"),
-    "1e15 rows in chunks": (empty_shape(shape=(10**15, DIM), chunks=(1000, DIM)), "more than the file can hold"),
+    "1e15 rows in chunks": (
+        empty_shape(shape=(10**15, DIM), chunks=(1000, DIM)),
+        "more than the file can hold",
+    ),
     "1e15 rows in one piece": (empty_shape(shape=(10**15, DIM)), "more than the file can hold"),
-    "1e18 dimensions": (empty_shape(shape=(2**31, 2**60), chunks=(1, 1)), "more than the file can hold"),
+    "1e18 dimensions": (
+        empty_shape(shape=(2**31, 2**60), chunks=(1, 1)),
+        "more than the file can hold",
+    ),
     "1 GB never written": (empty_shape(shape=(10**6, 256)), "more than the file can hold"),
     "rows never written": (
         empty_shape(shape=(REFERENCES, DIM), chunks=(1, DIM), compression="gzip"),
@@ -232,7 +252,10 @@ WRONG = {
     "folder": (lambda path: path.mkdir(), "no such file"),
     "empty file": (lambda path: path.write_bytes(b""), "not a readable HDF5"),
     "text": (lambda path: path.write_text("no h5"), "not a readable HDF5"),
-    "signature alone": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "not a readable HDF5"),
+    "signature alone": (
+        lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)),
+        "not a readable HDF5",
+    ),
     "truncated": (truncated, "not a readable HDF5"),
 } | {
     name: (lambda path, changes=changes: write(path, **changes), *words)
@@ -251,10 +274,16 @@ WRONG = {
         "one dimension": ({"query": rows(QUERIES).ravel()}, "(rows, dimensions)"),
         "null": ({"query": h5py.Empty("f4")}, "empty"),
         "fewer ids": ({"query_ids": ids("Q", QUERIES - 1, 5)}, "20 rows in 'query' but 19 ids"),
-        "more ids": ({"reference_ids": ids("R", REFERENCES + 1, 6)}, "30 rows in 'reference' but 31 ids"),
+        "more ids": (
+            {"reference_ids": ids("R", REFERENCES + 1, 6)},
+            "30 rows in 'reference' but 31 ids",
+        ),
         "repeated id": (numbered_from("query_ids", b"Q00007"), "Q00007 more than once"),
         "number ids": ({"query_ids": np.arange(QUERIES)}, "one string per row"),
-        "ids in two columns": ({"query_ids": np.full((QUERIES, 1), b"Q00000")}, "one string per row"),
+        "ids in two columns": (
+            {"query_ids": np.full((QUERIES, 1), b"Q00000")},
+            "one string per row",
+        ),
         "latin-1 ids": (numbered_from("query_ids", b"Q\xe90000"), "UTF-8"),
         "empty id": (numbered_from("query_ids", b""), "empty id"),
         "id of two lines": (numbered_from("query_ids", b"Q\n0000"), "control characters"),
@@ -267,18 +296,36 @@ WRONG = {
 RULES = {
     name: (lambda path, changes=changes: write(path, **changes), *words)
     for name, (changes, *words) in {
-        "257 dimensions": ({"query": rows(QUERIES, 257), "reference": rows(REFERENCES, 257)}, "257", "256"),
-        "float64": ({"reference": rows(REFERENCES).astype("f8")}, "'reference' holds float64; store float32"),
+        "257 dimensions": (
+            {"query": rows(QUERIES, 257), "reference": rows(REFERENCES, 257)},
+            "257",
+            "256",
+        ),
+        "float64": (
+            {"reference": rows(REFERENCES).astype("f8")},
+            "'reference' holds float64; store float32",
+        ),
         "float16": ({"query": rows(QUERIES).astype("f2")}, "'query' holds float16; store float32"),
         "big-endian": ({"query": rows(QUERIES).astype(">f4")}, "store float32"),
         "text ids": ({"query_ids": good()["query_ids"].astype(object)}, "variable length", "S6"),
         "wide ids": ({"reference_ids": good()["reference_ids"].astype("S12")}, "S12", "S7"),
         "other letter": (numbered_from("query_ids", b"X00000"), "'X00000'", "id of a query"),
-        "too few digits": (numbered_from("reference_ids", b"R00001"), "'R00001'", "id of a reference"),
+        "too few digits": (
+            numbered_from("reference_ids", b"R00001"),
+            "'R00001'",
+            "id of a reference",
+        ),
         "path for an id": (numbered_from("query_ids", b"../../"), "'../../'"),
         "foreign digits": (numbered_from("query_ids", "Q000٣".encode()), "'Q000٣'"),
-        "queries for references": ({"query_ids": np.array([b"R%05d" % i for i in range(QUERIES)])}, "'R00000'"),
-        "50,001 queries": ({"query": rows(50_001), "query_ids": ids("Q", 50_001, 5)}, "50001 rows", "DISC21 has 50000"),
+        "queries for references": (
+            {"query_ids": np.array([b"R%05d" % i for i in range(QUERIES)])},
+            "'R00000'",
+        ),
+        "50,001 queries": (
+            {"query": rows(50_001), "query_ids": ids("Q", 50_001, 5)},
+            "50001 rows",
+            "DISC21 has 50000",
+        ),
     }.items()
 }
 
@@ -288,7 +335,9 @@ def line(*fields):
 
 
 def text(content):
-    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda path: path.write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def too_many_rows(path):
@@ -312,13 +361,19 @@ WRONG_CSV = {
     "no query": (text(HEADER + line("", "R000000", 1)), "no query_id in line 2"),
     "control characters": (text(HEADER + line("Q00000", "R\x1b[2J", 1)), "control characters"),
     "1 TB without a line": (sparse, "1000000000000 bytes"),
-    "latin-1 csv": (text((HEADER + line("Q0000é", "R000000", 1)).encode("latin-1")), "not a readable csv"),
+    "latin-1 csv": (
+        text((HEADER + line("Q0000é", "R000000", 1)).encode("latin-1")),
+        "not a readable csv",
+    ),
 }
 RULES_CSV = {
     "empty csv": (text(""), "columns"),
     "h5 named csv": (write, "s.csv"),
     "missing column": (text("query_id,score\nQ00000,1\n"), "columns", HEADER.strip()),
-    "columns in another order": (text("score,query_id,reference_id\n1,Q00000,R000000\n"), "columns"),
+    "columns in another order": (
+        text("score,query_id,reference_id\n1,Q00000,R000000\n"),
+        "columns",
+    ),
     "one column more": (text("query_id,reference_id,score,note\nQ00000,R000000,1,x\n"), "columns"),
     "no header": (text(PAIR), "columns"),
     "one field more": (text(HEADER + PAIR + line("Q00001", "R000000", 1, 2)), "not 3 fields"),
@@ -328,10 +383,17 @@ RULES_CSV = {
     "BOM": (text("\ufeff" + HEADER + PAIR), "byte order mark"),
     "UTF-16": (text((HEADER + PAIR).encode("utf-16")), "columns"),
     "CRLF": (text((HEADER + PAIR).replace("\n", "\r\n")), "CR LF"),
-    "repeated pair": (text(HEADER + PAIR + line("Q00000", "R000000", 0.7)), "line 3", "Q00000,R000000"),
+    "repeated pair": (
+        text(HEADER + PAIR + line("Q00000", "R000000", 0.7)),
+        "line 3",
+        "Q00000,R000000",
+    ),
     "malformed query": (text(HEADER + line("Q0", "R000000", 1)), "'Q0' is not the id of a query"),
     "no reference": (text(HEADER + line("Q00000", "", 1)), "'' is not the id of a reference"),
-    "swapped columns": (text(HEADER + line("R000000", "Q00000", 1)), "'R000000' is not the id of a query"),
+    "swapped columns": (
+        text(HEADER + line("R000000", "Q00000", 1)),
+        "'R000000' is not the id of a query",
+    ),
     "formula": (text(HEADER + line("=1+1", "R000000", 1)), "'=1+1'"),
     "500,001 rows": (too_many_rows, "500001 rows", "10 per query overall"),
 }
@@ -341,7 +403,9 @@ ALL = H5 | CSV
 
 
 def place(folder, name):
-    """Writes the named bad file into `folder`; its path and the words that its refusal must hold."""
+    """Writes the named bad file into `folder`; its path and the words that its refusal must
+    hold.
+    """
     make, *words = ALL[name]
     path = folder / ("s.h5" if name in H5 else "s.csv")
     make(path)
@@ -351,7 +415,9 @@ def place(folder, name):
 def assert_one_line(command, capsys, *words):
     output = capsys.readouterr()
     lines = [line for line in output.err.splitlines() if "error:" in line]
-    assert output.out == "" and len(lines) == 1 and lines[0].startswith(f"{command}.py: error: "), output
+    assert output.out == "" and len(lines) == 1 and lines[0].startswith(f"{command}.py: error: "), (
+        output
+    )
     for word in words:
         assert str(word) in lines[0], lines[0]
 
@@ -375,7 +441,11 @@ def test_validator_refuses(tmp_path, capsys, name):
     assert time.process_time() - start < 2
     output = capsys.readouterr()
     lines = output.err.splitlines()
-    assert output.out == "" and len(lines) == 1 and lines[0].startswith(f"validate_submission.py: error: {path}: ")
+    assert (
+        output.out == ""
+        and len(lines) == 1
+        and lines[0].startswith(f"validate_submission.py: error: {path}: ")
+    )
     for word in words:
         assert word in lines[0], lines[0]
 
@@ -458,17 +528,23 @@ sys.exit(sum(command.main([path, *extra]) != 2 for path in bad))
 def test_refused_within_100_mb(tmp_path, module):
     truth = tmp_path / "gt.csv"
     truth.write_text("query_id,reference_id\nQ00000,R000000\n")
-    kinds, extra = (ALL, "--partial") if module == "validate_submission" else (LIES | WRONG, str(truth))
+    kinds, extra = (
+        (ALL, "--partial") if module == "validate_submission" else (LIES | WRONG, str(truth))
+    )
     bad = []
     for index, name in enumerate(kinds):
         folder = tmp_path / str(index)
         folder.mkdir()
         bad.append(place(folder, name))
     fine = write(tmp_path / "fine.h5")
-    result = run("-c", LIMITED, module, extra, fine, *(path for path, _ in bad), cwd=ROOT / "scripts")
+    result = run(
+        "-c", LIMITED, module, extra, fine, *(path for path, _ in bad), cwd=ROOT / "scripts"
+    )
     errors = [line for line in result.stderr.splitlines() if f"{module}.py: error: " in line]
     assert result.returncode == 0, result.stderr
-    for error, (path, words) in zip(errors, bad, strict=True):  # the same messages: none for want of memory
+    for error, (path, words) in zip(
+        errors, bad, strict=True
+    ):  # the same messages: none for want of memory
         assert str(path) in error and all(word in error for word in words), error
 
 
@@ -501,9 +577,13 @@ def test_accepts_chunks_and_compression(tmp_path, options):
 
 
 def test_accepts_compressed_ids(tmp_path):
-    path = write(tmp_path / "s.h5", reference=rows(10**5, 2), query=rows(QUERIES, 2), reference_ids=None)
+    path = write(
+        tmp_path / "s.h5", reference=rows(10**5, 2), query=rows(QUERIES, 2), reference_ids=None
+    )
     with h5py.File(path, "a") as file:
-        file.create_dataset("reference_ids", data=ids("R", 10**5, 6), compression="gzip", shuffle=True)
+        file.create_dataset(
+            "reference_ids", data=ids("R", 10**5, 6), compression="gzip", shuffle=True
+        )
     assert validate_submission.main([str(path), "--partial"]) == 0
 
 
@@ -512,13 +592,17 @@ def test_accepts_a_user_block_and_reads_texts_behind_it(tmp_path):
     with h5py.File(path, "w", userblock_size=4096) as file:
         for name, value in good(query_ids=good()["query_ids"].astype(object)).items():
             file.create_dataset(name, data=value)
-    np.testing.assert_array_equal(validate_submission.read_submission(path)["query_ids"], good()["query_ids"])
+    np.testing.assert_array_equal(
+        validate_submission.read_submission(path)["query_ids"], good()["query_ids"]
+    )
 
 
 def test_blocks_are_put_together(tmp_path, monkeypatch):
     path = write(tmp_path / "s.h5")
     monkeypatch.setattr(validate_submission, "BLOCK", 7)
-    np.testing.assert_array_equal(validate_submission.read_submission(path)["reference"], rows(REFERENCES, seed=1))
+    np.testing.assert_array_equal(
+        validate_submission.read_submission(path)["reference"], rows(REFERENCES, seed=1)
+    )
     with pytest.raises(validate_submission.InputError, match="first in row 28"):
         validate_submission.read_submission(write(path, **with_values("reference", np.nan, 0)))
 
@@ -538,7 +622,9 @@ def test_too_many_dimensions_only_warn_outside_the_challenge(tmp_path, capsys):
     folder, truth = tmp_path / "v107" / "extract", tmp_path / "gt.csv"
     folder.mkdir(parents=True)
     truth.write_text("query_id,reference_id\nQ00000,R000000\n")
-    write(folder / "fb-isc-submission.h5", query=rows(QUERIES, 300), reference=rows(REFERENCES, 300))
+    write(
+        folder / "fb-isc-submission.h5", query=rows(QUERIES, 300), reference=rows(REFERENCES, 300)
+    )
     np.save(folder / "train_feats.npy", rows(40, 300))
     assert postprocess.main(["--exp", str(tmp_path)]) == 0
     assert "postprocess.py: warning" in capsys.readouterr().err
@@ -558,7 +644,11 @@ def zero(array, *places):
 def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
     folder, truth = tmp_path / "v107" / "extract", tmp_path / "gt.csv"
     folder.mkdir(parents=True)
-    query, reference, train = zero(rows(QUERIES), 0, 7), zero(rows(REFERENCES, seed=1), 29), zero(rows(40, seed=2), 5)
+    query, reference, train = (
+        zero(rows(QUERIES), 0, 7),
+        zero(rows(REFERENCES, seed=1), 29),
+        zero(rows(40, seed=2), 5),
+    )
     reference[3] = query[3]
     truth.write_text("query_id,reference_id\nQ00003,R000003\nQ00007,\nQ00019,\n")
     path = write(folder / "fb-isc-submission.h5", query=query, reference=reference)
@@ -569,7 +659,9 @@ def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
         data = validate_submission.read_submission(submission)
         assert np.flatnonzero(~data["query"].any(axis=1)).tolist() == [0, 7]
         assert np.flatnonzero(~data["reference"].any(axis=1)).tolist() == [29]
-        candidates = eval_metrics.load_candidates(submission, eval_metrics.read_ground_truth(truth), truth)
+        candidates = eval_metrics.load_candidates(
+            submission, eval_metrics.read_ground_truth(truth), truth
+        )
         assert not {"Q00007", "R000029"} & {*candidates["query_id"], *candidates["reference_id"]}
         assert len(candidates) == 30  # the allowance of three queries, though one has no descriptor
         assert candidates.nlargest(1, "score")["reference_id"].item() == "R000003"
@@ -597,8 +689,14 @@ def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsy
     assert validate_submission.main([str(folder / "v107_iso.h5"), "--partial"]) == 0
     assert validate_submission.main([str(folder / "v107_iso.csv")]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr(postprocess, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan))
-    monkeypatch.setattr(postprocess, "nearest", lambda a, b, k, _: (np.ones((len(a), k)), np.zeros((len(a), k), int)))
+    monkeypatch.setattr(
+        postprocess, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
+    )
+    monkeypatch.setattr(
+        postprocess,
+        "nearest",
+        lambda a, b, k, _: (np.ones((len(a), k)), np.zeros((len(a), k), int)),
+    )
     monkeypatch.setattr(postprocess, "database_augmentation", lambda train, *_: train)
     capsys.readouterr()
     assert postprocess.main(["--exp", str(tmp_path)]) == 2

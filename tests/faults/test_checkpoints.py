@@ -1,4 +1,6 @@
-"""Checkpoints: what they hold, full disks, damaged and foreign files, files that would run code, diverging runs."""
+"""Checkpoints: what they hold, full disks, damaged and foreign files, files that would run code,
+diverging runs.
+"""
 
 import argparse
 import contextlib
@@ -34,7 +36,9 @@ def halfway(start, data, tmp_path):
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")
+    }
 
 
 def error_line(run, code=2):
@@ -54,7 +58,10 @@ def test_contents_in_the_middle_of_an_epoch(halfway):
     assert checkpoint["memory_bank"]["filled"] == 64
     assert checkpoint["memory_bank"]["cursor"] == (10 + checkpoint["step"]) * 8 % 64
     assert checkpoint["versions"]["torch"] in torch.__version__
-    assert isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].arch == "test_efficientnet"
+    assert (
+        isinstance(checkpoint["args"], argparse.Namespace)
+        and checkpoint["args"].arch == "test_efficientnet"
+    )
     names = "\n".join(f"T{i:06d}.jpg" for i in range(40))
     assert checkpoint["files"] == hashlib.sha256(names.encode()).hexdigest()
 
@@ -75,7 +82,15 @@ def test_a_full_disk_leaves_the_checkpoint(start, data, trained):
 
 
 def test_a_full_disk_leaves_what_is_extracted(start, data, trained):
-    argv = [*NETWORK, "--mode", "extract", "--weight", trained / "train" / "last.pth.tar", "--batch-size", 3]
+    argv = [
+        *NETWORK,
+        "--mode",
+        "extract",
+        "--weight",
+        trained / "train" / "last.pth.tar",
+        "--batch-size",
+        3,
+    ]
     argv += ["--target-set", "qrt", "--output", trained, data]
     line = error_line(start("v83", *argv, folder=trained / "ranks", RLIMIT_FSIZE=2_000))
     assert str(trained) in line and "File too large" in line
@@ -106,7 +121,9 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 def damage(path, kind):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
-    path.write_bytes({"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[kind])
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "empty"])
@@ -118,7 +135,9 @@ def test_a_damaged_newest_checkpoint(start, data, undisturbed, halfway, kind):
     assert run.wait() == [0]
     (line,) = [line for line in run.errors().splitlines() if "warning:" in line]
     assert str(last) in line
-    assert log_lines(halfway)[0]["epoch"] == 0 and [line["epoch"] for line in log_lines(halfway) if "args" in line] == [
+    assert log_lines(halfway)[0]["epoch"] == 0 and [
+        line["epoch"] for line in log_lines(halfway) if "args" in line
+    ] == [
         0,
         1,
     ]
@@ -149,7 +168,9 @@ def test_auto_at_the_end_has_nothing_to_do(start, data, trained):
     assert after.pop("last.pth.tar") and {name: before[name] for name in after} == after
 
 
-@pytest.mark.parametrize(("flags", "word"), [(["--seed", 10], "seed"), (["--batch-size", 5], "batch_size")])
+@pytest.mark.parametrize(
+    ("flags", "word"), [(["--seed", 10], "seed"), (["--batch-size", 5], "batch_size")]
+)
 def test_a_changed_run_in_the_middle_of_an_epoch(start, data, halfway, flags, word):
     assert word in error_line(train(start, data, halfway, "--resume", "auto", *flags))
 
@@ -187,13 +208,20 @@ class Malicious:
 def test_a_file_cannot_run_code(start, data, trained, tmp_path, form, place):
     path, canary = tmp_path / "stranger.pth.tar", tmp_path / "canary"
     content = load(trained / "train" / "last.pth.tar")
-    content[place] = {"bait": Malicious(canary)} if place != "args" else argparse.Namespace(bait=Malicious(canary))
+    content[place] = (
+        {"bait": Malicious(canary)}
+        if place != "args"
+        else argparse.Namespace(bait=Malicious(canary))
+    )
     if form == "pickle":
-        path.write_bytes(pickle.dumps(content["args"] if place == "args" else {place: content[place]}))
+        path.write_bytes(
+            pickle.dumps(content["args"] if place == "args" else {place: content[place]})
+        )
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     model = v83.create_model(
-        content["args"] if place != "args" else load(trained / "train" / "last.pth.tar")["args"], "cpu"
+        content["args"] if place != "args" else load(trained / "train" / "last.pth.tar")["args"],
+        "cpu",
     )
     with pytest.raises(v83.InputError) as caught:
         v83.load_checkpoint([path], model)
@@ -225,12 +253,33 @@ def overflow(module, steps):
     return overflowing
 
 
-@pytest.mark.parametrize(("steps", "code"), [(range(4, 7), 0), (range(4, 8), 2), ((2, 3, 4, 6, 7, 8), 0)])
+@pytest.mark.parametrize(
+    ("steps", "code"), [(range(4, 7), 0), (range(4, 8), 2), ((2, 3, 4, 6, 7, 8), 0)]
+)
 def test_too_many_skipped_steps_in_a_row(data, tmp_path, monkeypatch, capfd, steps, code):
     """Three are allowed, whatever the logging interval; what was saved last is good."""
     monkeypatch.setattr(v83, "gem", overflow(v83, steps))
-    flags = [*NETWORK, "--batch-size", 4, "--memory-size", 64, "--no-pretrained", "--epochs", 1, "--log-every", 2]
-    flags += ["--max-skipped", 3, "--checkpoint-every", 1, "--output", tmp_path, data / "training_images"]
+    flags = [
+        *NETWORK,
+        "--batch-size",
+        4,
+        "--memory-size",
+        64,
+        "--no-pretrained",
+        "--epochs",
+        1,
+        "--log-every",
+        2,
+    ]
+    flags += [
+        "--max-skipped",
+        3,
+        "--checkpoint-every",
+        1,
+        "--output",
+        tmp_path,
+        data / "training_images",
+    ]
     assert v83.main([str(flag) for flag in flags]) == code
     assert ("--max-skipped 3" in capfd.readouterr().err) == (code == 2)
     checkpoint = load(tmp_path / "train" / "last.pth.tar")

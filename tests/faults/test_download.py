@@ -1,4 +1,6 @@
-"""scripts/download_weights.py against a server on this machine: only the right and whole file gets its name."""
+"""scripts/download_weights.py against a server on this machine: only the right and whole file gets
+its name.
+"""
 
 import hashlib
 import http.server
@@ -27,7 +29,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests, server.handle_error = [], lambda *_: None  # the client hangs up on what it does not want
+        server.requests, server.handle_error = (
+            [],
+            lambda *_: None,
+        )  # the client hangs up on what it does not want
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

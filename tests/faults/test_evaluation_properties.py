@@ -1,4 +1,6 @@
-"""What must hold of micro average precision and recall at 90% precision, whatever the candidates."""
+"""What must hold of micro average precision and recall at 90% precision, whatever the
+candidates.
+"""
 
 import tempfile
 from pathlib import Path
@@ -24,15 +26,22 @@ pairs = st.tuples(st.integers(0, 11), st.integers(0, 11))
 
 def table(found, **columns):
     """Pairs of numbers as a table of ids."""
-    frame = {"query_id": [f"Q{q:05}" for q, _ in found], "reference_id": [f"R{r:06}" for _, r in found]}
+    frame = {
+        "query_id": [f"Q{q:05}" for q, _ in found],
+        "reference_id": [f"R{r:06}" for _, r in found],
+    }
     return pd.DataFrame(frame | columns)
 
 
 @st.composite
 def cases(draw):
-    """(candidates, truth): distinct pairs whose scores all differ, and the pairs that are right, at least one."""
+    """(candidates, truth): distinct pairs whose scores all differ, and the pairs that are right, at
+    least one.
+    """
     found = draw(st.lists(pairs, min_size=1, max_size=40, unique=True))
-    score = draw(st.lists(st.integers(-300, 300), min_size=len(found), max_size=len(found), unique=True))
+    score = draw(
+        st.lists(st.integers(-300, 300), min_size=len(found), max_size=len(found), unique=True)
+    )
     lucky = draw(st.lists(st.sampled_from(found), max_size=20))
     missed = draw(st.lists(pairs, min_size=0 if lucky else 1, max_size=10))
     return table(found, score=np.array(score, float)), table(list(dict.fromkeys(lucky + missed)))
@@ -40,7 +49,9 @@ def cases(draw):
 
 def is_right(candidates, truth):
     columns = ["query_id", "reference_id"]
-    return pd.MultiIndex.from_frame(candidates[columns]).isin(pd.MultiIndex.from_frame(truth[columns]))
+    return pd.MultiIndex.from_frame(candidates[columns]).isin(
+        pd.MultiIndex.from_frame(truth[columns])
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,9 +103,15 @@ def test_a_perfect_ranking_gives_one(case, seed):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_order_of_descriptors_does_not_matter(seed):
     rng = np.random.default_rng(seed)
-    query, reference = rng.standard_normal((12, 5), np.float32), rng.standard_normal((40, 5), np.float32)
+    query, reference = (
+        rng.standard_normal((12, 5), np.float32),
+        rng.standard_normal((40, 5), np.float32),
+    )
     reference[:6] = query[:6] + 0.3 * rng.standard_normal((6, 5), np.float32)
-    query_ids, reference_ids = np.array([b"Q%05d" % i for i in range(12)]), np.array([b"R%06d" % i for i in range(40)])
+    query_ids, reference_ids = (
+        np.array([b"Q%05d" % i for i in range(12)]),
+        np.array([b"R%06d" % i for i in range(40)]),
+    )
     with tempfile.TemporaryDirectory() as folder:
         truth, path = Path(folder, "gt.csv"), Path(folder, "s.h5")
         table([(i, i) for i in range(8)]).to_csv(truth, index=False)
@@ -103,6 +120,9 @@ def test_the_order_of_descriptors_does_not_matter(seed):
             rows, columns = shuffle(12), shuffle(40)
             with h5py.File(path, "w") as file:
                 file["query"], file["query_ids"] = query[rows], query_ids[rows]
-                file["reference"], file["reference_ids"] = reference[columns], reference_ids[columns]
+                file["reference"], file["reference_ids"] = (
+                    reference[columns],
+                    reference_ids[columns],
+                )
             results.append(eval_metrics.evaluate(path, truth))
     assert results[0] == results[1]

@@ -1,4 +1,6 @@
-"""Processes that are killed, or told to stop, at random points: the result is that of a run that was left alone."""
+"""Processes that are killed, or told to stop, at random points: the result is that of a run that
+was left alone.
+"""
 
 import os
 import random
@@ -48,10 +50,16 @@ class Number(torch.nn.Module):
 
 
 def test_kills_while_saving(start, tmp_path, pytestconfig, figure):
-    """A checkpoint is whole whenever the process that saves it is killed, and the next start leaves nothing astray."""
+    """A checkpoint is whole whenever the process that saves it is killed, and the next start leaves
+    nothing astray.
+    """
     count = 50 if pytestconfig.getoption("--long") else 10
     path, random_, found, stray = tmp_path / "last.pth.tar", random.Random(0), [], 0
-    v83.save(path, lambda unfinished: torch.save({"state_dict": {"number": torch.tensor(0)}}, unfinished), 0)
+    v83.save(
+        path,
+        lambda unfinished: torch.save({"state_dict": {"number": torch.tensor(0)}}, unfinished),
+        0,
+    )
     for _ in range(count):
         (tmp_path / "unfinished.tar").unlink(missing_ok=True)
         process = start.args[0].Process(target=save_forever, args=(path, found[-1] if found else 0))
@@ -71,7 +79,10 @@ def test_kills_while_saving(start, tmp_path, pytestconfig, figure):
     assert found == sorted(found)
     v83.save(path, lambda unfinished: torch.save({}, unfinished), 0)
     assert list(tmp_path.iterdir()) == [path]
-    figure(f"kills while saving: {count}, of which {stray} left a part behind; 0 unreadable, 0 stray after the next")
+    figure(
+        f"kills while saving: {count}, of which {stray} left a part behind; 0 unreadable, 0 stray "
+        f"after the next"
+    )
 
 
 # ---- training ----
@@ -87,7 +98,9 @@ def test_kills_while_training(start, data, undisturbed, tmp_path, kills, figure,
             time.sleep(random_.uniform(0, 0.05))
         run.send(signal.SIGKILL, rank=random_.randrange(world_size))
         codes = run.wait(60)
-        assert "Traceback" not in run.errors(), run.errors()  # a process that lost the other says so in a line
+        assert "Traceback" not in run.errors(), (
+            run.errors()
+        )  # a process that lost the other says so in a line
         if set(codes) == {0}:  # too late: all was done, and is to be done once more
             shutil.rmtree(tmp_path / "train")
             needed += total
@@ -103,13 +116,18 @@ def test_kills_while_training(start, data, undisturbed, tmp_path, kills, figure,
         "log.jsonl",
     ]
     again = run.images() - needed
-    figure(f"training in {world_size} process(es), kills: {kills}, same bits in the end; {again} images computed again")
+    figure(
+        f"training in {world_size} process(es), kills: {kills}, same bits in the end; {again} "
+        f"images computed again"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_to_stop(start, data, undisturbed, tmp_path, figure, number, world_size):
-    """Sent to one process and its loaders, it ends all after the same step, with a checkpoint of that step."""
+    """Sent to one process and its loaders, it ends all after the same step, with a checkpoint of
+    that step.
+    """
     flags = ["-j", world_size, "--resume", "auto", "--checkpoint-every", 1000]
     run = train(start, data, tmp_path, *flags, world_size=world_size)
     run.wait_for_images(60)
@@ -124,19 +142,34 @@ def test_a_signal_to_stop(start, data, undisturbed, tmp_path, figure, number, wo
     assert run.images() == 3 * 10 * STEP
     assert_same_run(tmp_path, undisturbed[world_size])
     figure(
-        f"{number.name}, {world_size} process(es): ended after {seconds:.1f} s with code {os.EX_TEMPFAIL}, same bits"
+        f"{number.name}, {world_size} process(es): ended after {seconds:.1f} s with code "
+        f"{os.EX_TEMPFAIL}, same bits"
     )
 
 
 @pytest.mark.parametrize("stage", ["v98", "v107"])
 def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
-    """The later stages, whose samples have rows of references too, go on to the same bits as well."""
+    """The later stages, whose samples have rows of references too, go on to the same bits as
+    well.
+    """
     own = {"v98": ["--memory-size", 64], "v107": ["--batch-size", 2, "--num-negatives", 2]}[stage]
-    argv = [*TRAINING, *own, "--epochs", 2, "--checkpoint-every", 1, "--resume", "auto", data / "training_images"]
+    argv = [
+        *TRAINING,
+        *own,
+        "--epochs",
+        2,
+        "--checkpoint-every",
+        1,
+        "--resume",
+        "auto",
+        data / "training_images",
+    ]
     run = start(stage, *argv, "--output", tmp_path / "one", folder=tmp_path / "one")
     assert run.wait() == [0], run.errors()
     images = run.images()
-    run = start(stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two", hold=images // 4 + 1)
+    run = start(
+        stage, *argv, "--output", tmp_path / "two", folder=tmp_path / "two", hold=images // 4 + 1
+    )
     assert run.wait_for_images(images // 4 + 1)
     run.kill()
     step = load(tmp_path / "two" / "train" / "last.pth.tar")["step"]
@@ -161,14 +194,22 @@ def test_a_killed_loader_process(start, data, tmp_path, figure, world_size):
     lines = [line for line in run.errors().splitlines() if "error:" in line]
     assert len(lines) == world_size
     for line in lines:
-        assert re.search(r"v83.py: error: lost a process: .*; continue with --resume auto", line), line
-    # torch raises the loss again wherever it first can, also where Python ignores it: in a destructor.
+        assert re.search(r"v83.py: error: lost a process: .*; continue with --resume auto", line), (
+            line
+        )
+    # torch raises the loss again wherever it first can, also where Python ignores it: in a
+    # destructor.
     assert "Traceback" not in run.errors().partition("Exception ignored in")[0]
-    figure(f"killed loader, {world_size} process(es): the run ended after {time.monotonic() - begin:.1f} s")
+    figure(
+        f"killed loader, {world_size} process(es): the run ended after "
+        f"{time.monotonic() - begin:.1f} s"
+    )
 
 
 def test_a_loss_that_is_told_twice(tmp_path, monkeypatch, capfd):
-    """The connection to a loader process breaks first; torch's handler then raises while main() words the error."""
+    """The connection to a loader process breaks first; torch's handler then raises while main()
+    words the error.
+    """
 
     class Broken(ConnectionResetError):
         def __str__(self):
@@ -187,7 +228,10 @@ def test_a_loss_that_is_told_twice(tmp_path, monkeypatch, capfd):
     result = called(v83.main, [tmp_path], capfd)
     signal.signal(signal.SIGCHLD, before)
     assert result.returncode == 1
-    assert result.stderr == "v83.py: error: lost a process: reset by peer; continue with --resume auto\n"
+    assert (
+        result.stderr
+        == "v83.py: error: lost a process: reset by peer; continue with --resume auto\n"
+    )
 
 
 def test_a_loss_while_saving(tmp_path):
@@ -210,7 +254,9 @@ def test_a_lost_process_whose_loaders_live_on(start, data, tmp_path, pytestconfi
     run.processes[0].kill()
     assert run.wait(60) == [-signal.SIGKILL, 1], run.errors()
     assert "v83.py: error: lost a process: " in run.errors() and "Traceback" not in run.errors()
-    figure(f"a killed process, not its loader: the other ended after {time.monotonic() - begin:.1f} s")
+    figure(
+        f"a killed process, not its loader: the other ended after {time.monotonic() - begin:.1f} s"
+    )
 
 
 def test_a_rank_that_hangs(start, data, tmp_path, pytestconfig, figure):
@@ -241,7 +287,9 @@ def test_another_number_of_processes(start, data, tmp_path):
     after = load(tmp_path / "train" / "last.pth.tar")
     assert after["world_size"] == 2
     labels = after["memory_bank"]["bank_labels"].tolist()
-    order = np.concatenate([np.random.default_rng((9, epoch)).permutation(40) for epoch in range(3)])
+    order = np.concatenate(
+        [np.random.default_rng((9, epoch)).permutation(40) for epoch in range(3)]
+    )
     assert labels == np.roll(order[-32:].repeat(2), after["memory_bank"]["cursor"].item()).tolist()
     assert [line["step"] for line in losses(tmp_path)][-1] == 30
 
@@ -250,13 +298,25 @@ class Torchrun:
     """torchrun with two processes of v83, which has come to step 6."""
 
     def __init__(self, data, output, *flags):
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "--max-restarts=2",
+        ]
         argv = [*TRAINING, "--epochs", 3, "--resume", "auto", "--output", output, *flags]
         command += [ROOT / "exp" / "v83.py", *argv, data / "training_images"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.errors, log, end = output / "stderr", output / "train" / "log.jsonl", time.monotonic() + 120
+        self.errors, log, end = (
+            output / "stderr",
+            output / "train" / "log.jsonl",
+            time.monotonic() + 120,
+        )
         with self.errors.open("w") as errors:
-            self.agent = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=errors)
+            self.agent = subprocess.Popen(
+                [sys.executable, *map(str, command)], env=environment, stderr=errors
+            )
         while not (log.exists() and '"step": 6' in log.read_text()):
             assert self.agent.poll() is None and time.monotonic() < end, self.errors.read_text()
             time.sleep(0.01)
@@ -292,7 +352,17 @@ def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path, pytestconf
 
 def extract(start, data, output, weight, *flags, stage="v83", **options):
     """Start a stage's extraction of all sets in batches of five."""
-    argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--batch-size", 5, "--target-set", "qrt"]
+    argv = [
+        *NETWORK,
+        "--mode",
+        "extract",
+        "--weight",
+        weight,
+        "--batch-size",
+        5,
+        "--target-set",
+        "qrt",
+    ]
     return start(stage, *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
 
 
@@ -308,17 +378,24 @@ def extracted(start, data, weight, tmp_path_factory):
     run = extract(start, data, output, weight)
     assert run.wait() == [0], run.errors()
     assert run.images() == sum(count for _, count in SETS.values())
-    assert sorted(path.name for path in (output / "extract").iterdir()) == ["fb-isc-submission.h5", "train_feats.npy"]
+    assert sorted(path.name for path in (output / "extract").iterdir()) == [
+        "fb-isc-submission.h5",
+        "train_feats.npy",
+    ]
     return output
 
 
 def assert_same_files(output, expected):
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
-        assert (output / "extract" / name).read_bytes() == (expected / "extract" / name).read_bytes()
+        assert (output / "extract" / name).read_bytes() == (
+            expected / "extract" / name
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_kills_while_extracting(start, data, weight, extracted, tmp_path, kills, figure, world_size):
+def test_kills_while_extracting(
+    start, data, weight, extracted, tmp_path, kills, figure, world_size
+):
     random_, killed = random.Random(world_size), 0
     total = needed = sum(count for _, count in SETS.values())
     while killed < kills:
@@ -327,7 +404,9 @@ def test_kills_while_extracting(start, data, weight, extracted, tmp_path, kills,
         time.sleep(random_.uniform(0, 0.01))
         run.send(signal.SIGKILL, rank=random_.randrange(world_size))
         run.kill()
-        if (tmp_path / "extract" / "train_feats.npy").exists():  # too late: all was done, and is to be done once more
+        if (
+            tmp_path / "extract" / "train_feats.npy"
+        ).exists():  # too late: all was done, and is to be done once more
             shutil.rmtree(tmp_path / "extract")
             needed += total
         else:
@@ -339,7 +418,8 @@ def test_kills_while_extracting(start, data, weight, extracted, tmp_path, kills,
     again = run.images() - needed
     assert 0 <= again <= 5 * kills * world_size
     figure(
-        f"extraction in {world_size} process(es), kills: {kills}, same bytes; {again} of {total} images computed again"
+        f"extraction in {world_size} process(es), kills: {kills}, same bytes; {again} of {total} "
+        f"images computed again"
     )
 
 
@@ -358,7 +438,9 @@ def test_sets_of_the_same_names_never_mix(start, data, weight, tmp_path):
         (root / folder).mkdir(parents=True)
     for i in range(9):
         shutil.copy(data / "query_images" / f"Q{i:05d}.jpg", root / "query_images" / f"{i}.jpg")
-        shutil.copy(data / "reference_images" / f"R{i:06d}.jpg", root / "reference_images" / f"{i}.jpg")
+        shutil.copy(
+            data / "reference_images" / f"R{i:06d}.jpg", root / "reference_images" / f"{i}.jpg"
+        )
     run = extract(start, root, tmp_path, weight, "--target-set", "q", hold=9)
     run.wait_for_images(9)
     run.kill()
@@ -379,7 +461,10 @@ def test_a_killed_loader_process_of_an_extraction(start, data, weight, extracted
     run.wait_for_images(40)
     kill_loader(run)
     assert run.wait(60) == [1], run.errors()
-    assert re.search(r"v83.py: error: lost a process: DataLoader worker .* is killed by signal: Killed", run.errors())
+    assert re.search(
+        r"v83.py: error: lost a process: DataLoader worker .* is killed by signal: Killed",
+        run.errors(),
+    )
     run = extract(start, data, tmp_path, weight)
     assert run.wait() == [0], run.errors()
     assert_same_files(tmp_path, extracted)
@@ -404,13 +489,17 @@ def test_a_damaged_shard_is_computed_again(start, data, weight, extracted, tmp_p
 
 
 def test_a_shard_lost_before_all_are_put_together(data, weight, tmp_path, monkeypatch, capsys):
-    """As with nodes that do not share a disk: none of what this process has written is there when it looks."""
+    """As with nodes that do not share a disk: none of what this process has written is there when
+    it looks.
+    """
     monkeypatch.setattr(v83, "read_shard", lambda path, number: None)
     argv = [*NETWORK, "--mode", "extract", "--weight", weight, "--output", tmp_path, data]
     assert v83.main([str(argument) for argument in argv]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert "0000000.npz: is missing or damaged" in line
-    assert not list((tmp_path / "extract").glob("*.h5")) and list((tmp_path / "extract").glob("unfinished/*/*.npz"))
+    assert not list((tmp_path / "extract").glob("*.h5")) and list(
+        (tmp_path / "extract").glob("unfinished/*/*.npz")
+    )
 
 
 @pytest.mark.parametrize("change", ["weight", "size", "list", "batch", "folder", "fast"])
@@ -425,7 +514,11 @@ def test_changed_inputs_never_mix(start, data, weight, undisturbed, extracted, t
         changed = shutil.copytree(data, tmp_path / "input")
         (changed / "query_images" / "Q00008.jpg").rename(changed / "query_images" / "Q00009.jpg")
     else:
-        flags = {"size": ["--input-size", 40], "batch": ["--batch-size", 6], "fast": ["--fast-input"]}[change]
+        flags = {
+            "size": ["--input-size", 40],
+            "batch": ["--batch-size", 6],
+            "fast": ["--fast-input"],
+        }[change]
     run = extract(start, changed, tmp_path, other, *flags)
     assert run.wait() == [2]
     (line,) = [line for line in run.errors().splitlines() if "error:" in line]
@@ -436,4 +529,6 @@ def test_changed_inputs_never_mix(start, data, weight, undisturbed, extracted, t
         new, ids = file["query"][()], file["query_ids"][()]
     with h5py.File(extracted / "extract" / "fb-isc-submission.h5") as file:
         assert (change != "list") == np.array_equal(ids, file["query_ids"][()])
-        assert (change in ("list", "batch", "folder", "fast")) == np.allclose(new, file["query"][()], atol=1e-5)
+        assert (change in ("list", "batch", "folder", "fast")) == np.allclose(
+            new, file["query"][()], atol=1e-5
+        )

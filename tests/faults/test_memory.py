@@ -10,7 +10,8 @@ number, output = int(sys.argv[1]), Path(sys.argv[2])
 paths = np.array([f"../input/reference_images/R{i:07d}.jpg" for i in range(number)])
 v83.extraction_sets = lambda args: {"reference": paths}
 v83.load_checkpoint = lambda paths, model: None
-v83.load = lambda get, paths, blank, collate, batch: (torch.zeros(len(batch), 1, 1, 3, dtype=torch.uint8), {})
+pixels = torch.zeros(128, 1, 1, 3, dtype=torch.uint8)
+v83.load = lambda get, paths, blank, collate, batch: (pixels[: len(batch)], {})
 rows = torch.randn(128, 256)
 v83.embed = lambda args, model, images: rows[: len(images)]
 
@@ -25,7 +26,8 @@ def peak():
 
 v83.create_model, before = create_model, peak()
 (output / "weight").touch()
-flags = ["--mode", "extract", "--batch-size", "128", "-j", "0", "--weight", f"{output}/weight", "--output", f"{output}"]
+flags = ["--mode", "extract", "--batch-size", "128", "-j", "0", "--output", f"{output}"]
+flags += ["--weight", f"{output}/weight"]
 assert v83.main([*flags, "data"]) == 0
 print((peak() - before) / 1024, peak() / 1024)
 """
@@ -39,5 +41,6 @@ def test_assembling(tmp_path, pytestconfig, figure):
     rows = number * 1024 / 2**20
     assert more <= 1.25 * rows
     figure(
-        f"putting {number} descriptors ({rows:.0f} MB) together: {more:.0f} MB more, {all_:.0f} MB in all at the peak"
+        f"putting {number} descriptors ({rows:.0f} MB) together: {more:.0f} MB more, {all_:.0f} "
+        f"MB in all at the peak"
     )
