@@ -1,24 +1,23 @@
-r"""v83: a descriptor of copied images from ImageNet weights, by contrast with a large memory bank
-(stage 1 of 4).
+r"""v83: copy-detection descriptors by contrastive learning with a memory bank (stage 1 of 4).
 
-Each training image gives a moderate and a hard view. Views of one image attract each other;
-everything else in the batch and in a bank of past descriptors repels them (paper: arXiv
-2112.04323). In exp/:
+Each training image gives two views, a moderate one and a hard one. Views of the same image attract
+each other; they repel every other row of the batch and of a bank of recent descriptors (paper:
+arXiv 2112.04323, section 3.1). The published command, run in exp/:
 
-    python v83.py -a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001'
-    --multiprocessing-distributed \
-        --world-size 1 --rank 0 --wd 1e-6 --gem-p 1.0 --pos-margin 0.0 --sample-size 1000000
-        --ncrops 2 \
-        --batch-size 128 --memory-size 20000 --neg-margin 1.0 --lr 0.1 --input-size 256 --epochs 5
-        --seed 9 \ ../input/training_images/   (then with --epochs 10 --seed 90 --resume
-        ./v83/train/checkpoint_0004.pth.tar)
+    python v83.py -a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001' \
+        --multiprocessing-distributed --world-size 1 --rank 0 --wd 1e-6 --gem-p 1.0 \
+        --pos-margin 0.0 --sample-size 1000000 --ncrops 2 --batch-size 128 --memory-size 20000 \
+        --neg-margin 1.0 --lr 0.1 --input-size 256 --epochs 5 --seed 9 ../input/training_images/
 
-Evidence: 0.5896 uAP, 0.4937 R@P90 (published, of its predecessor; 25k public queries, 1M
-references; 4 GPUs). Needs input/training_images; writes train/checkpoint_{epoch:04d}.pth.tar, of
-which the next stage takes number 5.
+then the same with --epochs 10 --seed 90 --resume ./v83/train/checkpoint_0004.pth.tar.
+
+Evidence: 0.5896 µAP, 0.4937 R@P90 (published, of its predecessor at the same setting, on the 25,000
+public queries against 1,000,000 references; 4 GPUs).
+Needs input/training_images. Writes v83/train/checkpoint_{epoch:04d}.pth.tar; v86 starts from 0005.
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -28,13 +27,14 @@ import pickletools
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,282 +52,123 @@ from augly import image as imaugs
 from augly.image.utils import rotated_rect_with_max_area
 from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from torch.nn.utils import parameters_to_vector
-from torch.utils.data import DataLoader, default_collate
-from torchvision import transforms, utils
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import RandomApply
+from torchvision.transforms.v2 import functional as v2
 from tqdm import tqdm
 
 
 # ---- recipe ----
 def parse_args(argv=None):
-    """The stage as published: its recipe is the defaults. Returns an argparse.Namespace of plain
-    values.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "data",
-        metavar="DATA",
-        help="to train: the folder of training images; to extract: the folder of all sets",
-    )
-    add(
-        "--mode",
-        choices=["train", "extract"],
-        default="train",
-        help="train the stage, or describe images",
-    )
-    add(
-        "-a", "--arch", default="tf_efficientnetv2_m_in21ft1k", help="backbone, any name timm knows"
-    )
-    add("--input-size", type=int, default=256, help="side of the square input, pixels")
-    add("--gem-p", type=float, default=1.0, help="exponent of GeM pooling in training")
-    add("--gem-eval-p", type=float, default=1.0, help="exponent of GeM pooling in extraction")
-    add(
-        "--weight",
-        metavar="FILE",
-        help="checkpoint whose weights training starts from, or extraction uses",
-    )
-    add(
-        "--amp",
-        choices=["fp16", "bf16", "off"],
-        default="fp16",
-        help="mixed precision on CUDA (never on a CPU)",
-    )
-    add("-b", "--batch-size", type=int, default=128, help="samples per step, of all processes")
-    add(
-        "-j",
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="loader processes per node, divided among its ranks",
-    )
-    add(
-        "--output", default=str(Path(__file__).with_suffix("")), help="where train/ and extract/ go"
-    )
-    add(
-        "--epochs",
-        type=int,
-        default=10,
-        help="epoch to end before, counted from 0 over all resumed runs",
-    )
-    add("--start-epoch", type=int, default=0, help="epoch to start at; --resume knows its own")
-    add(
-        "--lr",
-        "--learning-rate",
-        type=float,
-        default=0.1,
-        help="learning rate at --reference-world-size",
-    )
-    add("--momentum", type=float, default=0.9, help="momentum of SGD")
-    add("--wd", "--weight-decay", type=float, default=1e-6, help="weight decay of all but vectors")
-    add(
-        "--pos-margin",
-        type=float,
-        default=0.0,
-        help="distance below which a positive pair costs nothing",
-    )
-    add(
-        "--neg-margin",
-        type=float,
-        default=1.0,
-        help="distance above which a negative pair costs nothing",
-    )
-    add("--memory-size", type=int, default=20000, help="rows of the memory bank")
-    add("--ncrops", type=int, default=2, help="views of an image: one moderate, the others hard")
-    add(
-        "--exact",
-        action="store_true",
-        help="make views by Pillow, as published, not by faster near-equals",
-    )
-    add(
-        "--sample-size",
-        type=int,
-        default=1000000,
-        help="how many training images to use, the first by name",
-    )
-    add(
-        "--seed", type=int, default=9, help="decides every random draw, for any number of processes"
-    )
-    add(
-        "--resume",
-        metavar="FILE",
-        help="continue the run that wrote this checkpoint; auto: the newest in --output",
-    )
-    add(
-        "--checkpoint-every",
-        type=int,
-        default=1000,
-        help="steps between two last.pth.tar, which auto resumes",
-    )
-    add(
-        "--max-skipped", type=int, default=10, help="how many steps in a row may lack a finite loss"
-    )
-    add(
-        "--bad-images",
-        choices=["skip", "error", "zero"],
-        help="to train: skip or error; to extract: error or zero",
-    )
-    add(
-        "--max-bad",
-        type=float,
-        default=0.001,
-        help="share of the images that skip may skip; one it always may",
-    )
-    add(
-        "--no-pretrained",
-        action="store_true",
-        help="start from random weights, not from timm's ImageNet weights",
-    )
-    add("--log-every", type=int, default=50, help="steps per line of log.jsonl")
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="show the log, and each epoch's first views, in TensorBoard as well",
-    )
-    add(
-        "--target-set",
-        default="qr",
-        help="what to describe: letters of q(uery), r(eference), t(raining)",
-    )
-    add(
-        "--phase",
-        type=int,
-        choices=[1, 2],
-        default=1,
-        help="take query_images or query_images_phase2",
-    )
-    add(
-        "--eval-subset",
-        nargs="?",
-        const="rids_subset.txt",
-        help="file in DATA: only these references, an id a line",
-    )
-    add(
-        "--fast-input",
-        action="store_true",
-        help="read what is only resized faster, to values within 1 of Pillow's",
-    )
-    add(
-        "--start-over",
-        action="store_true",
-        help="discard the unfinished extraction of other inputs",
-    )
-    add("--dryrun", action="store_true", help="only the first 100 images of each set")
-    add(
-        "--multiprocessing-distributed",
-        action="store_true",
-        help="start a process for each GPU of this node",
-    )
-    add("--world-size", type=int, default=1, help="number of nodes")
-    add("--rank", type=int, default=0, help="number of this node")
-    add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
-    add("--dist-backend", default="nccl", help="backend on CUDA (gloo on a CPU)")
-    add(
-        "--timeout",
-        type=int,
-        default=10,
-        help="minutes after which a silent process counts as lost",
-    )
-    add("--gpu", type=int, help="use this GPU alone")
-    add(
-        "--reference-world-size",
-        type=int,
-        default=4,
-        help="GPUs that the learning rate was tuned on",
-    )
+    """The command line; the defaults are the published recipe. Returns an argparse.Namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("recipe").add_argument
+    add("-a", "--arch", default="tf_efficientnetv2_m_in21ft1k", help="backbone, a name timm knows")
+    add("--input-size", type=positive_int, default=256, help="side of the square input")
+    add("--gem-p", type=positive_float, default=1.0, help="exponent of GeM pooling in training")
+    add("--gem-eval-p", type=positive_float, default=1.0, help="exponent of GeM in extraction")
+    add("-b", "--batch-size", type=positive_int, default=128, help="samples a step")
+    add("--epochs", type=positive_int, default=10, help="epochs, former runs included")
+    add("--start-epoch", type=nonneg_int, default=0, help="first epoch; --resume knows it")
+    add("--lr", "--learning-rate", type=nonneg_float, default=0.1, help="rate of SGD")
+    add("--momentum", type=nonneg_float, default=0.9, help="momentum of SGD")
+    add("--wd", "--weight-decay", type=nonneg_float, default=1e-6, help="weight decay")
+    add("--pos-margin", type=nonneg_float, default=0.0, help="nearer pairs cost 0")
+    add("--neg-margin", type=nonneg_float, default=1.0, help="farther pairs cost 0")
+    add("--memory-size", type=positive_int, default=20000, help="rows of the bank")
+    add("--ncrops", type=positive_int, default=2, help="views: one moderate, the others hard")
+    add("--sample-size", type=positive_int, default=1000000, help="images used, first by name")
+    add("--seed", type=nonneg_int, default=9, help="seed of every random draw")
+    add("--reference-world-size", type=positive_int, default=4, help="GPUs --lr is for")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    args.bad_images = args.bad_images or {"train": "skip", "extract": "error"}[args.mode]
-    if args.bad_images == {"train": "zero", "extract": "skip"}[args.mode]:
-        parser.error(f"--bad-images {args.bad_images}: does not go with --mode {args.mode}")
-    if args.mode == "extract" and not args.weight:
-        parser.error("--mode extract: needs --weight FILE")
-    may_be_zero = ("gpu", "num_negatives", "rank", "seed", "start_epoch", "workers")
-    for name, value in vars(args).items():
-        if type(value) is int and value < (name not in may_be_zero):
-            parser.error(f"--{name.replace('_', '-')} {value}: is too small")
+    check_arguments(parser, args)
     return args
 
 
-def hard_augmentation(input_size, mean, std, overlay_paths, exact=False):
-    """The hard view: callable from PIL image or pixels to float tensor (3, input_size,
-    input_size).
-    """
-    p = 0.25
-    crop, jitter, pixelization, blur, perspective = operations(exact)
-    shuffled = [
-        jitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
-        pixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
-        transforms.RandomApply([shuffle_pixels], p=0.25),
-        transforms.RandomApply(
-            by_pillow(imaugs.OneOf([imaugs.EncodingQuality(q) for q in (10, 20, 30, 50)])), p=p
-        ),
-        transforms.RandomApply(by_pillow(transforms.Grayscale(3)), p=0.25),
-        blur(min_radius=0.0, max_radius=10.0, p=0.25),
-        perspective(p=p),
-        transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5),
-        transforms.RandomApply([partial(cv2.flip, flipCode=0)], p=0.1),
-        transforms.RandomApply(by_pillow(overlay_text), p=p),
-        transforms.RandomApply(by_pillow(overlay_emoji), p=p),
-        partial(enhance_edges, p=p),
-    ]
-    overlay = {"overlay_p": 0.05, "opacity_lower": 0.6, "sizes": (0.4, 0.6)}
-    crops = [crop(size=input_size, scale=scale) for scale in ((0.15, 1.0), (0.7, 1.0))]
-    geometry = [
-        to_array,
-        transforms.RandomApply([partial(random_rotation, exact=exact)], p=p),
-        partial(overlay_and_crop, crops=crops, overlay_paths=overlay_paths, exact=exact, **overlay),
-    ]
-    erase = RandomErasing(p=0.25, value="random")
+def moderate_view(input_size):
+    """The moderate view: a callable from a PIL image or uint8 (h, w, 3) to a View."""
     return transforms.Compose(
-        [*geometry, transforms.RandomOrder(shuffled), erase, Finish(mean, std).one]
+        [
+            to_array,
+            RandomResizedCrop(input_size, scale=(0.7, 1.0)),
+            RandomApply([horizontal_flip], p=0.5),
+            View,
+        ]
+    )
+
+
+def hard_view(input_size, overlay_paths):
+    """The hard view: a callable from a PIL image or uint8 (h, w, 3) to a View."""
+    p = 0.25
+    shuffled = [
+        ColorJitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
+        RandomApply([pixelize], p=0.25),
+        RandomApply([shuffle_pixels], p=0.25),
+        RandomApply([encode_as_jpeg], p=p),
+        RandomApply([to_grayscale], p=0.25),
+        RandomApply([blur], p=0.25),
+        RandomPerspective(distortion_scale=0.5, p=p),
+        RandomApply([horizontal_flip], p=0.5),
+        RandomApply([vertical_flip], p=0.1),
+        RandomApply([overlay_text], p=p),
+        RandomApply([overlay_emoji], p=p),
+        RandomApply([enhance_edges], p=p),
+    ]
+    overlay = OverlayAndCrop(
+        input_size, overlay_paths, overlay_p=0.05, opacity_lower=0.6, overlay_sizes=(0.4, 0.6)
+    )
+    return transforms.Compose(
+        [
+            to_array,
+            RandomApply([rotate_randomly], p=p),
+            overlay,
+            transforms.RandomOrder(shuffled),
+            RandomErasing(p=0.25),
+        ]
     )
 
 
 class TrainDataset:
-    """Sample i: views of training image i and their labels."""
+    """Sample i: the views of training image i, and its label i for each of them.
 
-    def __init__(self, args, mean, std):
-        self.paths = list_images(args.data)[: args.sample_size]
-        self.files, self.rows = [self.paths], args.ncrops
-        self.seed, self.epoch, self.mean, self.std = args.seed, 0, mean, std
-        hard = hard_augmentation(args.input_size, mean, std, self.paths, args.exact)
-        crops = [moderate_augmentation(args.input_size, mean, std, args.exact)] + [hard] * (
-            args.ncrops - 1
-        )
-        self.crops = [
-            transforms.Compose(crop.transforms[:-1]) for crop in crops
-        ]  # the device does the last
+    folder: of the training images; ncrops: views of an image; sample_size: how many images to use
+    at most, in the order of their names. Raises InputError where an image cannot be read.
+    """
+
+    def __init__(self, folder, input_size, ncrops, sample_size, seed):
+        self.paths = list_images(folder)[:sample_size]
+        self.file_lists = [self.paths]
+        self.views_per_sample = ncrops
+        hard = hard_view(input_size, self.paths)
+        self.views = [moderate_view(input_size)] + [hard] * (ncrops - 1)
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         seed_generators(self.seed, self.epoch, index)
-        cv2.setNumThreads(0)  # a loader process has its core
-        image = open_image(self.paths[index], pixels=True)
-        views, labels = [crop(image) for crop in self.crops], [index] * len(self.crops)
+        cv2.setNumThreads(0)  # each data loader worker has one core
+        image = read_pixels(self.paths[index])
+        views = [view(image) for view in self.views]
+        labels = [index] * len(views)
         return views, labels
 
 
 # ---- model ----
-CUDA = torch.cuda.is_available()
-LIBRARIES = ("torch", "torchvision", "timm", "augly", "pillow", "simplejpeg")
-VERSIONS = {x: version(x) for x in LIBRARIES} | {"opencv": cv2.__version__}
-
-
 def gem(x, p, eps=1e-6):
-    """Generalised mean pooling (n, c, h, w) -> (n, c); p = 1 is the mean of the activations clipped
-    at eps.
-    """
+    """Generalized mean pooling (n, c, h, w) -> (n, c); p = 1: mean of the values clamped at eps."""
     return x.clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p)
 
 
 class ISCNet(torch.nn.Module):
-    """Images (n, 3, h, w) -> L2-normalised descriptors (n, fc_dim). GeM's exponent is p in
-    training, else eval_p.
+    """Images (n, 3, h, w) -> L2-normalized descriptors (n, fc_dim).
+
+    GeM pools with exponent p in training mode and eval_p in evaluation mode. The names of the
+    modules are those of the published weights.
     """
 
     def __init__(self, backbone, fc_dim=256, p=1.0, eval_p=1.0):
@@ -335,1157 +176,1942 @@ class ISCNet(torch.nn.Module):
         self.backbone = backbone
         self.fc = torch.nn.Linear(backbone.feature_info.channels()[-1], fc_dim, bias=False)
         self.bn = torch.nn.BatchNorm1d(fc_dim)
-        self.p, self.eval_p = p, eval_p
+        self.p = p
+        self.eval_p = eval_p
         torch.nn.init.xavier_normal_(self.fc.weight)
 
-    def forward(self, x):
-        x = gem(self.backbone(x)[-1], self.p if self.training else self.eval_p)
-        return F.normalize(self.bn(self.fc(x)))
-
-
-def create_model(args, device, pretrained=False):
-    """The network of --arch on the device; raises InputError where timm cannot make it or fetch its
-    weights.
-    """
-    try:
-        backbone = timm.create_model(args.arch, features_only=True, pretrained=pretrained)
-    except Exception as error:  # registry, hub, network and cache each fail in their own way
-        what = (
-            "cannot fetch its weights, give --weight or --no-pretrained"
-            if pretrained
-            else "has no such backbone"
-        )
-        raise InputError(f"{args.arch}: timm {what} ({type(error).__name__})") from error
-    return ISCNet(backbone, p=args.gem_p, eval_p=args.gem_eval_p).to(
-        device, memory_format=torch.channels_last
-    )
+    def forward(self, images):
+        features = self.backbone(images)[-1]
+        pooled = gem(features, self.p if self.training else self.eval_p)
+        return F.normalize(self.bn(self.fc(pooled)))
 
 
 # ---- loss ----
-def gather(x):
-    """The rows of all processes in rank order; only this process's own carry gradient."""
-    rank, world_size = process()
-    rows = [torch.empty_like(x) for _ in range(world_size)]
-    if world_size > 1:
-        dist.all_gather(rows, x.detach().contiguous())
-    rows[rank] = x
-    return torch.cat(rows)
-
-
 class MemoryBankContrastiveLoss(torch.nn.Module):
-    """Contrastive loss between a batch and the last `memory_size` descriptors (paper section 3.1),
-    all in float32.
+    """Contrastive loss between a batch and the last `memory_size` descriptors, in float32.
 
-    With d the distance of L2-normalised rows: mean of d - pos_margin over equal labels with d >
-    pos_margin, plus mean of neg_margin - d over different labels with d < neg_margin:
-    pytorch-metric-learning 0.9.99's, in CrossBatchMemory.
+    With d the Euclidean distance of two L2-normalized rows: the mean of d - pos_margin over
+    positive pairs (equal labels) with d > pos_margin, plus the mean of neg_margin - d over negative
+    pairs with d < neg_margin. The values are those of CrossBatchMemory(ContrastiveLoss) of
+    pytorch-metric-learning 0.9.99, with which the published weights were trained.
     """
 
     def __init__(self, memory_size, embedding_size=256, pos_margin=0.0, neg_margin=1.0):
         super().__init__()
-        self.pos_margin, self.neg_margin, self.stats = pos_margin, neg_margin, {}
+        self.pos_margin = pos_margin
+        self.neg_margin = neg_margin
+        self.stats = {}  # of the last batch: pos_loss, neg_loss, pos_pairs, neg_pairs
         self.register_buffer("bank", torch.zeros(memory_size, embedding_size))
         self.register_buffer("bank_labels", torch.zeros(memory_size, dtype=torch.long))
-        self.register_buffer("cursor", torch.tensor(0))
-        self.register_buffer("filled", torch.tensor(0))
+        self.register_buffer("cursor", torch.tensor(0))  # the next row to overwrite
+        self.register_buffer("filled", torch.tensor(0))  # number of valid rows
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, embeddings, labels):
-        """This process's rows (n, d) and labels (n,) -> the loss of all processes' rows; `stats`
-        holds its parts.
+        """This rank's rows (n, d) and labels (n,) -> the loss over the rows of all ranks, a scalar.
 
-        Rows enter the bank, then meet all of it but themselves. If one is not finite, none do and
-        the loss is NaN.
+        The rows enter the bank first. If one is not finite, none enters and the loss is NaN.
         """
-        rows, labels = gather(embeddings.float()), gather(labels)
-        finite, number = rows.isfinite().all(), torch.arange(len(self.bank), device=rows.device)
-        own = (self.cursor + number[: len(rows)]) % len(self.bank)
-        self.bank[own] = torch.where(finite, rows.detach(), self.bank[own])
-        self.bank_labels[own] = torch.where(finite, labels, self.bank_labels[own])
-        self.cursor.copy_((self.cursor + len(rows) * finite) % len(self.bank))
-        self.filled.add_(len(rows) * finite).clamp_(max=len(self.bank))
-        unit = F.normalize(rows)
-        sums, gradient = self.compare(unit.detach(), labels, own, number)
-        loss = torch.where(finite, 0.0, torch.nan)
-        for name, (_, active, cost) in zip(("pos", "neg"), sums, strict=True):
-            self.stats |= {f"{name}_loss": cost / active.clamp(min=1), f"{name}_pairs": active}
-            loss = loss + self.stats[f"{name}_loss"]
-        gradient = (gradient / sums[:, 1, None, None].clamp(min=1)).sum(dim=0)
-        slope = (gradient * unit).sum()
-        negatives = len(rows) * (self.filled - 1) - sums[0, 0]  # near or far
-        return (loss + (slope - slope.detach())) * (
-            (sums[0, 0] > 1) | (negatives > 1)
-        )  # one pair is no loss, as there
+        embeddings = all_gather_rows(embeddings.float())
+        labels = all_gather_rows(labels)
+        finite = embeddings.isfinite().all()
+        own_rows = self.enqueue(embeddings, labels, finite)
+
+        similarity = F.normalize(embeddings) @ F.normalize(self.bank).T
+        same_label = labels[:, None] == self.bank_labels
+        bank_rows = torch.arange(len(self.bank), device=labels.device)
+        # A pair: any row of the batch with any valid row of the bank but its own fresh copy.
+        pairs = (bank_rows < self.filled) & (bank_rows != own_rows[:, None])
+        if not similarity.is_cuda:
+            # Few pairs cost anything. (On CUDA, choosing them would make the host wait.)
+            near = similarity > 0.9999 - self.neg_margin**2 / 2  # d < neg_margin, and rounding
+            chosen = (pairs & (same_label | near)).nonzero(as_tuple=True)
+            similarity, same_label, pairs = similarity[chosen], same_label[chosen], pairs[chosen]
+
+        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()
+        positive = pairs & same_label
+        negative = pairs & ~same_label
+        pos_loss, pos_pairs = mean_of_positive(distance - self.pos_margin, positive)
+        neg_loss, neg_pairs = mean_of_positive(self.neg_margin - distance, negative)
+        self.stats = {
+            "pos_loss": pos_loss.detach(),
+            "neg_loss": neg_loss.detach(),
+            "pos_pairs": pos_pairs,
+            "neg_pairs": neg_pairs,
+        }
+
+        # The library gives no loss where there is only one pair of a kind.
+        positives = positive.sum()
+        negatives = len(embeddings) * (self.filled - 1) - positives  # near ones and others
+        loss = (pos_loss + neg_loss) * ((positives > 1) | (negatives > 1))
+        # A row that is not finite makes the loss and every gradient NaN, so there is no update.
+        return loss + torch.where(finite, 0.0, torch.nan) * embeddings.sum()
 
     @torch.no_grad()
-    def compare(self, unit, labels, own, number):
-        """Block by block: numbers of near and of active pairs, cost, its gradient; for positives,
-        for negatives.
-        """
-        sums, gradient = unit.new_zeros(2, 3), unit.new_zeros(2, *unit.shape)
-        size = len(self.bank) if unit.is_cuda else 1024  # few launches there, little memory here
-        blocks = zip(
-            *(rows.split(size) for rows in (number, self.bank, self.bank_labels)), strict=True
+    def enqueue(self, embeddings, labels, finite):
+        """Overwrite the oldest rows of the bank if `finite`; returns their numbers (n,)."""
+        size = len(self.bank)
+        rows = (self.cursor + torch.arange(len(embeddings), device=labels.device)) % size
+        self.bank[rows] = torch.where(finite, embeddings, self.bank[rows])
+        self.bank_labels[rows] = torch.where(finite, labels, self.bank_labels[rows])
+        added = len(embeddings) * finite
+        self.cursor.copy_((self.cursor + added) % size)
+        self.filled.add_(added).clamp_(max=size)
+        return rows
+
+
+def mean_of_positive(cost, mask):
+    """Mean of the positive values of `cost` where `mask` holds, 0 without any; and their number."""
+    active = mask & (cost > 0)
+    number = active.sum()
+    return torch.where(active, cost, 0).sum() / number.clamp(min=1), number
+
+
+def all_gather_rows(rows):
+    """The rows of all ranks in rank order; only this rank's own carry gradient."""
+    rank, world_size = get_rank_and_world_size()
+    if world_size == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(gathered, rows.detach().contiguous())
+    gathered[rank] = rows
+    return torch.cat(gathered)
+
+
+# ---- train ----
+def train(args):
+    """Train the stage; checkpoints, log.jsonl and source.py go to <output>/train.
+
+    Returns the exit code: 0, or 75 after SIGTERM or SIGUSR1 (then --resume auto goes on). Raises
+    InputError where arguments, data, weights or a checkpoint cannot be used.
+    """
+    folder = Path(args.output, "train")
+    device = init_distributed(args.gpu, args.dist_backend, timedelta(minutes=args.timeout))
+    rank, world_size = get_rank_and_world_size()
+    lock = FolderLock(folder)  # noqa: F841  held until this function returns or raises
+    seed_generators(args.seed)
+    torch.backends.cudnn.benchmark = True  # not in extraction: another choice has other last bits
+
+    # Network. DDP copies the weights of rank 0 to the others, so rank 0 alone fetches ImageNet's.
+    checkpoint = find_checkpoint(args.resume, folder)
+    from_imagenet = checkpoint is None and not args.weight and not args.no_pretrained
+    pretrained = from_imagenet and rank == 0
+    model = create_model(args.arch, args.gem_p, args.gem_eval_p, device, pretrained)
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model.backbone, args.arch)
+    if checkpoint is None and args.weight:
+        load_weights(model, read_checkpoint(args.weight), args.weight)
+
+    # Data.
+    dataset = TrainDataset(args.data, args.input_size, args.ncrops, args.sample_size, args.seed)
+    images_per_step = args.batch_size * dataset.views_per_sample
+    steps_per_epoch = len(dataset) // args.batch_size
+    check_batch_size(args, len(dataset), images_per_step, world_size)
+    files = hash_file_names(dataset.file_lists)
+    max_bad_images = count_allowed(args.bad_images, args.max_bad, dataset.file_lists)
+    config = model.backbone.default_cfg
+    preprocess = Preprocess(config["mean"], config["std"], device)
+
+    # Loss and optimizer. Fused SGD leaves out a step that overflows without making the host wait.
+    loss_function = MemoryBankContrastiveLoss(
+        args.memory_size, model.fc.out_features, args.pos_margin, args.neg_margin
+    ).to(device)
+    groups = parameter_groups(model, args.wd)
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, fused=device.type == "cuda")
+    scaler = create_scaler(args.amp, device)
+    # With W the number of GPUs that the learning rate was tuned for, the parameters see 1/W of the
+    # gradient of the loss over all rows, on any number of processes (DDP divides by that number).
+    scale = world_size / args.reference_world_size
+    amp = args.amp
+
+    # Where the run stands.
+    progress = Progress(epoch=args.start_epoch)
+    log_lines = []
+    if checkpoint is not None:
+        check_same_run(checkpoint, args, files)
+        load_weights(model, checkpoint, checkpoint["path"])
+        load_states(checkpoint, optimizer, loss_function, scaler)
+        progress = Progress.from_checkpoint(checkpoint, device)
+        log_lines = checkpoint.get("log", [])
+    check_equal_on_all_ranks((progress.epoch, progress.step))
+    if progress.epoch >= args.epochs:
+        print(f"{folder}: nothing is left to train, --epochs is {args.epochs}", file=sys.stderr)
+        return 0
+    protect_further_run(folder, args, checkpoint)
+    del checkpoint
+    initialize_momentum(optimizer, model)
+    network = distribute(model, device)
+    statistics = BatchNormSnapshot(model)
+    logger = Logger(log_lines)
+    stop = StopRequest()
+
+    def save(*names):
+        content = {
+            "epoch": progress.epoch,  # the epoch to go on with
+            "step": progress.step,  # steps of it that are done
+            "arch": args.arch,
+            "state_dict": model.state_dict(prefix="module."),  # as in the published checkpoints
+            "optimizer": optimizer.state_dict(),
+            "memory_bank": loss_function.state_dict(),
+            "scaler": scaler.state_dict() if uses_fp16(args.amp, device) else None,
+            "args": args,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "files": files,
+            "world_size": world_size,
+            "versions": library_versions(),
+            "skipped_in_a_row": progress.skipped_in_a_row,
+            "unlogged": [to_device(values, "cpu") for values in progress.unlogged],
+            "bad_images": progress.bad_images,
+            "log": logger.lines,
+        }
+        if rank == 0:
+            write_checkpoint(content, [folder / name for name in names])
+        barrier()
+
+    save("last.pth.tar")
+    logger.open(folder / "log.jsonl")
+    logger.write(
+        {
+            "epoch": progress.epoch,
+            "step": progress.epoch * steps_per_epoch + progress.step,
+            "args": vars(args),
+            "device": device_name(device),
+            "world_size": world_size,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "files": files,
+            "versions": library_versions(),
+        }
+    )
+
+    for epoch in range(progress.epoch, args.epochs):
+        dataset.epoch = epoch
+        network.train()
+        batches = epoch_batches(args.seed, epoch, len(dataset), args.batch_size)
+        own_batches = np.split(batches, world_size, axis=1)[rank]
+        loader = start_loader(
+            own_batches[progress.step :], partial(load_samples, dataset), args, device
         )
-        for block, bank, bank_labels in blocks:
-            bank = F.normalize(bank)
-            similarity = unit @ bank.T
-            dense, i, j = True, number[: len(unit), None], block - block[0]
-            if (
-                not unit.is_cuda
-            ):  # where choosing would wait for the device; here, few pairs are worth looking at
-                near = similarity > 0.9999 - self.neg_margin**2 / 2
-                known = torch.from_numpy(np.flatnonzero(np.isin(bank_labels, labels)))
-                near[:, known] |= labels[:, None] == bank_labels[known]
-                chosen = np.flatnonzero(near)  # six times as fast as torch's
-                if len(chosen) <= near.numel() // 16:
-                    dense, (i, j) = False, map(torch.from_numpy, np.divmod(chosen, near.shape[1]))
-            distance = (2 - 2 * similarity[i, j]).clamp(min=1e-12).sqrt()
-            same, valid = labels[i] == bank_labels[j], block[j] < self.filled
-            for kind, pairs, cost, sign in (
-                (0, same & valid & (block[j] != own[i]), distance - self.pos_margin, -1),
-                (1, ~same & valid, self.neg_margin - distance, 1),
-            ):
-                active = pairs & (cost > 0)
-                sums[kind] += torch.stack(
-                    [pairs.sum(), active.sum(), torch.where(active, cost, 0.0).sum()]
+        bar = tqdm(loader, f"epoch {epoch}", len(batches), initial=progress.step, disable=rank > 0)
+        logged_step = progress.step
+        logged_time = time.perf_counter()
+
+        for step, (batch, unreadable) in enumerate(bar, start=progress.step + 1):
+            if batch is None:  # not even another sample could be read in place of one
+                raise InputError(unreadable[-1])
+            seed_generators(args.seed, epoch, step, rank, device=device)
+            images = preprocess(batch.pixels, batch.erasings)
+            labels = batch.labels.to(device, non_blocking=True)
+            values = train_step(
+                network, images, labels, loss_function, optimizer, scaler, statistics, scale, amp
+            )
+            run_step = epoch * steps_per_epoch + step
+            progress.step = step
+            progress.unlogged.append(values)
+
+            if step % args.log_every == 0 or step == steps_per_epoch:
+                summary = progress.summarize(args.max_skipped)
+                seconds = time.perf_counter() - logged_time
+                logger.write(
+                    {
+                        "epoch": epoch,
+                        "step": run_step,
+                        "loss": summary["loss"],
+                        "pos_loss": summary["pos_loss"],
+                        "neg_loss": summary["neg_loss"],
+                        "pos_pairs": summary["pos_pairs"],
+                        "neg_pairs": summary["neg_pairs"],
+                        "lr": optimizer.param_groups[0]["lr"],
+                        "skipped": summary["skipped"],
+                        "overflows": summary["overflows"],
+                        "images_per_second": (step - logged_step) * images_per_step / seconds,
+                    }
                 )
-                weight = torch.where(active & (distance > 1e-6), sign / distance, 0.0)
-                if not dense:
-                    weight = torch.sparse_coo_tensor(
-                        torch.stack((i, j)), weight, near.shape, check_invariants=False
-                    )
-                gradient[kind] += weight @ bank
-        return sums, gradient
+                bar.set_postfix(loss=summary["loss"])
+                logged_step = step
+                logged_time = time.perf_counter()
+
+            stopping, messages = exchange(stop.requested, unreadable)
+            for message in messages:
+                if message not in progress.bad_images:
+                    progress.bad_images.append(message)
+                    logger.write({"epoch": epoch, "step": run_step, "bad_image": message})
+            check_bad_images(progress.bad_images, max_bad_images)
+            if stopping or step % args.checkpoint_every == 0:
+                save("last.pth.tar")
+            if stopping:
+                place = f"step {step} of epoch {epoch}"
+                print(f"stopped after {place}; --resume auto continues", file=sys.stderr)
+                return os.EX_TEMPFAIL
+
+        progress.epoch = epoch + 1
+        progress.step = 0
+        save(f"checkpoint_{epoch:04d}.pth.tar", "last.pth.tar")
+    return 0
 
 
-# ---- augmentation ----
+def train_step(network, images, labels, loss_function, optimizer, scaler, statistics, scale, amp):
+    """One update, of the gradient of scale * loss.
+
+    Returns scalars on the device by name: the loss, its parts, and whether fp16 overflowed, when
+    weights and momentum stay, but bank and BatchNorm keep the step. A step whose loss is not finite
+    leaves no trace: the bank takes no row, the scaler leaves out the update, and BatchNorm's
+    statistics are put back.
+    """
+    before = statistics.read()
+    embeddings = embed(network, images, amp)
+    after = statistics.read()
+    loss = loss_function(embeddings, labels)
+    scaler.scale(loss * scale).backward()
+    one = torch.ones_like(loss)
+    fp16_scale = scaler.scale(one)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    finite = loss.isfinite()
+    statistics.write(before, after, finite)
+    overflow = finite & (scaler.scale(one) < fp16_scale)
+    return {"loss": loss.detach(), **loss_function.stats, "overflow": overflow}
+
+
+# ======== infrastructure: the same text in every stage that has it ========
+# Edit it in v83.py; `make sync` copies it to the others.
+
+
+# ---- arguments ----
+class InputError(ValueError):
+    """What the user gave cannot be used. main() prints it as one line; the exit code is 2."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and each flag's default."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def positive_int(text):
+    """An argparse type: an integer, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
+    return number
+
+
+def nonneg_int(text):
+    """An argparse type: an integer, 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 0")
+    return number
+
+
+def nonneg_float(text):
+    """An argparse type: a finite number, 0 or more."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number, at least 0")
+    return number
+
+
+def positive_float(text):
+    """An argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
+    return number
+
+
+class RemovedFlag(argparse.Action):
+    """A flag of former versions; its error says what replaces it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string}: was removed; {self.const}")
+
+
+def add_run_arguments(parser):
+    """Add the flags that no recipe changes."""
+    add = parser.add_argument_group("data").add_argument
+    add("data", metavar="DATA", help="folder: of the training images, or of all sets to extract")
+    policies = "skip: another sample takes its place (train's default); error: end with a list of "
+    policies += "them (extract's default); zero: its descriptor is zero (extract)"
+    choices = ["skip", "error", "zero"]
+    add("--bad-images", choices=choices, help=f"what to do about an unreadable image. {policies}")
+    add("--max-bad", type=nonneg_float, default=0.001, help="share of images to skip at most")
+    add("--fast-input", action="store_true", help="resize plain images faster, to within 1 of 255")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--mode", choices=["train", "extract"], default="train", help="what to do")
+    start = "(default: the published one of the stage before; v83: ImageNet weights)"
+    add("--weight", metavar="FILE", help=f"checkpoint to take the weights from {start}")
+    add("--no-pretrained", action="store_true", help="start from random weights")
+    auto = "auto: from the latest in --output, or from scratch without one"
+    add("--resume", metavar="FILE", help=f"continue from this checkpoint; {auto}")
+    replaced = "move a run that is further on to replaced-N; extract: discard unfinished batches"
+    add("--start-over", action="store_true", help=f"train: {replaced}")
+    add("--output", default=str(Path(__file__).with_suffix("")), help="holds train/ and extract/")
+    amp = ["fp16", "bf16", "off"]
+    add("--amp", choices=amp, default="fp16", help="mixed precision, on CUDA only")
+    saves = "compute activations again in the backward pass: 1/3 of the memory, 4/3 of the time"
+    add("--grad-checkpointing", action="store_true", help=saves)
+    workers = "data loader workers of this node, divided among its ranks"
+    add("-j", "--workers", type=nonneg_int, default=os.cpu_count(), help=workers)
+    add("--log-every", type=positive_int, default=50, help="steps for each line of log.jsonl")
+    add("--checkpoint-every", type=positive_int, default=1000, help="steps between last.pth.tar")
+    add("--max-skipped", type=positive_int, default=10, help="steps in a row without finite loss")
+    removed = {
+        "--exact": "the published pipeline is in scripts/dev/published_augmentation.py",
+        "--tensorboard": "use scripts/plot_log.py --tensorboard FOLDER",
+    }
+    hidden = {"nargs": 0, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for name, replacement in removed.items():
+        add(name, action=RemovedFlag, const=replacement, **hidden)
+
+    add = parser.add_argument_group("distributed").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU")
+    add("--world-size", type=positive_int, default=1, help="number of nodes")
+    add("--rank", type=nonneg_int, default=0, help="number of this node")
+    add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
+    add("--dist-backend", default="nccl", help="backend on CUDA; on a CPU it is gloo")
+    lost = "minutes after which a silent rank or data loader worker counts as lost"
+    add("--timeout", type=positive_int, default=10, help=lost)
+    add("--gpu", type=nonneg_int, help="number of the one GPU to use (default: all, or 0)")
+
+    add = parser.add_argument_group("extraction").add_argument
+    add("--target-set", default="qr", help="letters of q(uery), r(eference), t(raining)")
+    add("--phase", type=int, choices=[1, 2], default=1, help="query_images or query_images_phase2")
+    subset = "only the references whose ids FILE in DATA lists, one a line (default: all)"
+    add("--eval-subset", nargs="?", const="rids_subset.txt", metavar="FILE", help=subset)
+    add("--dryrun", action="store_true", help="only the first 100 images of each set")
+
+
+def check_arguments(parser, args):
+    """Refuse flags that contradict each other, and complete those that depend on --mode."""
+    if args.mode == "train":
+        default, other = "skip", "zero"
+    else:
+        default, other = "error", "skip"
+    if args.bad_images is None:
+        args.bad_images = default
+    if args.bad_images == other:
+        parser.error(f"--bad-images {other}: does not go with --mode {args.mode}")
+    if args.mode == "extract" and not args.weight:
+        parser.error("--mode extract: needs --weight FILE")
+    if args.mode == "train" and args.start_over and args.resume == "auto":
+        parser.error("--start-over: does not go with --resume auto, which continues what is there")
+
+
+def starts_without_weights(args):
+    """Whether the command line leaves open which weights training starts from."""
+    resumes = args.resume not in (None, "auto")
+    return args.mode == "train" and not args.weight and not args.no_pretrained and not resumes
+
+
+# ---- extraction ----
+@torch.inference_mode()
+def extract(args):
+    """Extract descriptors into <output>/extract: fb-isc-submission.h5 of queries and references,
+    train_feats.npy of training images.
+
+    Finished batches are kept until the files are written, so that the same command goes on after a
+    kill, to byte-identical files. Returns 0; raises InputError where the input cannot be used.
+    """
+    unlimited = timedelta(days=30)  # the ranks meet at the end
+    device = init_distributed(args.gpu, args.dist_backend, unlimited)
+    sets = find_sets(args.data, args.target_set, args.phase, args.eval_subset, args.dryrun)
+    model = create_model(args.arch, args.gem_p, args.gem_eval_p, device).eval()
+    load_weights(model, read_checkpoint(args.weight), args.weight)
+    config = model.backbone.default_cfg
+    preprocess = Preprocess(config["mean"], config["std"], device)
+
+    folder = Path(args.output, "extract")
+    suffix = "-phase2" if args.phase == 2 else ""
+    unfinished = folder / f"unfinished{suffix}"
+    inputs = describe_inputs(args, sets, device)
+    on_rank_0(open_unfinished, unfinished, inputs, args.start_over)
+    batches = plan_batches(sets, args.batch_size, unfinished)
+    unreadable = compute_missing(batches, model, preprocess, args, device)
+    if unreadable and args.bad_images == "error":
+        raise InputError(
+            f"{len(unreadable)} bad images; replace them and run the command again, or use "
+            f"--bad-images zero: {'; '.join(unreadable)}"
+        )
+    if get_rank_and_world_size()[0] == 0:
+        write_files(folder, suffix, sets, batches, args.bad_images == "zero")
+        shutil.rmtree(unfinished)
+    return 0
+
+
+class ExtractionBatch(NamedTuple):
+    """Images of one set, and the file that their descriptors go to."""
+
+    set_name: str
+    paths: np.ndarray
+    shard: Path
+
+
+def find_sets(root, target_set, phase, eval_subset, dryrun):
+    """{"query", "reference", "train": sorted paths of images}, of those sets that --target-set
+    names.
+    """
+    root = Path(root)
+    if not target_set or set(target_set) - set("qrt"):
+        raise InputError(f"--target-set {target_set}: give letters of q, r and t")
+    folders = {
+        "query": root / ("query_images" if phase == 1 else "query_images_phase2"),
+        "reference": root / "reference_images",
+        "train": root / "training_images",
+    }
+    sets = {name: list_images(path) for name, path in folders.items() if name[0] in target_set}
+    if eval_subset and "reference" in sets:
+        sets["reference"] = restrict_to_subset(sets["reference"], root / eval_subset)
+    for name, paths in sets.items():
+        if len({Path(path).stem for path in paths}) < len(paths):
+            raise InputError(
+                f"{folders[name]}: has images whose names differ in their suffix alone; rename "
+                f"one of each"
+            )
+        if dryrun:
+            sets[name] = paths[:100]
+    return sets
+
+
+def restrict_to_subset(paths, subset):
+    """The paths of the images whose ids the text file `subset` lists, one a line."""
+    wanted = set(subset.read_text(errors="replace").split())
+    found = np.array([path for path in paths if Path(path).stem in wanted])
+    if not wanted or len(found) < len(wanted):
+        raise InputError(
+            f"{subset}: must list ids of images in {Path(paths[0]).parent}, one a line"
+        )
+    return found
+
+
+def describe_inputs(args, sets, device):
+    """What the descriptors depend on, by the names of flags: what open_unfinished compares."""
+    with Path(args.weight).open("rb") as file:
+        weight = hashlib.file_digest(file, "sha256").hexdigest()
+    counts = [f"{len(paths)} {name} images" for name, paths in sets.items()]
+    return {
+        "SHA-256 of --weight": weight,
+        "DATA": os.path.realpath(args.data),
+        "the number of images": ", ".join(counts),
+        "SHA-256 of their names": hash_file_names(sets.values()),
+        "--arch": args.arch,
+        "--input-size": args.input_size,
+        "--gem-eval-p": args.gem_eval_p,
+        "--batch-size": args.batch_size,
+        "--fast-input": args.fast_input,
+        "--amp": args.amp,
+        "the device": device.type,
+        "the libraries": library_versions(),
+    }
+
+
+def open_unfinished(folder, inputs, start_over):
+    """Make the folder for finished batches, or continue it where it is of the same inputs."""
+    path = folder / "inputs.json"
+    if start_over:
+        shutil.rmtree(folder, ignore_errors=True)
+    if path.exists():
+        former = json.loads(path.read_text())
+        changed = [name for name in inputs if inputs[name] != former.get(name)]
+        if changed:
+            changes = [f"{name} is {inputs[name]}, was {former.get(name)}" for name in changed]
+            raise InputError(
+                f"{folder}: the unfinished run has different settings: {'; '.join(changes)}; "
+                "use those again, or discard it with --start-over"
+            )
+    elif any(folder.rglob("*.npz")):
+        raise InputError(f"{folder}: is of a former version; discard it with --start-over")
+    content = json.dumps(inputs, indent=1).encode()
+    save_atomically(path, lambda unfinished: unfinished.write_bytes(content), len(content))
+
+
+def plan_batches(sets, batch_size, unfinished):
+    """The list of ExtractionBatch, set by set, in the order of the paths."""
+    batches = []
+    for name, paths in sets.items():
+        for start in range(0, len(paths), batch_size):
+            shard = unfinished / f"{name}-{start:07d}.npz"
+            batches.append(ExtractionBatch(name, paths[start : start + batch_size], shard))
+    return batches
+
+
+def is_missing(batch):
+    """Whether a batch is to be computed: also if an image was unreadable, which may be replaced."""
+    rows = read_shard(batch)
+    return rows is None or not rows.any(axis=1).all()
+
+
+def compute_missing(batches, model, preprocess, args, device):
+    """Write the shards that are not there, each rank its share; returns messages on unreadable
+    images.
+
+    Such an image has a row of zeros.
+    """
+    rank, world_size = get_rank_and_world_size()
+    numbers = on_rank_0(lambda: [i for i, batch in enumerate(batches) if is_missing(batch)])
+    own_batches = [batches[i] for i in numbers[rank::world_size]]
+    load = partial(load_images, input_size=args.input_size, fast_input=args.fast_input)
+    loader = start_loader([batch.paths for batch in own_batches], load, args, device)
+    own_messages = []
+    bar = tqdm(loader, "extract", len(own_batches), unit="batch", disable=rank > 0)
+    for batch, (pixels, unreadable) in zip(own_batches, bar, strict=True):
+        rows = embed(model, preprocess(pixels), args.amp).float().cpu().numpy()
+        rows[list(unreadable)] = 0
+        write_shard(batch, rows)
+        own_messages += unreadable.values()
+    messages = []
+    for part in all_gather_objects(own_messages):
+        messages += part
+    return messages
+
+
+def write_shard(batch, rows):
+    """Write the descriptors (n, 256) of a batch, with zip's checksum."""
+    try:
+        np.savez(batch.shard, rows=rows)
+    except OSError as error:
+        raise InputError(
+            f"{batch.shard}: cannot be written ({error}); make room and run again"
+        ) from error
+
+
+def read_shard(batch):
+    """The descriptors of a batch, float32 (n, 256), or None where they are not there or damaged."""
+    try:
+        with np.load(batch.shard) as file:
+            rows = file["rows"]
+    except Exception:  # file system, zip and numpy each fail in their own way
+        return None
+    if rows.shape != (len(batch.paths), 256) or rows.dtype != np.float32:
+        return None
+    return rows
+
+
+def read_set(batches):
+    """The descriptors of a set, float32 (n, 256), from its batches in their order."""
+    descriptors = np.empty((sum(len(batch.paths) for batch in batches), 256), np.float32)
+    start = 0
+    for batch in batches:
+        rows = read_shard(batch)
+        if rows is None:
+            raise InputError(
+                f"{batch.shard}: is missing or damaged; run the command again, "
+                "with --output on a disk that all nodes share"
+            )
+        descriptors[start : start + len(rows)] = rows
+        start += len(rows)
+    return descriptors
+
+
+def write_files(folder, suffix, sets, batches, list_zero_rows):
+    """Write the h5 of queries and references, the npy of training images, and zero-rows.txt."""
+    ids = {}
+    for name, paths in sets.items():
+        ids[name] = [Path(path).stem.encode(errors="backslashreplace") for path in paths]
+    zero_ids = []
+
+    def read(name):
+        descriptors = read_set([batch for batch in batches if batch.set_name == name])
+        zero_ids.extend(ids[name][row] for row in np.flatnonzero(~descriptors.any(axis=1)))
+        return descriptors
+
+    def write_h5(path):
+        try:
+            with h5py.File(path, "w") as file:
+                for name in submitted:
+                    width = max(id_width[name], *map(len, ids[name]))
+                    file[name] = read(name)
+                    file[f"{name}_ids"] = np.array(ids[name], f"S{width}")
+        except RuntimeError as error:  # HDF5 cannot close the file where the disk is full
+            raise OSError(str(error)) from error
+
+    id_width = {"query": 6, "reference": 7}  # as DISC21 has them, unless ids are longer
+    submitted = [name for name in sets if name in id_width]
+    if submitted:
+        rows = sum(len(sets[name]) for name in submitted)
+        size = 2**16 + 1280 * rows  # descriptors, ids and what HDF5 adds
+        save_atomically(folder / f"fb-isc-submission{suffix}.h5", write_h5, size)
+    if "train" in sets:
+        size = 128 + 1024 * len(sets["train"])
+        save_atomically(folder / "train_feats.npy", lambda path: np.save(path, read("train")), size)
+    sidecar = folder / f"zero-rows{suffix}.txt"
+    sidecar.unlink(missing_ok=True)
+    if list_zero_rows:
+        content = b"".join(id_ + b"\n" for id_ in zero_ids)
+        save_atomically(sidecar, lambda path: path.write_bytes(content), len(content))
+
+
+# ---- augmentation operations ----
+# Each takes and returns pixels, uint8 (h, w, 3). Those that approximate Pillow's or AugLy's values
+# say by how much; scripts/dev/published_augmentation.py has the originals, for tests and benchmark.
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-FONTS = sorted(
-    str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1"
-)
 EMOJIS = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
-ROUND_DOWN = -0.499  # as Pillow does, where OpenCV rounds
+# As published, without TypeMyMusic; PainttheSky-Regular is missing from AugLy's wheel anyway.
+FONTS = sorted(
+    str(path) for path in Path(FONTS_DIR).glob("*.ttf") if "TypeMyMusic" not in str(path)
+)
+JPEG_QUALITIES = (10, 20, 30, 50)
+ROUND_DOWN = -0.499  # Pillow cuts off where OpenCV rounds
+
+
+def through_pillow(operation, pixels):
+    """Apply an operation on PIL images."""
+    return np.array(operation(Image.fromarray(pixels)))
+
+
+def to_array(image):
+    """A PIL image of any mode as pixels; pixels as they are."""
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    return image
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, with the same draws, to nearly Pillow's values: see resize."""
+    """torchvision's, with the same draws, within 1 of Pillow's values."""
 
-    def forward(self, image):
-        top, left, height, width = self.get_params(to_pixels(image), self.scale, self.ratio)
-        return resize(
-            np.ascontiguousarray(image[top : top + height, left : left + width]), self.size
-        )
+    def forward(self, pixels):
+        top, left, height, width = self.get_params(as_tensor(pixels), self.scale, self.ratio)
+        crop = pixels[top : top + height, left : left + width]
+        return resize(np.ascontiguousarray(crop), self.size)
 
 
 class ColorJitter(transforms.ColorJitter):
-    """torchvision's, with the same draws, by OpenCV: 1 of 1,000 values is off by one; 2 of 5 by
-    hue, up to 13.
+    """torchvision's, with the same draws, by OpenCV.
+
+    Of 1,000 values one is off by 1; by a change of hue, two of 5, by up to 13.
     """
 
-    def forward(self, image):
-        order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
-        for kind in order.tolist():
-            factor = factors[kind]
-            if kind < 2:  # brightness: blend with black; contrast: with the mean gray
-                mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]) if kind else 0
-                image = cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + ROUND_DOWN)
-            elif kind == 2:  # saturation: with its own gray
-                gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-                image = cv2.addWeighted(image, factor, gray, 1 - factor, ROUND_DOWN)
+    def forward(self, pixels):
+        order, brightness, contrast, saturation, hue = self.get_params(
+            self.brightness, self.contrast, self.saturation, self.hue
+        )
+        for operation in order.tolist():
+            if operation == 0:
+                pixels = blend(pixels, np.zeros_like(pixels), brightness)
+            elif operation == 1:
+                mean = round(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0])
+                pixels = blend(pixels, np.full_like(pixels, mean), contrast)
+            elif operation == 2:
+                gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+                pixels = blend(pixels, cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), saturation)
             else:
-                hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-                hsv[..., 0] += np.uint8(int(factor * 255) % 256)
-                image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-        return image
+                hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+                hsv[..., 0] += np.uint8(int(hue * 255) % 256)
+                pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        return pixels
 
 
-class RandomPixelization(imaugs.RandomPixelization):
-    """AugLy's, with the same draws, to nearly Pillow's values: see resize."""
-
-    def __call__(self, image):
-        if random.random() > self.p:
-            return image
-        size, ratio = image.shape[:2], random.uniform(self.min_val, self.max_val)
-        return resize(
-            resize(image, [int(side * ratio) for side in size], Image.BICUBIC), size, Image.BICUBIC
-        )
+def blend(pixels, other, factor):
+    """factor * pixels + (1 - factor) * other, in 0 to 255."""
+    return cv2.addWeighted(pixels, factor, other, 1 - factor, ROUND_DOWN)
 
 
-class RandomBlur(imaugs.RandomBlur):
-    """AugLy's, with the same draws, by OpenCV: three boxes as Pillow's, rounded three times, not
-    six; 3 off at most.
+def pixelize(pixels):
+    """AugLy's, of a ratio in 0.1 to 1."""
+    ratio = random.uniform(0.1, 1.0)
+    return through_pillow(partial(imaugs.pixelization, ratio=ratio), pixels)
+
+
+def encode_as_jpeg(pixels):
+    """AugLy's, of one of JPEG_QUALITIES."""
+    quality = random.choice(JPEG_QUALITIES)
+    return through_pillow(partial(imaugs.encoding_quality, quality=quality), pixels)
+
+
+def to_grayscale(pixels):
+    """Pillow's gray, in three channels."""
+    return through_pillow(transforms.Grayscale(3), pixels)
+
+
+def horizontal_flip(pixels):
+    """Mirror left and right."""
+    return cv2.flip(pixels, 1)
+
+
+def vertical_flip(pixels):
+    """Mirror top and bottom."""
+    return cv2.flip(pixels, 0)
+
+
+def blur(pixels):
+    """Blur by a Gaussian with a radius of 0 to 10 pixels."""
+    return gaussian_blur(pixels, random.uniform(0, 10))
+
+
+def gaussian_blur(pixels, radius):
+    """Pillow's GaussianBlur of this radius (standard deviation), by OpenCV: off by 3 at most.
+
+    Like Pillow's, three box blurs; a box has a fraction of a pixel at either end, so that the three
+    together have the variance of the Gaussian.
     """
-
-    def __call__(self, image):
-        if random.random() > self.p:
-            return image
-        variance = (
-            random.uniform(self.min_val, self.max_val) ** 2 / 3
-        )  # of a box that reaches whole + part pixels
-        whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
-        part = (
-            (2 * whole + 1)
-            * (whole * (whole + 1) - 3 * variance)
-            / (6 * (variance - (whole + 1) ** 2))
-        )
-        box = np.array([part, *[1] * (2 * whole + 1), part]) / (2 * whole + 1 + 2 * part)
-        for _ in range(3):
-            image = cv2.sepFilter2D(image, -1, box, box, borderType=cv2.BORDER_REPLICATE)
-        return image
+    variance = radius**2 / 3  # of one box
+    box_radius = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    edge_weight = (2 * box_radius + 1) * (box_radius * (box_radius + 1) - 3 * variance)
+    edge_weight /= 6 * (variance - (box_radius + 1) ** 2)
+    box = np.ones(2 * box_radius + 3)
+    box[0] = edge_weight
+    box[-1] = edge_weight
+    box /= box.sum()
+    for _ in range(3):
+        pixels = cv2.sepFilter2D(pixels, -1, box, box, borderType=cv2.BORDER_REPLICATE)
+    return pixels
 
 
 class RandomPerspective(transforms.RandomPerspective):
-    """torchvision's, with the same draws, by OpenCV, which rounds where Pillow cuts off; outlines
-    may differ.
-    """
+    """torchvision's, with the same draws, by OpenCV: within 1, but for pixels of the outline."""
 
-    def forward(self, image):
+    def forward(self, pixels):
         if torch.rand(1) >= self.p:
-            return image
-        size = image.shape[1::-1]
-        start, end = map(np.float32, self.get_params(*size, self.distortion_scale))
-        matrix = cv2.getPerspectiveTransform(
-            end - 0.5, start + 0.5
-        )  # in a frame of one pixel, lest the edge fade
-        framed = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-        inside = np.pad(np.ones(image.shape[:2], np.uint8), 1)
-        warp = partial(cv2.warpPerspective, M=matrix, dsize=size)
-        seen = warp(inside, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
-        return cv2.copyTo(warp(framed, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP), seen)
+            return pixels
+        height, width = pixels.shape[:2]
+        start, end = self.get_params(width, height, self.distortion_scale)
+        # In a frame of one pixel, so that the border does not fade into the black around it.
+        framed = cv2.copyMakeBorder(pixels, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        inside = np.pad(np.ones((height, width), np.uint8), 1)
+        matrix = cv2.getPerspectiveTransform(np.float32(end) - 0.5, np.float32(start) + 0.5)
+        warp = partial(cv2.warpPerspective, M=matrix, dsize=(width, height))
+        mask = warp(inside, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+        warped = warp(framed, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        return cv2.copyTo(warped, mask)
 
 
 class RandomErasing(transforms.RandomErasing):
-    """torchvision's, with the same draws, of an array: a View, as erasing is the device's."""
+    """torchvision's draws of whether and where. The noise is drawn on the device, by a seed.
 
-    def forward(self, image):
+    Takes pixels and returns a View.
+    """
+
+    def forward(self, pixels):
         if torch.rand(1) >= self.p:
-            return View(image)
-        top, left, _, _, noise = self.get_params(pixels := to_pixels(image), self.scale, self.ratio)
-        return View(image) if noise is pixels else View(image, top, left, noise)  # found no place
+            return View(pixels)
+        top, left, height, width, _ = self.get_params(
+            as_tensor(pixels), self.scale, self.ratio, value=[0.0]
+        )
+        if (height, width) == pixels.shape[:2]:  # torchvision has found no box: nothing is erased
+            return View(pixels)
+        return View(pixels, Erasing(top, left, height, width, random.getrandbits(63)))
 
 
-def operations(exact):
-    """Crop, jitter, pixelization, blur, perspective, of arrays: near-equals, or by_pillow what they
-    derive from.
+def rotate_randomly(pixels):
+    """Rotate by 0 to 180 degrees."""
+    return rotate(pixels, random.uniform(0, 180))
+
+
+def rotate(pixels, degrees):
+    """AugLy's rotation, counter-clockwise, to the largest upright rectangle inside; by OpenCV.
+
+    One of 200 pixels is another neighbor. An image too thin for such a rectangle stays as it is.
     """
-    near_equals = RandomResizedCrop, ColorJitter, RandomPixelization, RandomBlur, RandomPerspective
-    return [partial(published, kind.__base__) for kind in near_equals] if exact else near_equals
-
-
-def published(kind, **recipe):
-    """A kind of transform of PIL images, for arrays."""
-    return transforms.Compose(by_pillow(kind(**recipe)))
-
-
-def by_pillow(transform):
-    """The steps by which a transform of PIL images does for arrays, uint8 (h, w, 3)."""
-    return [Image.fromarray, transform, np.array]
-
-
-def to_pixels(array):
-    """An array (h, w, 3) as pixels (3, h, w), in the same memory."""
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def resize(array, size, interpolation=Image.BILINEAR):
-    """To (height, width): as a rule within one of Pillow's values, two if BICUBIC; Pillow may do
-    the height first.
-    """
-    return to_array(v2.functional.resize(to_pixels(array), size, interpolation))
-
-
-def moderate_augmentation(input_size, mean, std, exact=False):
-    """The moderate view: callable from PIL image or pixels to float tensor (3, input_size,
-    input_size).
-    """
-    crop, *_ = operations(exact)
-    geometry = [
-        crop(size=input_size, scale=(0.7, 1.0)),
-        transforms.RandomApply([partial(cv2.flip, flipCode=1)], p=0.5),
-    ]
-    return transforms.Compose([to_array, *geometry, View, Finish(mean, std).one])
-
-
-def random_rotation(image, exact):
-    """Rotate by U(0, 180) degrees, keep the largest upright rectangle; one too thin (or, exact, too
-    long) stays.
-    """
-    return rotate(image, random.uniform(0, 180), exact)
-
-
-def rotate(image, degrees, exact):
-    """AugLy's, or nearly: without computing what it cuts away, and by OpenCV, for 1 of 200 pixels
-    another neighbour.
-    """
-    center = np.array(image.shape[1::-1]) / 2
-    half = np.array(rotated_rect_with_max_area(*center * 2, degrees)) / 2
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    height, width = pixels.shape[:2]
+    kept_size = np.array(rotated_rect_with_max_area(width, height, degrees))
+    if kept_size.min() < 2:
+        return pixels
+    if degrees == 90:  # Pillow turns by whole pixels
+        return through_pillow(partial(imaugs.rotate, degrees=degrees), pixels)
+    cosine = math.cos(math.radians(degrees))
+    sine = math.sin(math.radians(degrees))
     inverse = np.round([[cosine, -sine], [sine, cosine]], 15)
+    center = np.array([width, height]) / 2
     reach = abs(inverse) @ center  # from the center to the sides of the whole rotated image
-    if half.min() < 1 or (exact and 4 * reach.prod() > MAX_PIXELS):
-        return image
-    if exact or degrees == 90:  # which Pillow turns by whole pixels
-        return np.array(imaugs.rotate(Image.fromarray(image), degrees=degrees))
-    middle = (np.ceil(center + reach) - np.floor(center - reach)) / 2
-    start, stop = (middle - half).astype(int), (middle + half).astype(int)
-    matrix = np.column_stack([inverse, inverse @ (start + 0.5 - middle) + center - 0.5])
-    return cv2.warpAffine(
-        image,
-        matrix,
-        tuple((stop - start).tolist()),
-        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-    )
+    rotated_center = (np.ceil(center + reach) - np.floor(center - reach)) / 2
+    start = (rotated_center - kept_size / 2).astype(int)
+    stop = (rotated_center + kept_size / 2).astype(int)
+    offset = inverse @ (start + 0.5 - rotated_center) + center - 0.5
+    matrix = np.column_stack([inverse, offset])
+    size = (stop - start).tolist()
+    return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
 
 
-def overlay_and_crop(image, crops, overlay_paths, exact, overlay_p, opacity_lower, sizes):
-    """Lay another image over or under this one, then crop gently; or, with probability 1 -
-    overlay_p, crop strongly.
+class OverlayAndCrop:
+    """With probability overlay_p, another image over or under this one, then a gentle crop;
+    otherwise a strong crop.
+
+    overlay_paths: of the other images; opacity_lower: of the overlay, at least; overlay_sizes:
+    range of the overlay's height, as a share of the background's.
     """
-    strong, gentle = crops
-    if random.random() > overlay_p:
-        return strong(image)
-    pair = [image, to_array(open_image(random.choice(overlay_paths), pixels=True))]
-    random.shuffle(pair)
-    size, opacity = random.uniform(*sizes), random.uniform(opacity_lower, 1)
-    x, y = random.uniform(0, 1 - size), random.uniform(0, 1 - size)
-    return gentle(overlay_image(*pair, opacity, size, x, y, exact))
+
+    def __init__(self, input_size, overlay_paths, overlay_p, opacity_lower, overlay_sizes):
+        self.overlay_paths = overlay_paths
+        self.overlay_p = overlay_p
+        self.opacity_lower = opacity_lower
+        self.overlay_sizes = overlay_sizes
+        self.strong_crop = RandomResizedCrop(input_size, scale=(0.15, 1.0))
+        self.gentle_crop = RandomResizedCrop(input_size, scale=(0.7, 1.0))
+
+    def __call__(self, pixels):
+        if random.random() > self.overlay_p:
+            return self.strong_crop(pixels)
+        pair = [pixels, read_pixels(random.choice(self.overlay_paths))]
+        random.shuffle(pair)
+        background, overlay = pair
+        size = random.uniform(*self.overlay_sizes)
+        opacity = random.uniform(self.opacity_lower, 1)
+        x = random.uniform(0, 1 - size)
+        y = random.uniform(0, 1 - size)
+        return self.gentle_crop(overlay_image(background, overlay, opacity, size, x, y))
 
 
-def overlay_image(image, overlay, opacity, overlay_size, x_pos, y_pos, exact):
-    """AugLy's, or nearly, without its way through RGBA (see resize); where one of the two is too
-    thin, the image.
+def overlay_image(background, overlay, opacity, overlay_size, x_pos, y_pos):
+    """AugLy's overlay, without its way through RGBA: within 2.
+
+    Where one of the two is so thin that the overlay would have no pixels, the background.
     """
-    height = int(len(image) * overlay_size)
+    height = int(len(background) * overlay_size)
     width = overlay.shape[1] * height // len(overlay)
     if not 0 < width * height < MAX_PIXELS // 4:
-        return image
-    if exact:
-        pair = map(Image.fromarray, (image, overlay))
-        return np.array(imaugs.overlay_image(*pair, None, opacity, overlay_size, x_pos, y_pos))
-    image, top, left = image.copy(), int(len(image) * y_pos), int(image.shape[1] * x_pos)
-    under, opacity = image[top : top + height, left : left + width], int(255 * opacity) / 255
-    over = resize(overlay, [height, width], Image.BICUBIC)[: len(under), : under.shape[1]]
-    under[:] = cv2.addWeighted(under, 1 - opacity, over, opacity, 0)
-    return image
+        return background
+    merged = background.copy()
+    top = int(background.shape[0] * y_pos)
+    left = int(background.shape[1] * x_pos)
+    covered = merged[top : top + height, left : left + width]  # clipped at the border
+    resized = resize(overlay, [height, width], Image.BICUBIC)
+    visible = resized[: covered.shape[0], : covered.shape[1]]
+    opacity = int(255 * opacity) / 255
+    covered[:] = cv2.addWeighted(covered, 1 - opacity, visible, opacity, 0)
+    return merged
 
 
-def enhance_edges(image, p):
-    """With probability p, one of Pillow's EDGE_FILTERS, by OpenCV to the same pixels; border pixels
-    stay.
-    """
-    if random.random() > p:
-        return image
-    edged, (size, scale, _, kernel) = image.copy(), random.choices(EDGE_FILTERS)[0].filterargs
-    kernel = np.reshape(kernel, size) / scale
-    edged[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel, delta=0.001)[
-        1:-1, 1:-1
-    ]  # Pillow rounds halves up
-    return edged
+def enhance_edges(pixels):
+    """One of Pillow's EDGE_FILTERS, by OpenCV, to the same values; the border stays as it is."""
+    size, scale, _, weights = random.choice(EDGE_FILTERS).filterargs
+    kernel = np.reshape(weights, size) / scale
+    filtered = cv2.filter2D(pixels, -1, kernel, delta=0.001)  # Pillow rounds halves up
+    enhanced = pixels.copy()
+    enhanced[1:-1, 1:-1] = filtered[1:-1, 1:-1]
+    return enhanced
 
 
-def shuffle_pixels(image):
-    """Shuffle a tenth of the pixels, by a pattern drawn here: AugLy's transform has one seed, hence
-    one pattern.
-    """
-    pixels, rng = image.reshape(-1, 3).copy(), np.random.default_rng(random.getrandbits(32))
-    chosen = rng.choice(len(pixels), len(pixels) // 10, replace=False)
-    pixels[chosen] = pixels.take(rng.permutation(chosen), axis=0)
-    return pixels.reshape(image.shape)
+def shuffle_pixels(pixels):
+    """Shuffle a tenth of the pixels. (AugLy's transform has one seed, hence one fixed pattern.)"""
+    rng = np.random.default_rng(random.getrandbits(32))
+    flat = pixels.reshape(-1, 3).copy()
+    chosen = rng.choice(len(flat), len(flat) // 10, replace=False)
+    flat[chosen] = flat.take(rng.permutation(chosen), axis=0)
+    return flat.reshape(pixels.shape)
 
 
-def overlay_text(image):
-    """Write one or two lines of five to nine random glyphs in a random font, size, colour and
-    place, as AugLy does.
-    """
-    file, size, color = (
-        random.choice(FONTS),
-        random.uniform(0.1, 0.3),
-        tuple(random.choices(range(256), k=3)),
-    )
-    x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image.copy()
-    font = ImageFont.truetype(file, int(min(image.size) * size))
+def overlay_text(pixels):
+    """Write one or two lines of random glyphs, as AugLy's overlay_text places and colors them."""
+    image = Image.fromarray(pixels)
+    font_path = random.choice(FONTS)
+    font_size = random.uniform(0.1, 0.3)  # of the image
+    color = tuple(random.choices(range(256), k=3))
+    x = random.uniform(0, 0.5)
+    y = random.uniform(0, 0.5)
+    font = ImageFont.truetype(font_path, int(min(image.size) * font_size))
+    draw = ImageDraw.Draw(image)
     for line in range(random.randint(1, 2)):
-        text = "".join(random.choices(glyphs(file), k=random.randint(5, 9)))
+        text = "".join(random.choices(glyphs(font_path), k=random.randint(5, 9)))
+        place = (x * image.width, (y + line * font_size) * image.height)
         try:
-            ImageDraw.Draw(written).text(
-                (x * image.width, (y + line * size) * image.height), text, color, font
-            )
-        except (OSError, RuntimeError):  # a glyph that the font cannot lay out
-            return image
-    return written
+            draw.text(place, text, color, font)
+        except (OSError, RuntimeError):
+            return pixels  # the font cannot lay out a glyph
+    return np.array(image)
 
 
 @cache
-def glyphs(file):
-    """The characters of a font, which AugLy keeps beside it, as one string."""
-    opcodes = pickletools.genops(
-        Path(file).with_suffix(".pkl").read_bytes()
-    )  # which are read, not run
-    return "".join(chr(point) for opcode, point, _ in opcodes if opcode.name.startswith("BININT"))
+def glyphs(font_path):
+    """The characters that AugLy draws from for a font, as one string.
+
+    AugLy keeps them beside the font as a pickle of numbers; its opcodes are read, not run.
+    """
+    opcodes = pickletools.genops(Path(font_path).with_suffix(".pkl").read_bytes())
+    return "".join(chr(value) for code, value, _ in opcodes if code.name.startswith("BININT"))
 
 
-def overlay_emoji(image):
-    """Paste a random smiley of random size at a random place."""
-    emoji, size = random.choice(EMOJIS), random.uniform(0.1, 0.3)
-    x, y = random.uniform(0, 1), random.uniform(0, 1)
-    sprite = Image.open(emoji).resize([int(image.height * size)] * 2).convert("RGBA")
-    image.paste(sprite, (int(image.width * x), int(image.height * y)), sprite)
-    return image
+def overlay_emoji(pixels):
+    """Paste a random smiley at a random place, with a height of 0.1 to 0.3 of the image's."""
+    image = Image.fromarray(pixels)
+    path = random.choice(EMOJIS)
+    side = int(image.height * random.uniform(0.1, 0.3))
+    x = random.uniform(0, 1)
+    y = random.uniform(0, 1)
+    emoji = Image.open(path).resize((side, side)).convert("RGBA")
+    image.paste(emoji, (int(image.width * x), int(image.height * y)), emoji)
+    return np.array(image)
 
 
-# ---- data ----
+def hard_augmentation(input_size, mean, std, overlay_paths):
+    """hard_view, erased and normalized on the CPU: a callable from a PIL image, or uint8 (h, w, 3),
+    to float32 (3, input_size, input_size)."""
+    preprocess = Preprocess(mean, std)
+    return transforms.Compose([hard_view(input_size, overlay_paths), preprocess.one])
+
+
+def moderate_augmentation(input_size, mean, std):
+    """The same of moderate_view."""
+    preprocess = Preprocess(mean, std)
+    return transforms.Compose([moderate_view(input_size), preprocess.one])
+
+
+# ---- images ----
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 100_000_000  # what claims more is a decompression bomb
-NO_NOISE = torch.zeros(3, 0, 0)
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; main() prints it as one line."""
+MAX_PIXELS = 100_000_000  # a file that claims more is a decompression bomb
 
 
 def list_images(folder):
-    """Sorted paths of the images in `folder`: an array of strings, which loader processes share
-    without copying.
-    """
+    """Sorted paths of the images in `folder`, as an array of strings (which data loader workers
+    share without copying). Hidden files are left out. Raises InputError where there is none."""
     folder = Path(folder)
-    if (
-        folder.name == "training_images" and not folder.exists()
-    ):  # as the published commands call it
-        folder = folder.with_name("train_images")  # as DISC21 calls it
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    paths = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+    if folder.name == "training_images" and not folder.exists():
+        folder = folder.with_name("train_images")  # DISC21's own name for it
+    paths = []
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            name = entry.name.lower()
+            if name.endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                paths.append(entry.path)
     if not paths:
         raise InputError(
             f"{folder}: is no folder of images; see input/README.md for what belongs where"
         )
-    return np.array(paths)
+    return np.array(sorted(paths))
 
 
-def open_image(path, pixels=False):
-    """The first image at `path`: PIL's, in mode RGB, or pixels, uint8 (3, h, w); raises InputError
-    if there is none.
+def open_image(path):
+    """The (first) image of a file, as a PIL image in mode RGB; EXIF's orientation is not applied.
+
+    Raises InputError where the file cannot be read as an image.
     """
     try:
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise OSError("there is no such file")
-        image = Image.open(str(path), formats=IMAGE_FORMATS)
-        tags = getattr(image, "tag_v2", {})  # TIFF's, whose tiles may be larger than the image
-        if max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0)) > MAX_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} to decode"
-            )
-        if image.mode.startswith("I;16"):  # which convert() would clip to 8 bits
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if pixels and (image.format, image.mode) == ("JPEG", "RGB"):  # the same values, sooner
-            with suppress(ValueError):  # of a flaw, which is Pillow's to judge
-                return torch.from_numpy(
-                    simplejpeg.decode_jpeg(np.memmap(path, np.uint8, "r"))
-                ).permute(2, 0, 1)
-        return v2.functional.pil_to_tensor(image.convert("RGB")) if pixels else image.convert("RGB")
+        return open_checked(path).convert("RGB")
     except Exception as error:  # file system, formats and decoders each fail in their own way
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        raise unreadable(path, error) from error
+
+
+def read_pixels(path):
+    """The same as open_image, as uint8 (h, w, 3). simplejpeg decodes JPEGs to Pillow's values,
+    sooner.
+    """
+    try:
+        image = open_checked(path)
+        if (image.format, image.mode) == ("JPEG", "RGB"):
+            with suppress(ValueError):  # a flaw, of which Pillow is the judge
+                return simplejpeg.decode_jpeg(np.memmap(path, np.uint8, "r"))
+        return np.array(image.convert("RGB"))
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path, error):
+    """The InputError about an image."""
+    return InputError(f"{path}: cannot be read as an image ({error})")
+
+
+def open_checked(path):
+    """The opened PIL image, not yet decoded. Raises where decoding would be unsafe or wrong."""
+    if not Path(path).is_file():  # opening a pipe would wait for ever
+        raise OSError("there is no such file")
+    image = Image.open(str(path), formats=IMAGE_FORMATS)
+    tags = getattr(image, "tag_v2", {})
+    tile_pixels = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF: may be larger than the image
+    if max(image.width * image.height, tile_pixels) > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, more than {MAX_PIXELS} to decode")
+    if image.mode.startswith("I;16"):  # convert() would clip to 8 bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def as_tensor(pixels):
+    """Pixels (h, w, 3) as a tensor (3, h, w) that shares their memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def resize(pixels, size, interpolation=Image.BILINEAR):
+    """Resize to (height, width) by torchvision, with antialiasing: within 1 of Pillow's values, as
+    a rule (2 if bicubic)."""
+    resized = v2.resize(as_tensor(pixels), size, interpolation)
+    return resized.permute(1, 2, 0).numpy()
+
+
+def read_resized(path, input_size, fast_input):
+    """An image under the plain evaluation transform, before normalization: uint8 (size, size, 3).
+
+    Pillow resizes, or, if `fast_input`, torchvision, to values within 1 of Pillow's.
+    """
+    if fast_input:
+        return resize(read_pixels(path), [input_size, input_size])
+    return np.array(open_image(path).resize((input_size, input_size), Image.BILINEAR))
 
 
 def evaluation_transform(input_size, mean, std):
-    """Resize to a square, normalise: callable from PIL image or pixels to float tensor (3,
-    input_size, input_size).
-    """
-    return transforms.Compose(
-        [v2.Resize((input_size, input_size)), to_array, View, Finish(mean, std).one]
-    )
+    """Resize to a square and normalize: a callable from a PIL image in mode RGB to float32
+    (3, input_size, input_size)."""
+    preprocess = Preprocess(mean, std)
+
+    def transform(image):
+        resized = image.resize((input_size, input_size), Image.BILINEAR)
+        return preprocess.one(View(np.array(resized)))
+
+    return transform
 
 
-def plain_reader(args):
-    """The same without normalising, from files: callable from path to uint8 (input_size,
-    input_size, 3).
-    """
-    read = partial(open_image, pixels=args.fast_input)
-    return transforms.Compose([read, v2.Resize((args.input_size, args.input_size)), to_array])
+class Erasing(NamedTuple):
+    """A box of a view that noise shall fill, and the seed of the noise."""
 
-
-def to_array(image):
-    """PIL's image, or pixels (3, h, w), as an array (h, w, 3), uint8."""
-    return (
-        np.array(image.convert("RGB"))
-        if isinstance(image, Image.Image)
-        else image.permute(1, 2, 0).numpy()
-    )
+    top: int
+    left: int
+    height: int
+    width: int
+    seed: int
 
 
 class View(NamedTuple):
-    """What loaders make of an image: uint8 (h, w, 3), and float noise (3, height, width) to be put
-    at (top, left).
-    """
+    """What a data loader worker makes of an image: uint8 (h, w, 3), and what is to be erased."""
 
     pixels: np.ndarray
-    top: int = 0
-    left: int = 0
-    noise: torch.Tensor = NO_NOISE
+    erasing: Erasing | None = None
 
 
-def collate(samples):
-    """(views, labels) of each sample as a batch: pixels (n, h, w, 3), places of noise, its values,
-    labels (n,).
-    """
-    views = [view for views, _ in samples for view in views]
-    labels = torch.tensor([label for _, labels in samples for label in labels])
-    places = [
-        (row, view.top, view.left, *view.noise.shape[1:])
-        for row, view in enumerate(views)
-        if len(view.noise[0])
-    ]
-    noise = torch.cat([view.noise.flatten() for view in views])
-    return default_collate([view.pixels for view in views]), places, noise, labels
+class Preprocess:
+    """ToTensor, RandomErasing and Normalize of batches, on the device.
 
-
-class Finish:
-    """ToTensor, what RandomErasing fills, Normalize: by the device, so that loaders have a quarter
-    of the bytes.
+    So data loader workers send uint8, a quarter of the bytes. Noise comes from a generator seeded
+    for each image, so that it does not depend on the number of processes.
     """
 
     def __init__(self, mean, std, device="cpu"):
-        self.constants = torch.tensor([(255.0,) * 3, mean, std], device=device)[..., None, None]
+        self.mean = torch.tensor(mean, device=device)[:, None, None]
+        self.std = torch.tensor(std, device=device)[:, None, None]
 
-    def __call__(self, pixels, places=(), noise=NO_NOISE):
-        """Pixels, uint8 (n, h, w, 3), with noise in some places, as collate gives them -> float (n,
-        3, h, w).
-        """
-        white, mean, std = self.constants  # no numbers: CUDA would multiply by the reciprocal
-        pixels, noise = (x.to(white.device, non_blocking=True) for x in (pixels, noise))
-        images = pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format).div_(white)
-        values = noise.flatten().split([3 * height * width for *_, height, width in places])
-        for (row, top, left, height, width), part in zip(places, values, strict=True):
-            images[row, :, top : top + height, left : left + width] = part.view(3, height, width)
-        return images.sub_(mean).div_(std).to(memory_format=torch.channels_last)
+    def __call__(self, pixels, erasings=()):
+        """uint8 (n, h, w, 3) and pairs (row, Erasing) -> float32 (n, 3, h, w), in channels-last."""
+        device = self.mean.device
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        for row, (top, left, height, width, seed) in erasings:
+            generator = torch.Generator(device).manual_seed(seed)
+            noise = torch.randn(3, height, width, generator=generator, device=device)
+            images[row, :, top : top + height, left : left + width] = noise
+        return images.sub_(self.mean).div_(self.std)
 
     def one(self, view):
-        """The same of one View, float (3, h, w)."""
-        *views, _ = collate([([view], [])])
-        return self(*views)[0].contiguous()
+        """The same of one View -> float32 (3, h, w)."""
+        erasings = [] if view.erasing is None else [(0, view.erasing)]
+        return self(torch.from_numpy(view.pixels)[None], erasings)[0].contiguous()
 
 
-def load(get, items, blank, collate_fn, indices):
-    """Collated get(items[i]) for i in indices, and {position: why} where instead stands blank or,
-    if None, another.
+# ---- data loading ----
+class Batch(NamedTuple):
+    """Views of several samples: uint8 (n, h, w, 3), pairs (row, Erasing), and labels (n,)."""
+
+    pixels: torch.Tensor
+    erasings: list
+    labels: torch.Tensor
+
+
+def collate(samples):
+    """The Batch of samples, each a list of Views and the list of their labels."""
+    pixels, erasings, labels = [], [], []
+    for views, sample_labels in samples:
+        for view in views:
+            if view.erasing is not None:
+                erasings.append((len(pixels), view.erasing))
+            pixels.append(torch.from_numpy(view.pixels))
+        labels += sample_labels
+    return Batch(torch.stack(pixels), erasings, torch.tensor(labels))
+
+
+def load_samples(dataset, indices):
+    """The Batch of these samples, and messages about images that are unreadable.
+
+    Another sample takes the place of one that is not to be read. Where no sample is, the Batch is
+    None.
     """
-    samples, bad = [], {}
-    for position, index in enumerate(indices):
-        others = (
-            np.random.default_rng(index).integers(len(items), size=100) if blank is None else []
-        )
-        for other in (index, *others):
-            try:
-                samples.append(get(items[other]))
-                break
-            except InputError as error:
-                bad.setdefault(position, str(error))
-        else:
-            if blank is None:
-                raise InputError(bad[position])
-            samples.append(blank)
-    return collate_fn(samples), bad
+    samples, messages = [], []
+    for index in indices:
+        sample, message = load_sample(dataset, index)
+        samples.append(sample)
+        if message is not None:
+            messages.append(message)
+    if None in samples:
+        return None, messages
+    return collate(samples), messages
 
 
-def seed_generators(*key):
-    """Seed Python's, NumPy's and torch's generators from integers, so that what is drawn next
-    depends on them alone.
+def load_sample(dataset, index):
+    """Sample `index`, or another one where that is unreadable, and then a message about the former.
+
+    Which one depends on the index alone, so that every process and every rerun takes the same.
+    """
+    try:
+        return dataset[index], None
+    except InputError as error:
+        message = str(error)
+    for other in np.random.default_rng(index).integers(len(dataset), size=100).tolist():
+        with suppress(InputError):
+            return dataset[other], message
+    return None, message
+
+
+def load_images(paths, input_size, fast_input):
+    """Images of an extraction, uint8 (n, size, size, 3), and {position: message} of those that are
+    unreadable, which are black."""
+    images, messages = [], {}
+    for position, path in enumerate(paths):
+        try:
+            image = read_resized(path, input_size, fast_input)
+        except InputError as error:
+            messages[position] = str(error)
+            image = np.zeros((input_size, input_size, 3), np.uint8)
+        images.append(torch.from_numpy(image))
+    return torch.stack(images), messages
+
+
+def epoch_batches(seed, epoch, length, batch_size):
+    """The order of samples in an epoch, (steps, batch_size); what does not fill a batch is left
+    out.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(length)
+    steps = length // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def start_loader(items, load, args, device):
+    """Iterate over load(item), computed ahead by this rank's share of the data loader workers."""
+    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = math.ceil(args.workers / ranks_of_node)
+    loader = DataLoader(
+        items,
+        batch_size=None,
+        collate_fn=load,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        timeout=60 * args.timeout if workers else 0,
+    )
+    # Workers inherit the block: of a signal to the whole process group, the ranks decide when to
+    # stop.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return iterator
+
+
+def seed_generators(*key, device=None):
+    """Seed Python's, NumPy's and torch's generators from integers, and that of a CUDA device, if
+    given.
+
+    torch's own manual_seed would seed every CUDA device too, which data loader workers do not use.
     """
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    seed_torch = (
-        torch.manual_seed if CUDA else torch.default_generator.manual_seed
-    )  # the former takes a millisecond
-    for seed, value in zip((random.seed, np.random.seed, seed_torch), seeds, strict=True):
-        seed(value)
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002  AugLy draws from it
+    torch.default_generator.manual_seed(seeds[2])
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seeds[2])
+
+
+def count_allowed(policy, share, file_lists):
+    """How many images may be unreadable: one always, if they are skipped."""
+    if policy != "skip":
+        return 0
+    return max(1, int(share * sum(len(paths) for paths in file_lists)))
+
+
+def check_bad_images(messages, allowed):
+    """Raise InputError where more images are unreadable than allowed."""
+    if len(messages) > allowed:
+        raise InputError(f"{len(messages)} bad images, --max-bad: {'; '.join(messages[:10])}")
+
+
+# ---- network ----
+def create_model(arch, gem_p, gem_eval_p, device, pretrained=False):
+    """The ISCNet with a backbone of timm on the device, in channels-last.
+
+    Raises InputError where timm cannot make the backbone, or not fetch its ImageNet weights.
+    """
+    try:
+        backbone = timm.create_model(arch, features_only=True, pretrained=pretrained)
+    except Exception as error:  # registry, hub, network and cache each fail in their own way
+        problem = "has no such backbone"
+        if pretrained:
+            problem = "cannot fetch its weights, give --weight or --no-pretrained"
+        raise InputError(f"{arch}: timm {problem} ({type(error).__name__})") from error
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.SiLU):
+            module.inplace = False  # in place, autograd would copy its input: 6% more traffic
+    model = ISCNet(backbone, p=gem_p, eval_p=gem_eval_p)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def enable_grad_checkpointing(backbone, arch):
+    """Have the backbone compute its activations again in the backward pass, in place of keeping
+    them.
+    """
+    if not hasattr(backbone, "set_grad_checkpointing"):
+        raise InputError(f"--grad-checkpointing: timm cannot do it for {arch}; leave the flag out")
+    backbone.set_grad_checkpointing(True)
+
+
+def embed(network, images, amp):
+    """Descriptors (n, 256) of images (n, 3, size, size); on CUDA in the precision of --amp."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+    enabled = images.is_cuda and amp != "off"
+    with torch.autocast(images.device.type, dtype, enabled=enabled):
+        return network(images)
+
+
+class BatchNormSnapshot:
+    """BatchNorm's running statistics and counters of a network, to be put back.
+
+    A step that is left out must leave no trace in them. And with gradient checkpointing, the
+    backward pass runs parts of the forward pass again, which updates them a second time.
+    """
+
+    def __init__(self, model):
+        buffers = list(model.buffers())
+        # One vector for each dtype: a few kernels a step where each buffer alone would be hundreds.
+        self.groups = [
+            [buffer for buffer in buffers if buffer.dtype == dtype]
+            for dtype in sorted({buffer.dtype for buffer in buffers}, key=str)
+        ]
+
+    def read(self):
+        """A copy of the statistics: a vector for each dtype."""
+        return [torch.cat([buffer.flatten() for buffer in group]) for group in self.groups]
+
+    def write(self, before, after, finite):
+        """Put back what was read after the forward pass or, if not `finite`, before it."""
+        for group, old, new in zip(self.groups, before, after, strict=True):
+            chosen = torch.where(finite, new, old)
+            parts = chosen.split([buffer.numel() for buffer in group])
+            shaped = [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)]
+            torch._foreach_copy_(group, shaped)  # one kernel, as torch's own optimizers use it
+
+
+def uses_fp16(amp, device):
+    """Whether training needs its loss scaled, against gradients that vanish in float16."""
+    return amp == "fp16" and device.type == "cuda"
+
+
+def create_scaler(amp, device):
+    """The GradScaler, which leaves out an update whose gradients are not finite."""
+    if uses_fp16(amp, device):
+        return torch.amp.GradScaler(device.type)
+    # Without fp16 the scale stays at 1: float32 rounds these factors to it.
+    return torch.amp.GradScaler(
+        device.type, init_scale=1.0, growth_factor=1 + 1e-9, backoff_factor=1 - 1e-9
+    )
+
+
+def parameter_groups(model, weight_decay):
+    """SGD's groups, as published: vectors, biases and gains have no weight decay."""
+    no_decay, decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or name.endswith(".bias") or "gain" in name:
+            no_decay.append(parameter)
+        else:
+            decay.append(parameter)
+    return [
+        {"params": no_decay, "weight_decay": 0.0},
+        {"params": decay, "weight_decay": weight_decay},
+    ]
+
+
+def initialize_momentum(optimizer, model):
+    """Give each parameter a momentum buffer of its own memory layout: zeros, or what was loaded.
+
+    Fused SGD needs that layout, which published checkpoints lack, and in torch 2.15 takes
+    uninitialized memory for a buffer where the first step is left out.
+    """
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        momentum = torch.zeros_like(parameter)
+        if "momentum_buffer" in state:
+            momentum.copy_(state["momentum_buffer"])
+        state["momentum_buffer"] = momentum
 
 
 # ---- distributed ----
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def process():
-    """(rank, world size) of this process; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def get_rank_and_world_size():
+    """(rank, world size) of this process; (0, 1) where it is the only one."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def join(args):
-    """Join the process group that torchrun's environment describes, if any; returns this process's
-    torch device.
+def init_distributed(gpu, backend, timeout):
+    """Join the process group that torchrun's environment describes, if any; returns the device.
+
+    gpu: number of the one to use, or None; backend: of CUDA tensors; timeout: timedelta after which
+    a silent rank counts as lost.
     """
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.gpu or 0)))
-        if CUDA
-        else torch.device("cpu")
-    )
-    if CUDA:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", gpu or 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = (
-            args.mode == "train"
-        )  # a choice by time, while extraction keeps to its bits
     if "RANK" in os.environ:
-        # Ranks of an extraction meet at its end only; a process that dies is noticed at once by the
-        # others anyway.
-        timeout = timedelta(minutes=args.timeout) if args.mode == "train" else timedelta(days=30)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun's store still has the addresses of a failed attempt
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = (
-            f"cpu:gloo,cuda:{args.dist_backend}" if CUDA else "gloo"
-        )  # share() must not wait for the GPU
+        store, rank, world_size = meet(timeout)
+        # gloo for what the ranks tell each other, which need not wait for the GPU.
+        backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, timeout=timeout, world_size=world_size, rank=rank, store=store
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
         )
-    args.workers = -(-args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
+    rank, world_size = get_rank_and_world_size()
+    if rank == 0:
+        print(f"{Path(__file__).name}: {world_size} x {device_name(device)}", file=sys.stderr)
     return device
 
 
-def share(value):
-    """The values of all processes, in rank order."""
-    values = [value] * process()[1]
-    if len(values) > 1:
+def meet(timeout):
+    """(store, rank, world size) from torchrun's environment.
+
+    After a restart, the store of torchrun (2.15, one node) still holds the addresses of the failed
+    attempt's processes; a prefix for each attempt hides them. With several nodes the environment
+    variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does (docs/FAULTS.md).
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store, rank, world_size
+
+
+def device_name(device):
+    """What the log says of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def distribute(model, device):
+    """The network that training calls: under DDP where there are several ranks, with SyncBN on
+    CUDA.
+
+    On a CPU each rank has BatchNorm statistics of its own; rank 0's are saved.
+    """
+    if get_rank_and_world_size()[1] == 1:
+        return model
+    if device.type == "cuda":  # torch's own converter drops the activation of timm's BatchNormAct2d
+        timm.layers.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def all_gather_objects(value):
+    """The values of all ranks, in rank order."""
+    world_size = get_rank_and_world_size()[1]
+    values = [value] * world_size
+    if world_size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def hash_files(*lists):
-    """SHA-256 of the names in lists of files, by whose positions images are known: the same on all
-    processes.
+def barrier():
+    """Wait for all ranks. (Not for their GPUs, as dist.barrier would.)"""
+    all_gather_objects(None)
+
+
+def on_rank_0(function, *arguments):
+    """Call a function on rank 0 alone; every rank gets its result, or raises its InputError."""
+    result, message = None, None
+    if get_rank_and_world_size()[0] == 0:
+        try:
+            result = function(*arguments)
+        except InputError as error:
+            message = str(error)
+    result, message = all_gather_objects((result, message))[0]
+    if message is not None:
+        raise InputError(message)
+    return result
+
+
+def exchange(stop_requested, unreadable):
+    """What the ranks tell each other after a step: whether any shall stop, and the sorted messages
+    of all about unreadable images."""
+    stopping = False
+    messages = set()
+    for requested, found in all_gather_objects((stop_requested, unreadable)):
+        stopping = stopping or requested
+        messages.update(found)
+    return stopping, sorted(messages)
+
+
+def hash_file_names(file_lists):
+    """SHA-256 of the file names, whose positions are the labels. Raises InputError where ranks
+    differ.
     """
-    names = "\n".join(Path(path).name for paths in lists for path in paths)
+    names = "\n".join(Path(path).name for paths in file_lists for path in paths)
     digest = hashlib.sha256(os.fsencode(names)).hexdigest()
-    if len(set(share(digest))) > 1:
-        raise InputError("the processes found different files; give every node the same data")
+    if len(set(all_gather_objects(digest))) > 1:
+        raise InputError("the ranks found different files; give every node the same data")
     return digest
 
 
-def embed(args, model, images):
-    """Descriptors (n, 256) of images (n, 3, size, size), in the precision that --amp names."""
-    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
-    with torch.autocast(images.device.type, dtype, enabled=CUDA and args.amp != "off"):
-        return model(images)
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1, so that all ranks can finish the step and save."""
+
+    def __init__(self):
+        self.requested = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.requested = True
 
 
-# ---- checkpoint ----
-def save(path, write, size):
-    """Call write(path), of `size` bytes, so that either the old or the whole new file is there at
-    any time.
+class FolderLock:
+    """Lets one run at a time train in a folder.
+
+    Rank 0 holds a lock on the file `lock` until this object is gone; the kernel releases it at any
+    death. lockf, not flock: data loader workers would inherit that. Raises InputError where another
+    process holds it. On a file system without locks there is a warning.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, folder = (
-        path.with_name(f"unfinished{path.suffix}"),
-        os.open(path.parent, os.O_RDONLY),
-    )
+
+    def __init__(self, folder):
+        on_rank_0(self.acquire, folder)
+
+    def acquire(self, folder):
+        """Take the lock."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "lock").open("a+")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.file.seek(0)
+            holder = self.file.read().strip()
+            raise InputError(
+                f"{folder}: another run is training there ({holder}); wait for it, or give "
+                f"another --output"
+            ) from error
+        except OSError as error:
+            print(
+                f"warning: {folder}: cannot be locked against a second run ({error})",
+                file=sys.stderr,
+            )
+        self.file.truncate(0)
+        self.file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        self.file.flush()
+
+
+# ---- checkpoints ----
+def save_atomically(path, write, size):
+    """Call write(temporary path), of `size` bytes, so that `path` is the old or the whole new file
+    at any time. Raises InputError where there is no room."""
+    unfinished = path.with_name(f"unfinished{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)
-        if size > shutil.disk_usage(path.parent).free:  # HDF5 would crash
+        if size > shutil.disk_usage(path.parent).free:  # HDF5 would crash in the middle
             raise OSError("no space left on device")
         write(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file)
         unfinished.replace(path)
-        os.fsync(folder)
-    except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # torch tells of its loss wherever the process is
-            raise
+        sync_folder(path.parent)
+    except OSError as error:
         raise InputError(
-            f"{path}: its {size} bytes cannot be written ({error}); make room and go on"
+            f"{path}: its {size} bytes cannot be written ({error}); make room and run the command "
+            f"again"
         ) from error
     finally:
-        os.close(folder)
         unfinished.unlink(missing_ok=True)
 
 
-def load_checkpoint(paths, model, **parts):
-    """Load weights, and the states of those `parts` it has, from the first readable of `paths`;
-    returns all it has.
+def sync_folder(folder):
+    """Write the folder's entries to the disk, so that a new name outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(content, paths):
+    """Write a checkpoint under each of the paths."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    for path in paths:
+        save_atomically(
+            path, lambda unfinished: unfinished.write_bytes(buffer.getbuffer()), buffer.tell()
+        )
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint, on the CPU, and its "path". A bare state_dict is taken for
+    weights.
+
+    Loads tensors, plain values and argparse.Namespace only, never code. Raises InputError where the
+    file is missing, damaged, or no checkpoint.
     """
+    try:
+        damaged = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is no checkpoint: it holds a {type(content).__name__}")
+    if "state_dict" not in content:
+        if not content or not all(torch.is_tensor(value) for value in content.values()):
+            raise InputError(f"{path}: is no checkpoint: it has no state_dict")
+        content = {"state_dict": content}
+    content["path"] = str(path)
+    return content
+
+
+def load_weights(model, checkpoint, path):
+    """Load a checkpoint's weights strictly. Raises InputError that names the first keys that
+    differ.
+    """
+    weights = {
+        key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()
+    }
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    misshaped = [
+        name for name in weights if name in expected and weights[name].shape != expected[name].shape
+    ]
+    problems = []
+    for problem, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshaped),
+    ):
+        if names:
+            problems.append(f"{len(names)} {problem}, first {names[0]}")
+    if problems:
+        raise InputError(f"{path}: holds other weights than --arch has ({'; '.join(problems)})")
+    model.load_state_dict(weights)
+
+
+def load_states(checkpoint, optimizer, loss_function, scaler):
+    """Load the states of a checkpoint. Published ones have no memory bank: it stays empty."""
+    # Learning rate, momentum and weight decay are those of this command line.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    if "memory_bank" in checkpoint:
+        loss_function.load_state_dict(checkpoint["memory_bank"])
+    if scaler.get_growth_factor() == 2.0 and checkpoint.get("scaler"):  # of fp16
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+def is_restarted():
+    """Whether torchrun has restarted the processes after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def own_checkpoints(folder):
+    """The checkpoints of the runs in a folder, the latest first."""
+    epochs = sorted(folder.glob("checkpoint_[0-9][0-9][0-9][0-9].pth.tar"), reverse=True)
+    return [path for path in [folder / "last.pth.tar", *epochs] if path.exists()]
+
+
+def find_checkpoint(resume, folder):
+    """The checkpoint to continue, as --resume says, or None. Restarted by torchrun, a run continues
+    its own. Raises InputError where there are checkpoints but none can be read."""
+    paths = []
+    if resume == "auto" or is_restarted():
+        paths += own_checkpoints(folder)
+    if resume not in (None, "auto"):
+        paths.append(resume)
     for path in paths:
         try:
-            if (
-                zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-            ):  # torch does not look at the checksums
-                raise ValueError("damaged")
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # and no other Python object
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            weights = {
-                key.removeprefix("module."): value
-                for key, value in checkpoint["state_dict"].items()
-            }
-            model.load_state_dict(weights)
-            if "optimizer" in parts:  # learning rate and the like are those given now
-                checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()[
-                    "param_groups"
-                ]
-            for name in (
-                parts.keys() & checkpoint.keys()
-            ):  # published ones have no memory bank: it stays empty
-                parts[name].load_state_dict(checkpoint[name])
-            return checkpoint
-        except (
-            Exception
-        ) as error:  # file system, zip, pickle and tensors each fail in their own way
-            reason = "; ".join(line.strip()[:100] for line in str(error).strip().splitlines()[:4])
-            message = (
-                f"{path}: is no checkpoint for these arguments ({reason}); check file and --arch"
-            )
+            checkpoint = read_checkpoint(path)
+        except InputError as error:
             if path == paths[-1]:
-                raise InputError(message) from error
-            print(f"warning: {message}; using the one before", file=sys.stderr)
+                raise
+            print(f"warning: {error}; taking the one before", file=sys.stderr)
+            continue
+        if "epoch" not in checkpoint or "optimizer" not in checkpoint:
+            raise InputError(f"{path}: holds weights alone; start from them with --weight {path}")
+        return checkpoint
+    return None
 
 
-# ---- train ----
-def open_board(args, step):
-    """TensorBoard's writer, whose files replace an earlier run's from `step` on; gives None without
-    --tensorboard.
-    """
-    if not args.tensorboard or process()[0] > 0:
-        return nullcontext()
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard: is not installed; pip install tensorboard") from error
-    return SummaryWriter(Path(args.output, "train/tensorboard"), purge_step=step)
-
-
-def parameter_groups(model, weight_decay):
-    """Parameters without weight decay (vectors, biases, gains), then those with it, as
-    published.
-    """
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and not name.endswith(".bias") and "gain" not in name][
-            "params"
-        ].append(parameter)
-    return groups
-
-
-def prepare_momenta(optimizer, model):
-    """As fused SGD needs them: laid out as their parameters, and there, lest a first step left out
-    take any memory.
-    """
-    for parameter in model.parameters():
-        state = optimizer.state[parameter]
-        state["momentum_buffer"] = torch.zeros_like(parameter).add_(state.get("momentum_buffer", 0))
-
-
-def train(args):
-    """Train the stage, with checkpoints and log.jsonl in <output>/train; returns the exit code."""
-    device, folder, stopping = join(args), Path(args.output, "train"), []
-    rank, world_size = process()
-    newest = sorted(
-        folder.glob("*.pth.tar"), reverse=True
-    )  # last.pth.tar, then the epochs' from the last one on
-    resumed = newest if args.resume == "auto" else [args.resume] * bool(args.resume)
-    seed_generators(args.seed)
-    # DDP hands the weights of rank 0 to the others, so only rank 0 fetches them.
-    model = create_model(
-        args, device, rank == 0 and not (args.no_pretrained or args.weight or resumed)
-    )
-    mean, std = (model.backbone.default_cfg[name] for name in ("mean", "std"))
-    dataset = TrainDataset(args, mean, std)
-    about = {"files": hash_files(*dataset.files), "seed": args.seed, "batch_size": args.batch_size}
-    rows, steps = args.batch_size * dataset.rows, len(dataset) // args.batch_size
-    if args.batch_size % world_size or not steps or rows > args.memory_size:
-        limits = (
-            f"{world_size} processes and fit the {len(dataset)} samples, its {rows} images "
-            f"--memory-size"
-        )
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {limits}")
-    if args.weight and not resumed:
-        load_checkpoint([args.weight], model)
-    loss_function = MemoryBankContrastiveLoss(
-        args.memory_size, 256, args.pos_margin, args.neg_margin
-    ).to(device)
-    # Fused, it takes the scaler's verdict on a step without waiting for the device.
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, args.wd), args.lr, args.momentum, fused=CUDA
-    )
-    # In every precision the scaler leaves out a step whose gradients are not finite; but for
-    # float16 it stays at 1.
-    half = CUDA and args.amp == "fp16"
-    scaler = torch.amp.GradScaler(device.type, *(() if half else (1.0, 1 + 1e-9, 1 - 1e-9)))
-    parts = {"optimizer": optimizer, "memory_bank": loss_function} | (
-        {"scaler": scaler} if half else {}
-    )
-    state = {
-        "epoch": args.start_epoch,
-        "step": 0,
-        "skipped": 0,
-        "history": torch.zeros(0, 5),
-        "bad": [],
-        "log": [],
-    }
-    changed = []
-    if resumed:
-        checkpoint = load_checkpoint(resumed, model, **parts)
-        state |= {name: checkpoint[name] for name in state.keys() & checkpoint.keys()}
-        fixed = (
-            about if state["step"] else ["files"]
-        )  # between two epochs, seed and batch may change
-        changed = [name for name in fixed if checkpoint.get(name, about[name]) != about[name]]
-    prepare_momenta(optimizer, model)
-    if len(set(share((bool(resumed), state["epoch"], state["step"])))) > 1 or changed:
-        raise InputError(
-            f"--resume {args.resume}: is of other {' and '.join(changed) or 'steps on other nodes'}"
-        )
-    if (
-        CUDA and world_size > 1
-    ):  # torch's own converter drops the activation of timm's fused BatchNormAct2d
-        timm.layers.convert_sync_batchnorm(model)
-    network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    about |= {"source": Path(__file__).read_text(), "versions": VERSIONS, "world_size": world_size}
-    limit = (
-        max(1, int(args.max_bad * sum(map(len, dataset.files)))) if args.bad_images == "skip" else 0
-    )
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: stopping.append(True))
-
-    def log(**values):
-        line = {"epoch": state["epoch"], "step": state["epoch"] * steps + state["step"], **values}
-        state["log"].append(json.dumps(line) + "\n")
-        print(state["log"][-1], end="", file=log_file, flush=True)
-        for name, value in values.items() if board and values.get("loss") is not None else ():
-            board.add_scalar(name, value, line["step"])
-
-    def save_checkpoint(*names):
-        if rank == 0:
-            weights = {
-                "state_dict": model.state_dict(prefix="module."),
-                "arch": args.arch,
-                "args": args,
-            }
-            content = (
-                about | state | weights | {name: part.state_dict() for name, part in parts.items()}
-            )
-            torch.save(content, buffer := io.BytesIO())
-            for name in names:
-                save(
-                    folder / name, lambda path: path.write_bytes(buffer.getbuffer()), buffer.tell()
-                )
-        share("saved")
-
-    save_checkpoint("last.pth.tar")
-    log_path = folder / "log.jsonl" if rank == 0 else Path(os.devnull)
-    first = state["epoch"] * steps + state["step"] + 1
-    with open_board(args, first) as board, log_path.open("w") as log_file:
-        log_file.writelines(state["log"])
-        log(args=vars(args), device=torch.cuda.get_device_name() if CUDA else "cpu", **about)
-        for epoch in range(state["epoch"], args.epochs):
-            for views, bad in train_one_epoch(
-                args, state, dataset, network, loss_function, optimizer, scaler, log
-            ):
-                if board and state["step"] == 1:
-                    images = Finish((0.0,) * 3, (1.0,) * 3)(*views)[: 8 * dataset.rows].clamp(0, 1)
-                    board.add_image(
-                        "views", utils.make_grid(images, dataset.rows), epoch * steps + 1
-                    )
-                stops, bad = zip(*share((bool(stopping), bad)), strict=True)
-                for message in sorted(
-                    {message for messages in bad for message in messages} - {*state["bad"]}
-                ):
-                    state["bad"].append(message)
-                    log(bad_image=message)
-                if len(state["bad"]) > limit:
-                    raise InputError(
-                        f"{len(state['bad'])} bad images, --max-bad: {'; '.join(state['bad'][:10])}"
-                    )
-                if any(stops) or state["step"] % args.checkpoint_every == 0:
-                    save_checkpoint("last.pth.tar")
-                if any(stops):
-                    print(
-                        f"stopped at step {state['step']} of epoch {epoch}; --resume auto goes on",
-                        file=sys.stderr,
-                    )
-                    return os.EX_TEMPFAIL
-            state |= {"epoch": epoch + 1, "step": 0}
-            save_checkpoint(f"checkpoint_{epoch:04d}.pth.tar", "last.pth.tar")
-    return 0
-
-
-def train_one_epoch(args, state, dataset, network, loss_function, optimizer, scaler, log):
-    """The rest of a pass over the data. Yields each step's views and what could not be read; logs
-    now and then.
-    """
-    (rank, world_size), size, epoch, done = (
-        process(),
-        args.batch_size,
-        state["epoch"],
-        state["step"],
-    )
-    device, dataset.epoch = loss_function.bank.device, epoch
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(dataset))[
-        : len(dataset) // size * size
-    ]
-    # A process takes consecutive samples: the rows of all processes, in rank order, stand as they
-    # do in one.
-    batches = order.reshape(-1, world_size, size // world_size)[:, rank].tolist()
-    # The parameters see 1/N of the gradient of the loss of all rows, as on the N GPUs that the
-    # learning rate was tuned on (where each had its own rows' part of it, averaged by DDP).
-    # pytorch-metric-learning >= 1.0 gives N times that.
-    scale = world_size / args.reference_world_size
-    network.train()
-    get_batch = partial(load, dataset.__getitem__, range(len(dataset)), None, collate)
-    loader = DataLoader(
-        batches[done:], None, collate_fn=get_batch, num_workers=args.workers, pin_memory=CUDA
-    )
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, STOP_SIGNALS
-    )  # in loader processes: this one decides when all stop
-    bar = tqdm(
-        iter(loader), desc=f"epoch {epoch}", initial=done, total=len(batches), disable=rank > 0
-    )
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    logged, started, buffers = done, time.time(), list(network.buffers())
-    groups = [
-        [x for x in buffers if x.is_floating_point() == kind] for kind in (True, False)
-    ]  # vectors: few launches
-    finish = Finish(dataset.mean, dataset.std, device)
-    for step, ((*views, labels), bad) in enumerate(bar, start=done + 1):
-        seed_generators(
-            args.seed, epoch, step, rank
-        )  # without workers, loading has used the same generators
-        before = [parameters_to_vector(group) for group in groups]
-        embeddings = embed(args, network, finish(*views))
-        loss = loss_function(embeddings, labels.to(device, non_blocking=True))
-        scaler.scale(loss * scale).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        for group, kept in zip(
-            groups, before, strict=True
-        ):  # BatchNorm's statistics of a step left out
-            vector = torch.where(loss.isfinite(), parameters_to_vector(group), kept)
-            parts = vector.split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(
-                group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)]
-            )
-        values = torch.stack([loss.detach(), *loss_function.stats.values()])
-        state |= {"step": step, "history": torch.cat([state["history"].to(device), values[None]])}
-        if step % args.log_every == 0 or step == len(batches):
-            values, state["history"] = state["history"].cpu(), torch.zeros(0, 5)
-            finite = values.isfinite().all(dim=1)
-            for good in finite.tolist():
-                state["skipped"] = 0 if good else state["skipped"] + 1
-                if state["skipped"] > args.max_skipped:
-                    raise InputError(
-                        f"--max-skipped {args.max_skipped}: more steps in a row had no finite loss"
-                    )
-            means = values[finite].mean(dim=0).tolist() if finite.any() else [None] * len(values[0])
-            line = dict(zip(("loss", *loss_function.stats), means, strict=True))
-            line |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int((~finite).sum())}
-            log(
-                **line,
-                images_per_second=(step - logged) * size * dataset.rows / (time.time() - started),
-            )
-            bar.set_postfix(loss=line["loss"])
-            logged, started = step, time.time()
-        yield views, list(bad.values())
-
-
-# ---- extract ----
-def extraction_sets(args):
-    """The sorted image paths of each set in --target-set, by name: query, reference, train."""
-    root, queries = Path(args.data), "query_images" if args.phase == 1 else "query_images_phase2"
-    folders = {
-        "query": root / queries,
-        "reference": root / "reference_images",
-        "train": root / "training_images",
-    }
-    sets = {
-        name: list_images(folder) for name, folder in folders.items() if name[0] in args.target_set
-    }
-    if not sets or set(args.target_set) - set("qrt"):
-        raise InputError(f"--target-set {args.target_set}: give letters of q, r and t")
-    if args.eval_subset and "reference" in sets:
-        subset = root / args.eval_subset
-        wanted = set(subset.read_text(errors="replace").split())
-        sets["reference"] = np.array(
-            [path for path in sets["reference"] if Path(path).stem in wanted]
-        )
-        if not wanted or len(sets["reference"]) < len(wanted):
+def check_same_run(checkpoint, args, files):
+    """Raise InputError where a checkpoint is not of this run."""
+    path = checkpoint["path"]
+    if "memory_bank" in checkpoint:
+        size = len(checkpoint["memory_bank"]["bank"])
+        if size != args.memory_size:
             raise InputError(
-                f"{subset}: must list ids of images in {folders['reference']}, one a line"
+                f"{path}: was written with --memory-size {size}, not {args.memory_size}"
             )
-    if any(len({Path(path).stem for path in paths}) < len(paths) for paths in sets.values()):
+    differing = []
+    if checkpoint.get("files", files) != files:  # labels in the bank are positions in their list
+        differing.append("files")
+    if checkpoint.get("step", 0) > 0:  # between two epochs these may change
+        for name in ("seed", "batch_size"):
+            if checkpoint.get(name) != getattr(args, name):
+                differing.append(name)
+    if differing:
+        raise InputError(f"{path}: was written with different {', '.join(differing)}")
+
+
+def check_equal_on_all_ranks(position):
+    """Raise InputError where the ranks would go on at different (epoch, step)."""
+    if len(set(all_gather_objects(position))) > 1:
         raise InputError(
-            f"{root}: has images whose names differ in their suffix alone; rename one of each"
+            "--resume: the ranks found different checkpoints; share --output among nodes"
         )
-    return {name: paths[: 100 if args.dryrun else None] for name, paths in sets.items()}
 
 
-def read_shard(path, number):
-    """The descriptors of a finished batch, float32 (number, 256), or None: not there, or damaged by
-    zip's checksum.
+def protect_further_run(folder, args, checkpoint):
+    """Refuse to overwrite checkpoints of `folder` that are further on than where this run starts.
+
+    With --start-over they are moved to replaced-N. An unreadable or foreign one counts as further.
+    With --resume auto, and after a restart by torchrun, the run continues what is there.
     """
-    try:
-        with np.load(path) as file:
-            rows = file["rows"]
-    except Exception:  # file system, zip and numpy each fail in their own way
-        return None
-    return rows if rows.shape == (number, 256) and rows.dtype == np.float32 else None
+    if args.resume == "auto" or is_restarted():
+        return
+    start = (0, 0)
+    if checkpoint is not None:
+        start = (checkpoint["epoch"], checkpoint.get("step", 0))
+    if args.start_over:
+        on_rank_0(move_run, folder)
+    else:
+        on_rank_0(refuse_further_run, folder, args.arch, start)
 
 
-@torch.inference_mode()
-def extract(args):
-    """Write fb-isc-submission.h5 (queries, references) and train_feats.npy (training) into
-    <output>/extract.
+def refuse_further_run(folder, arch, start):
+    """Raise InputError where a checkpoint of the folder is further on than (epoch, step)."""
+    for path in own_checkpoints(folder):
+        try:
+            checkpoint = read_checkpoint(path)
+            foreign = checkpoint["arch"] != arch
+            position = (checkpoint["epoch"], checkpoint.get("step", 0))
+        except (InputError, KeyError):
+            foreign = True
+        if foreign or position > start:
+            raise InputError(
+                f"{path}: a run that is further on would be overwritten; continue it with "
+                f"--resume auto, "
+                "give another --output, or move it away with --start-over"
+            )
+
+
+def move_run(folder):
+    """Move a run's files to the first free replaced-N."""
+    number = 1
+    while (folder / f"replaced-{number}").exists():
+        number += 1
+    paths = [*own_checkpoints(folder), folder / "log.jsonl", folder / "source.py"]
+    paths = [path for path in paths if path.exists()]
+    if paths:
+        replaced = folder / f"replaced-{number}"
+        replaced.mkdir()
+        for path in paths:
+            path.rename(replaced / path.name)
+
+
+def check_batch_size(args, samples, images_per_step, world_size):
+    """Raise InputError where the batch does not fit the ranks, the data or the memory bank."""
+    flag = f"--batch-size {args.batch_size}"
+    if args.batch_size % world_size:
+        raise InputError(f"{flag}: must be a multiple of the {world_size} ranks")
+    if args.batch_size > samples:
+        raise InputError(f"{flag}: is more than the {samples} samples that there are")
+    if images_per_step > args.memory_size:
+        raise InputError(
+            f"{flag}: its {images_per_step} images must fit into --memory-size {args.memory_size}"
+        )
+
+
+# ---- logging ----
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "augly",
+    "opencv-python-headless",
+    "pillow",
+    "simplejpeg",
+)
+
+
+def library_versions():
+    """Versions of the libraries that decide values."""
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+class Logger:
+    """log.jsonl, one JSON object a line, written by rank 0.
+
+    `lines` holds all lines, so that a checkpoint has the log up to its step.
     """
-    device, sets, bad, zeros = join(args), extraction_sets(args), [], []
-    (rank, world_size), paths = process(), np.concatenate([*sets.values()])
-    sets = dict(
-        zip(sets, np.split(paths, np.cumsum([*map(len, sets.values())])[:-1]), strict=True)
-    )  # views
-    model = create_model(args, device).eval()
-    load_checkpoint([args.weight], model)
-    finish = Finish(*(model.backbone.default_cfg[name] for name in ("mean", "std")), device)
-    with Path(args.weight).open("rb") as file:
-        inputs = [
-            hashlib.file_digest(file, "sha256").hexdigest(),
-            os.path.realpath(args.data),
-            VERSIONS,
-            CUDA,
-        ]
-    inputs += map(
-        vars(args).get,
-        ("arch", "input_size", "fast_input", "gem_eval_p", "batch_size", "amp", "tta"),
-    )
-    inputs += [[(name, len(part)) for name, part in sets.items()], hash_files(paths)]
-    folder, phase = Path(args.output, "extract"), "-phase2" if args.phase == 2 else ""
-    unfinished = folder / f"unfinished{phase}" / hashlib.sha256(repr(inputs).encode()).hexdigest()
-    if args.start_over and rank == 0:
-        shutil.rmtree(unfinished.parent, ignore_errors=True)
-    share("ready")
-    if others := set(unfinished.parent.glob("*")) - {unfinished}:
-        raise InputError(
-            f"{others.pop()}: was begun with other weights, images or flags; go on so, or "
-            f"--start-over"
-        )
-    unfinished.mkdir(parents=True, exist_ok=True)  # for finished batches, until all are
-    starts = range(0, len(paths), args.batch_size)
-    batches = [range(start, min(start + args.batch_size, len(paths))) for start in starts]
-    shards, todo = {batch: unfinished / f"{batch.start:07d}.npz" for batch in batches}, []
-    for batch, shard in shards.items() if rank == 0 else ():  # once for all processes
-        rows = read_shard(shard, len(batch))
-        if rows is None or not rows.any(axis=1).all():  # what was bad may have been replaced
-            todo.append(batch)
-    todo = share(todo)[0][rank::world_size]
-    blank = np.zeros((args.input_size, args.input_size, 3), np.uint8)
-    get_batch = partial(load, plain_reader(args), paths, blank, default_collate)
-    loader = DataLoader(todo, None, collate_fn=get_batch, num_workers=args.workers, pin_memory=CUDA)
-    for batch, (pixels, unread) in zip(
-        todo, tqdm(loader, unit="batch", disable=rank > 0), strict=True
-    ):
-        rows = embed(args, model, finish(pixels)).float().cpu().numpy()
-        rows[list(unread)] = 0
-        np.savez(shards[batch], rows=rows)
-        bad += unread.values()
-    bad = [message for messages in share(bad) for message in messages]
-    if bad and args.bad_images == "error":
-        raise InputError(
-            f"{len(bad)} bad images; replace them and go on, or --bad-images zero: {'; '.join(bad)}"
-        )
-    if rank > 0:
-        return 0
 
-    def finished():
-        for batch, shard in shards.items():
-            if (rows := read_shard(shard, len(batch))) is None:
+    def __init__(self, lines):
+        self.lines = lines
+        self.file = None
+
+    def open(self, path):
+        """Begin the file with the lines so far; put the script itself beside it, as source.py."""
+        if get_rank_and_world_size()[0] == 0:
+            shutil.copyfile(__file__, path.with_name("source.py"))
+            self.path = path
+            self.file = path.open("w")
+            self.print("".join(self.lines))
+
+    def write(self, line):
+        """Add a line, a dict of plain values."""
+        self.lines.append(json.dumps(line) + "\n")
+        self.print(self.lines[-1])
+
+    def print(self, text):
+        """Write to the file, at once."""
+        if self.file is None:
+            return
+        try:
+            print(text, end="", file=self.file, flush=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error}); make room and resume"
+            ) from error
+
+
+class Progress:
+    """Where training stands.
+
+    epoch, step: epochs, and steps of the current one, that are done; skipped_in_a_row: steps
+    without a finite loss up to here; unlogged: values of the steps since the last line of the log,
+    on the device so that no step waits for them; bad_images: messages about unreadable images, each
+    once.
+    """
+
+    def __init__(self, epoch=0, step=0, skipped_in_a_row=0, unlogged=(), bad_images=()):
+        self.epoch = epoch
+        self.step = step
+        self.skipped_in_a_row = skipped_in_a_row
+        self.unlogged = list(unlogged)
+        self.bad_images = list(bad_images)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, device):
+        """What a checkpoint says; one of the published or former code has the epoch, or the step,
+        alone.
+        """
+        unlogged = checkpoint.get("unlogged", [])
+        return cls(
+            epoch=checkpoint["epoch"],
+            step=checkpoint.get("step", 0),
+            skipped_in_a_row=checkpoint.get("skipped_in_a_row", 0),
+            unlogged=[to_device(values, device) for values in unlogged],
+            bad_images=checkpoint.get("bad_images", []),
+        )
+
+    def summarize(self, max_skipped):
+        """Means of the unlogged steps that were finite (None without any), and numbers of the
+        others.
+
+        This waits for the device. Raises InputError after more than max_skipped steps in a row.
+        """
+        columns = {}
+        for name in self.unlogged[0]:
+            columns[name] = torch.stack([values[name] for values in self.unlogged]).float().cpu()
+        self.unlogged = []
+        finite = columns["loss"].isfinite()
+        for is_finite in finite.tolist():
+            self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row > max_skipped:
                 raise InputError(
-                    f"{shard}: is missing or damaged; go on, with --output on a disk that all "
-                    f"nodes share"
+                    f"--max-skipped {max_skipped}: more steps in a row had no finite loss"
                 )
-            yield from rows
+        summary = {}
+        for name, column in columns.items():
+            summary[name] = column[finite].mean().item() if finite.any() else None
+        summary["skipped"] = int((~finite).sum())
+        summary["overflows"] = int(columns["overflow"].sum())
+        return summary
 
-    rows = finished()  # which the sets take in their order
 
-    def collect(name):
-        ids = [Path(path).stem.encode(errors="backslashreplace") for path in sets[name]]
-        descriptors = np.fromiter(rows, np.dtype((np.float32, 256)), len(ids))
-        zeros.extend(ids[row] + b"\n" for row in np.flatnonzero(~descriptors.any(axis=1)))
-        return ids, descriptors
-
-    def write_submission(path):
-        with h5py.File(path, "w") as file:
-            for name in submitted:
-                ids, file[name] = collect(name)
-                width = max(
-                    {"query": 6, "reference": 7}[name], *map(len, ids)
-                )  # DISC21's, unless ids are longer
-                file[f"{name}_ids"] = np.array(ids, f"S{width}")
-
-    if submitted := [name for name in sets if name != "train"]:
-        size = 2**16 + 1280 * sum(
-            len(sets[name]) for name in submitted
-        )  # with ids and what HDF5 adds
-        save(folder / f"fb-isc-submission{phase}.h5", write_submission, size)
-    if "train" in sets:
-        save(
-            folder / "train_feats.npy",
-            lambda path: np.save(path, collect("train")[1]),
-            1024 * len(sets["train"]),
-        )
-    (sidecar := folder / f"zero-rows{phase}.txt").unlink(missing_ok=True)
-    if args.bad_images == "zero":
-        save(sidecar, lambda path: path.write_bytes(b"".join(zeros)), sum(map(len, zeros)))
-    shutil.rmtree(unfinished.parent)
-    return 0
+def to_device(values, device):
+    """A dict of tensors, on a device."""
+    return {name: value.to(device) for name, value in values.items()}
 
 
 # ---- main ----
-def main(argv=None):
-    """Run the stage; returns the exit code: 2 for input that cannot be used, 1 for a lost process,
-    75 for a signal.
+def check_gpu(args):
+    """Raise InputError where GPUs are asked for and there, but torch cannot use them.
+
+    Training would go on for weeks on the CPU. CUDA_VISIBLE_DEVICES, empty or -1, is a wish for
+    that.
     """
-    args = parse_args(argv)
-    gpus = torch.cuda.device_count() if args.multiprocessing_distributed and args.gpu is None else 1
-    if "RANK" not in os.environ and (args.world_size > 1 or gpus > 1):
-        host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
-        node = f"--nnodes={args.world_size} --node-rank={args.rank} --nproc-per-node={max(1, gpus)}"
-        node += (
-            f" --master-addr={host} --master-port={port} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+    asked = args.gpu is not None or args.multiprocessing_distributed
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not asked or hidden or torch.cuda.is_available():
+        return
+    if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
+        raise InputError(
+            f"torch {torch.__version__} cannot use this machine's GPU: the NVIDIA driver must be "
+            f"one for CUDA {torch.version.cuda} or newer; CUDA_VISIBLE_DEVICES= trains on the CPU"
         )
-        try:  # torchrun, as its own command would start this node's processes
-            return (
-                dist.run.main([*node.split(), __file__, *(sys.argv[1:] if argv is None else argv)])
-                or 0
-            )
-        except dist.elastic.multiprocessing.errors.ChildFailedError as error:
-            return error.get_first_failure()[1].exitcode
-        except (
-            dist.elastic.multiprocessing.SignalException
-        ) as error:  # which has reached the processes
-            return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
+
+
+def launch(args, argv, processes):
+    """Start this node's processes, as torchrun's own command would; returns the exit code."""
+    host, _, port = args.dist_url.rpartition("//")[2].rpartition(":")
+    command = [
+        f"--nnodes={args.world_size}",
+        f"--node-rank={args.rank}",
+        f"--nproc-per-node={processes}",
+        f"--master-addr={host}",
+        f"--master-port={port}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+        __file__,
+        *argv,
+    ]
     try:
+        return dist.run.main(command) or 0
+    except dist.elastic.multiprocessing.errors.ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except dist.elastic.multiprocessing.SignalException as error:  # the processes have had it too
+        return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
+
+
+def describe_error(error, args):
+    """The line about an error that the user can mend."""
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = "use more GPUs"
+        if args.mode == "extract":
+            remedy = "use a smaller --batch-size"
+        elif not args.grad_checkpointing:
+            remedy = "use --grad-checkpointing, or more GPUs"
+        return f"the GPU is out of memory: {remedy}"
+    return " ".join(str(error).split())
+
+
+def main(argv=None):
+    """Run the stage; returns the exit code: 2 for input that cannot be used, 75 after a signal to
+    stop.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    args = parse_args(argv)
+    try:
+        check_gpu(args)
+        processes = 1
+        if args.multiprocessing_distributed and args.gpu is None:
+            processes = max(1, torch.cuda.device_count())
+        if "RANK" not in os.environ and args.world_size * processes > 1:
+            return launch(args, argv, processes)
         code = train(args) if args.mode == "train" else extract(args)
-    except (InputError, OSError, EOFError, RuntimeError) as error:
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # or torch raises a loader process's loss again, in here
-        words = ("DataLoader worker", "Pin memory thread", "gloo", "NCCL")
-        lost = isinstance(error, ConnectionError | EOFError | dist.DistError)
-        lost = lost or (
-            isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-        )
-        if isinstance(error, RuntimeError) and not lost:
-            raise
-        place = (
-            f"{args.output}: " if isinstance(error, OSError) and not error.filename else ""
-        )  # as of a full disk
-        message = (
-            str(error).rpartition("InputError: ")[2].strip().replace("\n", " ")
-        )  # after a loader's traceback
-        hint = "; continue with --resume auto" if lost and args.mode == "train" else ""
-        print(
-            f"{Path(__file__).name}: error: {'lost a process: ' if lost else place}{message}{hint}",
-            file=sys.stderr,
-        )
-        return 1 if lost else 2
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # a lost connection, say
+        print(f"{Path(__file__).name}: error: {describe_error(error, args)}", file=sys.stderr)
+        return 2
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
