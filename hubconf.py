@@ -3,8 +3,9 @@ checkpoint of one's own.
 
     model, preprocess = torch.hub.load(REPOSITORY, "isc_ft_v107")  # its weights are fetched once
     model, preprocess = torch.hub.load(".", "isc_ft_v107", source="local",
-    weights="checkpoint_0009.pth.tar") descriptors = model(torch.stack([preprocess(Image.open(path))
-    for path in paths]))  # (n, 256), of length 1
+                                       weights="checkpoint_0009.pth.tar")
+    images = torch.stack([preprocess(Image.open(path)) for path in paths])
+    descriptors = model(images)  # (n, 256), of length 1
 
 `isc_ft_v107` is the final network, which has seen the public queries' labels; `isc_selfsup_v98` the
 one before it. Two images are copies where the inner product of their descriptors is large. EXIF's

@@ -1,9 +1,9 @@
 """How fast each part is, against the published way of doing it, in the same run: what `make
 benchmark` runs.
 
-    python scripts/benchmark.py                              # everything, at most 10 minutes on two
-    cores python scripts/benchmark.py loss search --rounds 9       # some parts, more often python
-    scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
+    python scripts/benchmark.py  # everything, at most 10 minutes on two cores
+    python scripts/benchmark.py loss search --rounds 9  # some parts, more often
+    python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
 
 A is the published pipeline, written here plainly, B is what this project's scripts do: see each
 part's description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's

@@ -1,18 +1,17 @@
 """Is the data complete and consistent? A line for each thing that is not, then a summary.
 
-    python scripts/check_input.py                          # input/, as DISC21 has it
-    python scripts/check_input.py --decode                 # and decode every image, in parallel
-    python scripts/check_input.py my_input --partial       # a data set of one's own, or a part of
-    DISC21 python scripts/check_input.py --make-subset 50000      # write rids_subset.txt for
-    --eval-subset
+    python scripts/check_input.py  # input/, as DISC21 has it
+    python scripts/check_input.py --decode  # and decode every image, in parallel
+    python scripts/check_input.py my_input --partial  # a data set of one's own, or a part of DISC21
+    python scripts/check_input.py --make-subset 50000  # write rids_subset.txt for --eval-subset
 
 Needs   INPUT with the folders and ground truths of input/README.md, `train_images` or
-        `training_images`. Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999,
-        T000000 to T999999, gaps named), other names,
-        names that differ in their suffix alone, files that are no images, ground truth that cannot
-        be read, names what has no image, repeats or contradicts itself, and with --decode each
-        image that extraction could not read, and why. --partial leaves DISC21's numbers and names
-        out.
+        `training_images`.
+Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999, T000000 to T999999, gaps
+        named), other names, names that differ in their suffix alone, files that are no images,
+        ground truth that cannot be read, names what has no image, repeats or contradicts itself,
+        and with --decode each image that extraction could not read, and why. --partial leaves
+        DISC21's numbers and names out.
 Writes  nothing, but with --make-subset INPUT/rids_subset.txt: every reference of the ground truths
         and random others.
 

@@ -1,12 +1,13 @@
-"""Micro average precision and recall at 90% precision, as the Image Similarity Challenge computes
+r"""Micro average precision and recall at 90% precision, as the Image Similarity Challenge computes
 them.
 
+    # descriptor track
     python scripts/eval_metrics.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv
-    # descriptor track python scripts/eval_metrics.py exp/v107/extract/v107_iso.csv
-    input/public_ground_truth.csv      # matching track python scripts/eval_metrics.py
-    --score-normalization exp/v98/extract/train_feats.npy \
-        exp/v98/extract/fb-isc-submission.h5 input/public_ground_truth.csv           # as tables
-        after 2021 also have it
+    # matching track
+    python scripts/eval_metrics.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv
+    # with score normalization, as tables after 2021 also have it
+    python scripts/eval_metrics.py --score-normalization exp/v98/extract/train_feats.npy \
+        exp/v98/extract/fb-isc-submission.h5 input/public_ground_truth.csv
 
 Prints a JSON object with `average_precision` and `recall_p90`. From an .h5, the candidates are the
 (queries x 10) pairs nearest over all queries together; they are also written beside it, as

@@ -1,12 +1,13 @@
-"""Write a checkpoint as ONNX, TorchScript or safetensors, and prove that the file describes images
+r"""Write a checkpoint as ONNX, TorchScript or safetensors, and prove that the file describes images
 as the network does.
 
-    python scripts/export.py small.onnx                                                 # the
-    network in weights/ python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.onnx
-    # for onnxruntime python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc16.onnx
-    --precision fp16 --size dynamic python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar
-    isc.pt              # TorchScript python scripts/export.py
-    exp/v107/train/checkpoint_0009.pth.tar isc.safetensors     # weights, and isc.json
+    python scripts/export.py small.onnx  # the network in weights/
+    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.onnx  # for onnxruntime
+    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc16.onnx --precision fp16 \
+        --size dynamic
+    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.pt  # TorchScript
+    # weights, and isc.json
+    python scripts/export.py exp/v107/train/checkpoint_0009.pth.tar isc.safetensors
 
 Input `images`, float32 (n, 3, height, width), n as you like; output `descriptors`, float32 (n,
 256), of length 1: two images are copies where the inner product is large. What the input must be

@@ -1,20 +1,25 @@
 """Build a copy-detection data set in DISC21's layout from a folder of photographs, or from the
 embedded ones.
 
-    python scripts/make_dataset.py demo/input                  # embedded photographs, generated
-    pictures python scripts/make_dataset.py input --photos ~/Pictures   # your own photographs, any
-    number of them
+    python scripts/make_dataset.py demo/input  # embedded photographs, generated pictures
+    # your own photographs, any number of them
+    python scripts/make_dataset.py input --photos ~/Pictures
 
 Writes OUT/
     training_images/T000000.jpg ...      what the network learns from, no query or reference among
-    them reference_images/R000000.jpg ...     photographs, and generated pictures that nothing is a
-    copy of query_images/Q00000.jpg ...          phase 1; one in three is an edited copy of a
-    reference query_images_phase2/Q50000.jpg ...   phase 2: other references, other distractors
+                                         them
+    reference_images/R000000.jpg ...     photographs, and generated pictures that nothing is a copy
+                                         of
+    query_images/Q00000.jpg ...          phase 1; one in three is an edited copy of a reference
+    query_images_phase2/Q50000.jpg ...   phase 2: other references, other distractors
     public_ground_truth.csv              query_id,reference_id for all of phase 1 (no reference_id:
-    a distractor) private_ground_truth.csv             the same for phase 2 query_edits.csv
-    query_id,source,edits,phase: what was done to which picture statistics.json
-    numbers of pictures and edits, sizes, what was skipped and why contact_sheet.jpg
-    a row of examples, original beside edited, for each kind of edit
+                                         a distractor)
+    private_ground_truth.csv             the same for phase 2
+    query_edits.csv                      query_id,source,edits,phase: what was done to which picture
+    statistics.json                      numbers of pictures and edits, sizes, what was skipped and
+                                         why
+    contact_sheet.jpg                    a row of examples, original beside edited, for each kind of
+                                         edit
 
 Killed or interrupted, the same command goes on from what OUT's neighbour `.OUT.unfinished` holds,
 to the same bytes. A file that is no photograph is named and left out; so is one with the same

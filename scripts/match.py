@@ -1,34 +1,31 @@
 r"""Find copies among pictures of one's own: cropped, recompressed, renamed, edited.
 
-    python scripts/match.py FOLDER                                          # copies inside one
-    folder python scripts/match.py uploads/ archive/ --output matches.csv          # which of these
-    are copies of those? python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
-    python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu     # without torch
+    python scripts/match.py FOLDER  # copies inside one folder
+    # which of these are copies of those?
+    python scripts/match.py uploads/ archive/ --output matches.csv
+    python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
+    python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu  # without torch
     python scripts/match.py FOLDER --groups groups.jsonl --report page.html
 
 QUERIES, REFERENCES and FOLDER are each a folder, searched through: hidden files are skipped,
 symbolic links followed, a folder read once; or one picture; or a text file of paths, one a line (or
-each ended by a NUL byte, as by `find
--print0`), relative to where the command runs. A file that two paths lead to is one file, and no
-copy of itself.
+each ended by a NUL byte, as by `find -print0`), relative to where the command runs. A file that two
+paths lead to is one file, and no copy of itself.
 
 Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first
-        picture of an
-        animation; upright as EXIF says and viewers show it; at most 100 million pixels. In a
-        folder, files are chosen by suffix, then read by content. What cannot be read is named at
-        the end, on stderr.
+        picture of an animation; upright as EXIF says and viewers show it; at most 100 million
+        pixels. In a folder, files are chosen by suffix, then read by content. What cannot be read
+        is named at the end, on stderr.
 Needs   nothing else: it describes with the small network in weights/, unless --weight names the
-        published one, which is
-        fetched once, or a checkpoint, or --onnx a file of export.py.
+        published one, which is fetched once, or a checkpoint, or --onnx a file of export.py.
 Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same
-        picture. A group is all
-        pictures that copies, and copies of copies, connect: over every pair at or above
-        --threshold, reported or not. Paths keep their bytes: csv has them as they are, in quotes
-        where they hold commas, quotes or line ends; JSON has \udc80 to \udcff for bytes that are
-        not UTF-8, which Python's os.fsencode() turns back.
+        picture. A group is all pictures that copies, and copies of copies, connect: over every pair
+        at or above --threshold, reported or not. Paths keep their bytes: csv has them as they are,
+        in quotes where they hold commas, quotes or line ends; JSON has \udc80 to \udcff for bytes
+        that are not UTF-8, which Python's os.fsencode() turns back.
 Keeps   finished descriptors in --cache, by content and network: after whatever ended it, the same
-        command does the rest
-        only, and several commands may run at once. To clear the cache, delete the file.
+        command does the rest only, and several commands may run at once. To clear the cache, delete
+        the file.
 
 Exit code: 0 with matches, 1 without, 2 after an error, 130 after Ctrl-C. Bad files change it only
 where they are all of QUERIES or of REFERENCES, or with --bad-images error: then it is 2.

@@ -1,6 +1,5 @@
 """What every script here that opens strangers' pictures has to look at, before it decodes them and
-after.
-"""
+after."""
 
 import numpy as np
 from PIL import Image

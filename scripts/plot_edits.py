@@ -1,7 +1,7 @@
-"""How well submissions find the copies of each kind of edit: a table, and a picture of it.
+r"""How well submissions find the copies of each kind of edit: a table, and a picture of it.
 
-    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv
-    dHash=dhash.csv -o edits.png
+    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv \
+        dHash=dhash.csv -o edits.png
 
 Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and
 over all, of each NAME=FILE; a query may have several edits. They stand in query_edits.csv beside

@@ -1,9 +1,8 @@
 """A training run's log.jsonl as a picture: losses, active pairs, learning rate, speed and skipped
 steps.
 
-    python scripts/plot_log.py exp/v83/train/log.jsonl                              # writes log.png
-    beside it python scripts/plot_log.py exp/v86/train/log.jsonl exp/v98/train/log.jsonl -o
-    stages.svg
+    python scripts/plot_log.py exp/v83/train/log.jsonl  # writes log.png beside it
+    python scripts/plot_log.py exp/v86/train/log.jsonl exp/v98/train/log.jsonl -o stages.svg
 
 Several runs share the axes, in colours of their own. The suffix of --output chooses the format
 (png, svg, pdf).

@@ -1,14 +1,13 @@
 """Database augmentation and negative embedding subtraction: from extracted descriptors to the two
 submission files.
 
-    cd exp && python ../scripts/postprocess.py                   # v107, phase 1, as published
+    cd exp && python ../scripts/postprocess.py  # v107, phase 1, as published
     python scripts/postprocess.py v107 --phase 2
-    python scripts/postprocess.py v98 v107                       # both stages' descriptors,
-    concatenated
+    python scripts/postprocess.py v98 v107      # both stages' descriptors, concatenated
 
 Needs   exp/vNN/extract/train_feats.npy and fb-isc-submission.h5 (phase 2:
-        fb-isc-submission-phase2.h5), which
-        `python vNN.py --mode extract --target-set qrt ...` writes.
+        fb-isc-submission-phase2.h5), which `python vNN.py --mode extract --target-set qrt ...`
+        writes.
 Writes  exp/vNN/extract/vNN_iso.h5 (descriptor track) and vNN_iso.csv (matching track); phase 2:
         vNN_iso_phase2.*.
 

@@ -1,9 +1,9 @@
-"""Train the small starting point, which takes the place of ImageNet weights, from nothing but
+r"""Train the small starting point, which takes the place of ImageNet weights, from nothing but
 generated pictures.
 
-    python scripts/pretrain_mini.py mini                     # an hour on two CPU cores; the same
-    command goes on python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar
-    ... mini/input/training_images
+    python scripts/pretrain_mini.py mini  # an hour on two CPU cores; the same command goes on
+    python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ... \
+        mini/input/training_images
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a plain or
 gentle one and a hard one, edited by crops, borders, screens, rotation, shear, perspective,
@@ -17,10 +17,10 @@ few hundred steps. No photograph is involved.
 Writes into OUT
     pictures/0000.npy ...   generated pictures, uint8 (1000, 128, 128, 3); can be removed afterwards
     input/                  3,000 of them as JPEG, in training_images/ and reference_images/, for
-    the stages to train on last.pth.tar            everything needed to go on, every
-    --checkpoint-every steps log.jsonl               the arguments and versions, then a line per
-    --log-every steps start.pth.tar           the weights as a stage's --weight takes them, in half
-    precision
+                            the stages to train on
+    last.pth.tar            everything needed to go on, every --checkpoint-every steps
+    log.jsonl               the arguments and versions, then a line per --log-every steps
+    start.pth.tar           the weights as a stage's --weight takes them, in half precision
 
 Pictures are scenes: a sky over ground, a room or a plain; over it a few things of mirrored parts,
 dead leaves, rows of one shape, strokes or text; textures of 1/f noise, cells, spots and warped

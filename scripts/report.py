@@ -1,22 +1,22 @@
 """One HTML page to look at: what a submission finds, mistakes and misses, or the groups of copies
 that match.py found.
 
-    python scripts/report.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv      #
-    descriptor track python scripts/report.py exp/v107/extract/v107_iso.csv
-    input/public_ground_truth.csv     # matching track python scripts/report.py SUBMISSION
-    GROUND_TRUTH --precision 0.999 0.99                  # thresholds for these python
-    scripts/report.py SUBMISSION GROUND_TRUTH --threshold 0.604169                    # what this
-    cosine is worth python scripts/report.py matches.csv
-    # written by match.py
+    # descriptor track
+    python scripts/report.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv
+    # matching track
+    python scripts/report.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv
+    python scripts/report.py SUBMISSION GROUND_TRUTH --precision 0.999 0.99  # thresholds for these
+    # what this cosine is worth
+    python scripts/report.py SUBMISSION GROUND_TRUTH --threshold 0.604169
+    python scripts/report.py matches.csv  # written by match.py
 
 Prints the scores and the operating points, each with its threshold, precision and recall, and
 writes the page: one file that needs no network, with curves, scores by kind of edit, and pairs as
 pictures.
 
 Needs   a submission and its ground truth, as eval_metrics.py does. Pictures are looked for in
-        --images: query_images/,
-        query_images_phase2/ and reference_images/; edits in its query_edits.csv, which
-        make_dataset.py writes. What is not there is not shown.
+        --images: query_images/, query_images_phase2/ and reference_images/; edits in its
+        query_edits.csv, which make_dataset.py writes. What is not there is not shown.
 Writes  SUBMISSION.html (such as v107_iso.h5.html), or --output.
 
 Scores are minus the squared distance. Those of an .h5 whose descriptors have length 1 are shown as

@@ -1,8 +1,8 @@
 """What does a compressed index keep of the exact search? Recall of faiss's inverted lists on
 synthetic descriptors.
 
-    OMP_NUM_THREADS=1 python scripts/simulate_ivfpq.py      # the table of docs/SCALE.md: minutes, 3
-    GB of memory
+    # the table of docs/SCALE.md: minutes, 3 GB of memory
+    OMP_NUM_THREADS=1 python scripts/simulate_ivfpq.py
 
 A descriptor is normalise(R D (sqrt(0.3) t + sqrt(0.7) g)): g its own Gaussian vector and t its
 topic's, of 256 numbers; D scales axis i = 1, 2, ... by i^(-decay/2); R is one random rotation. Of

@@ -1,10 +1,10 @@
 """Can this file be submitted? Every rule of the two tracks, and nothing in a stranger's file is
 trusted.
 
-    python scripts/validate_submission.py exp/v107/extract/v107_iso.h5               # descriptor
-    track python scripts/validate_submission.py exp/v107/extract/v107_iso.csv              #
-    matching track python scripts/validate_submission.py --partial exp/v107/extract/v107_iso.h5
+    python scripts/validate_submission.py exp/v107/extract/v107_iso.h5  # descriptor track
+    python scripts/validate_submission.py exp/v107/extract/v107_iso.csv  # matching track
     # fewer rows than DISC21 has
+    python scripts/validate_submission.py --partial exp/v107/extract/v107_iso.h5
 
 Prints one line and exits with 0, or says on stderr what is wrong first and exits with 2.
 

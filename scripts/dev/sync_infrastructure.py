@@ -21,8 +21,7 @@ BANNER = "# ======== infrastructure"
 
 
 def split_at_banner(text):
-    """The lines of a script: (those of the experiment, those from the infrastructure's banner on).
-    """
+    """The lines of a script: (those of the experiment, those from the banner on)."""
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(BANNER))
     return lines[:start], lines[start:]
