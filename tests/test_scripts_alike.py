@@ -1,8 +1,9 @@
-"""The four experiments stand alone, read alike, and differ by the experiment only."""
+"""The four experiments stand alone, share their infrastructure, and differ by what they try."""
 
 import ast
 import difflib
 import importlib
+import inspect
 import itertools
 import os
 import re
@@ -13,22 +14,12 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, assert_refused, run
 from test_frame import imported_modules
 
 STAGES = ["v83", "v86", "v98", "v107"]
-SECTIONS = [
-    "recipe",
-    "model",
-    "loss",
-    "augmentation",
-    "data",
-    "distributed",
-    "checkpoint",
-    "train",
-    "extract",
-    "main",
-]
+SYNC = ROOT / "scripts" / "dev" / "sync_infrastructure.py"
+BANNER = "# ======== infrastructure"
 
 # What every stage shares, and what sets it apart: the table of published runs.
 COMMON = {
@@ -112,36 +103,60 @@ RUNS = [
     " --memory-size 1000 --weight ./v98/train/checkpoint_0001.pth.tar",
 ]
 
+# What others call: names and parameters stay.
+SIGNATURES = {
+    "gem": "(x, p, eps=1e-06)",
+    "ISCNet": "(backbone, fc_dim=256, p=1.0, eval_p=1.0)",
+    "MemoryBankContrastiveLoss": (
+        "(memory_size, embedding_size=256, pos_margin=0.0, neg_margin=1.0)"
+    ),
+    "parse_args": "(argv=None)",
+    "train": "(args)",
+    "extract": "(args)",
+    "main": "(argv=None)",
+}
+AUGMENTATIONS = {
+    "moderate_augmentation": "(input_size, mean, std)",
+    "hard_augmentation": "(input_size, mean, std, overlay_paths)",
+}
+
 
 def text(stage):
     return (ROOT / "exp" / f"{stage}.py").read_text()
 
 
-def sections(source):
-    """[(name, first line, last line)] of the banners, 1-based; what stands before the first one has
-    no name.
+def without_docstring(source):
+    """The lines of a script below its module docstring."""
+    docstring = ast.parse(source).body[0]
+    return source.splitlines()[docstring.end_lineno :]
+
+
+def experiment(source):
+    """{name: its lines} of what stands above the banner of the infrastructure, without docstrings
+    and empty lines.
+
+    A function or class has its own entry; all else, but for imports, is the entry "".
     """
     lines = source.splitlines()
-    starts = [
-        (m[1], n)
-        for n, line in enumerate(lines, 1)
-        if (m := re.fullmatch(r"# ---- (\w+) ----", line))
-    ]
-    ends = [n - 1 for _, n in starts[1:]] + [len(lines)]
-    return [(name, first, last) for (name, first), last in zip(starts, ends, strict=True)]
-
-
-def definitions(source):
-    """{name: (section, first line, last line)} of the top-level functions and classes, decorators
-    included.
-    """
-    found = {}
+    banner = next(number for number, line in enumerate(lines) if line.startswith(BANNER))
+    parts, left_out = {"": []}, set()
+    owner = dict.fromkeys(range(1, banner + 1), "")
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", [])
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            left_out |= set(range(body[0].lineno, body[0].end_lineno + 1))
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            section = next(name for name, start, end in sections(source) if start <= first <= end)
-            found[node.name] = (section, first, node.end_lineno)
-    return found
+        span = range(node.lineno, node.end_lineno + 1)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(span)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef) and node.lineno <= banner:
+            parts[node.name] = []
+            owner |= dict.fromkeys(span, node.name)
+    for number in sorted(owner.keys() - left_out):
+        if lines[number - 1]:
+            parts[owner[number]].append(lines[number - 1])
+    return parts
 
 
 def tags(lines):
@@ -151,48 +166,28 @@ def tags(lines):
     return re.findall(r"# (v\d+)(?:: .*)?$", "\n".join(lines), re.MULTILINE)
 
 
-def untagged_changes(old, new):
-    """The changes from a stage's lines to the next one's for which the next one takes no
-    responsibility.
-
-    A changed passage begins with its stage's tag; the old stage's own tags go, and what it had
-    added under them may go.
+def untagged_changes(old, new, old_lines, new_lines):
+    """The changed passages in which no line carries the new stage's tag (where lines were only
+    removed: the old stage's). Tags of the old stage themselves may go.
     """
-    old_lines, new_lines = (
-        [re.sub(rf"  # {old[0]}(: .*)?$", "", line) for line in lines] for _, lines in (old, new)
-    )
-    hunks = difflib.SequenceMatcher(None, old_lines, new_lines, autojunk=False).get_opcodes()
-    changes = [(old[1][a:b], new[1][c:d]) for kind, a, b, c, d in hunks if kind != "equal"]
-    return [
-        (removed, added)
-        for removed, added in changes
-        if (tags(added[:1]) != [new[0]] if added else tags(removed[:1]) != [old[0]])
+    plain_lines = [
+        [re.sub(rf"  # {old}(: .*)?$", "", line) for line in lines]
+        for lines in (old_lines, new_lines)
     ]
-
-
-def without_removed(source, successor):
-    """`source` less the whole sections, functions and classes that `successor` no longer has."""
-    kept_sections = {name for name, _, _ in sections(successor)}
-    kept_definitions = definitions(successor).keys()
-    spans = [(first, last) for name, first, last in sections(source) if name not in kept_sections]
-    spans += [
-        (first, last)
-        for name, (_, first, last) in definitions(source).items()
-        if name not in kept_definitions
-    ]
-    lines = source.splitlines()
-    removed = set()
-    for first, last in spans:
-        while last < len(lines) and not lines[last]:
-            last += 1
-        removed |= set(range(first, last + 1))
-    return "\n".join(line for number, line in enumerate(lines, 1) if number not in removed) + "\n"
+    matcher = difflib.SequenceMatcher(None, *plain_lines, autojunk=False)
+    untagged = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        removed, added = old_lines[a:b], new_lines[c:d]
+        tagged = new in tags(added) if added else old in tags(removed)
+        if kind != "equal" and not tagged:
+            untagged.append((removed, added))
+    return untagged
 
 
 def changed_lines(old, new, folder):
     """The number of lines that `diff` marks with < or >."""
-    (folder / "old").write_text(old)
-    (folder / "new").write_text(new)
+    for name, lines in (("old", old), ("new", new)):
+        (folder / name).write_text("\n".join(lines) + "\n")
     result = subprocess.run(
         ["diff", folder / "old", folder / "new"], capture_output=True, text=True
     )
@@ -210,14 +205,15 @@ def values(args, names):
     return found
 
 
+# ---- each script alone ----
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_imports_nothing_of_the_project(stage):
-    own = {
-        path.stem
-        for folder in ("exp", "scripts", "tests", ".")
-        for path in ROOT.glob(f"{folder}/*.py")
-    }
-    assert not imported_modules(ROOT / "exp" / f"{stage}.py") & (own | {"exp", "scripts", "tests"})
+    folders = (".", "exp", "scripts", "scripts/*", "tests", "tests/*", "weights", "weights/*")
+    own = {path.stem for folder in folders for path in ROOT.glob(f"{folder}/*.py")}
+    own |= {"exp", "scripts", "tests", "weights", "common"}
+    assert not imported_modules(ROOT / "exp" / f"{stage}.py") & own
     assert "sys.path" not in text(stage)
 
 
@@ -238,56 +234,14 @@ def test_importing_has_no_side_effects(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_sections_stand_in_order_and_none_is_empty(stage):
-    found = sections(text(stage))
-    names = [name for name, _, _ in found]
-    assert names == [name for name in SECTIONS if name in names]
-    assert {"recipe", "model", "loss", "data", "train", "extract", "main"} <= set(names)
-    starts = [node.lineno for node in ast.parse(text(stage)).body]
-    assert all(any(first <= start <= last for start in starts) for _, first, last in found)
-
-
-@pytest.mark.parametrize("stage", STAGES)
 def test_has_the_stable_names(stage):
-    names = {"gem", "ISCNet", "MemoryBankContrastiveLoss", "parse_args", "train", "extract", "main"}
-    if stage != "v107":
-        names |= {"moderate_augmentation", "hard_augmentation"}
-    assert names <= definitions(text(stage)).keys()
+    module = importlib.import_module(stage)
+    expected = SIGNATURES if stage == "v107" else SIGNATURES | AUGMENTATIONS
+    found = {name: str(inspect.signature(getattr(module, name))) for name in expected}
+    assert found == expected
 
 
-@pytest.mark.parametrize(("old", "new"), list(itertools.pairwise(STAGES)))
-def test_shared_functions_are_the_same_text(old, new):
-    """Outside the recipe, what two stages both define differs only where the new stage's tag
-    stands.
-    """
-    sources = {stage: text(stage) for stage in (old, new)}
-    places = {stage: definitions(source) for stage, source in sources.items()}
-    for name in places[old].keys() & places[new].keys():
-        section = places[new][name][0]
-        assert section == places[old][name][0], f"{name} moved"
-        if section == "recipe":
-            continue
-        lines = {}
-        for stage in (old, new):
-            _, first, last = places[stage][name]
-            lines[stage] = sources[stage].splitlines()[first - 1 : last]
-        assert not untagged_changes((old, lines[old]), (new, lines[new])), name
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "bound"), [("v83", "v86", 60), ("v86", "v98", 120), ("v98", "v107", 300)]
-)
-def test_stages_differ_by_the_experiment_only(old, new, bound, tmp_path):
-    before, after = text(old), text(new)
-    if new == "v107":  # the one stage that drops whole parts: they do not count
-        before = without_removed(before, after)
-    assert changed_lines(before, after, tmp_path) <= bound
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_recipe_names_its_changes(stage):
-    """`grep '# v86' exp/v86.py` lists the experiment; v83 is where the stages start."""
-    assert set(tags(text(stage).splitlines())) == ({stage} if stage != "v83" else set())
+# ---- the recipe ----
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -336,3 +290,112 @@ def test_the_published_extraction_command_parses(stage):
     )
     assert args.weight == f"./{stage}/train/checkpoint_0009.pth.tar"
     assert args.data == "../input/"
+
+
+# ---- what stages share ----
+
+
+def synchronize(folder, *flags):
+    return run(SYNC, "--exp", folder, *flags)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """A folder with copies of the four scripts."""
+    for stage in STAGES:
+        shutil.copy(ROOT / "exp" / f"{stage}.py", tmp_path)
+    return tmp_path
+
+
+def scripts(folder):
+    return {stage: (folder / f"{stage}.py").read_text() for stage in STAGES}
+
+
+def plant(folder, stage, old, new):
+    """Replace a line's text, which the script has once, below the banner."""
+    path = folder / f"{stage}.py"
+    source = path.read_text()
+    assert source.partition(BANNER)[2].count(old) == source.count(old) == 1
+    path.write_text(source.replace(old, new))
+
+
+def test_the_infrastructure_is_the_same_text():
+    result = run(SYNC, "--check")
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_planted_difference_is_found_and_mended(copies, stage):
+    before = scripts(copies)
+    plant(copies, stage, "def check_gpu(args):", "def check_gpu(args, hidden=None):")
+    planted = scripts(copies)
+    result = synchronize(copies, "--check")
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == [f"{copies / stage}.py: differs"]
+    assert scripts(copies) == planted
+    result = synchronize(copies)
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == [f"{copies / stage}.py: updated"]
+    assert scripts(copies) == before
+    assert synchronize(copies, "--check").returncode == 0
+
+
+def test_a_change_of_v83_reaches_the_other_stages(copies):
+    before = scripts(copies)
+    old, new = "STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)", "STOP_SIGNALS = ()"
+    plant(copies, "v83", old, new)
+    assert synchronize(copies).returncode == 0
+    assert scripts(copies) == {stage: source.replace(old, new) for stage, source in before.items()}
+
+
+def test_only_tagged_lines_may_differ(copies):
+    """v107 keeps its own lines of the infrastructure, but for one without the tag."""
+    before = scripts(copies)["v107"]
+    own = '        "--tta": args.tta,  # v107\n'
+    plant(copies, "v107", own, own + '        "--gem-p": args.gem_p,\n')
+    assert synchronize(copies, "--check").returncode == 1
+    assert synchronize(copies).returncode == 0
+    assert scripts(copies)["v107"] == before
+    assert own in before
+
+
+def test_a_tagged_line_without_a_place(copies):
+    """v83 no longer has the line that v107's own line follows: nobody guesses where it belongs."""
+    plant(copies, "v83", '        "--amp": args.amp,\n', "")
+    before = scripts(copies)["v107"]
+    assert_refused(synchronize(copies), "v107.py", "--tta")
+    assert scripts(copies)["v107"] == before
+
+
+def test_a_script_without_the_banner(copies):
+    path = copies / "v98.py"
+    path.write_text(path.read_text().replace(BANNER, "# infrastructure"))
+    assert_refused(synchronize(copies, "--check"), "v98.py", BANNER)
+
+
+# ---- what sets them apart ----
+
+
+@pytest.mark.parametrize(("old", "new", "bound"), [("v83", "v86", 30), ("v86", "v98", 60)])
+def test_stages_differ_by_little(old, new, bound, tmp_path):
+    before, after = without_docstring(text(old)), without_docstring(text(new))
+    assert changed_lines(before, after, tmp_path) <= bound
+
+
+@pytest.mark.parametrize(("old", "new"), list(itertools.pairwise(STAGES)))
+def test_changes_carry_the_tag_of_their_stage(old, new):
+    """A passage of the experiment that differs from the stage before has the tag on one of its
+    lines; a function or class that is new, or new altogether, on its first.
+    """
+    before, after = experiment(text(old)), experiment(text(new))
+    if new != "v107":  # which has an own TrainDataset, and no augmentation
+        assert before.keys() == after.keys()
+    for name, lines in after.items():
+        if tags(lines[:1]) != [new]:
+            assert not untagged_changes(old, new, before.get(name, []), lines), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tags_name_no_other_stage(stage):
+    """`grep '# v86' exp/v86.py` lists the experiment; v83 is where the stages start."""
+    assert set(tags(text(stage).splitlines())) == ({stage} if stage != "v83" else set())

@@ -21,10 +21,15 @@ BANNER = "# ======== infrastructure"
 
 
 def split_at_banner(text):
-    """The lines of a script: (those of the experiment, those from the banner on)."""
+    """The lines of a script: (those of the experiment, those from the banner on).
+
+    Raises ValueError where it has no banner.
+    """
     lines = text.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith(BANNER))
-    return lines[:start], lines[start:]
+    for number, line in enumerate(lines):
+        if line.startswith(BANNER):
+            return lines[:number], lines[number:]
+    raise ValueError(f"has no line {BANNER!r}")
 
 
 def split_sections(lines):
@@ -53,7 +58,7 @@ def insert_own_lines(lines, former, stage):
     for line in former:
         if tag.search(line):
             if result.count(previous) != 1:
-                raise ValueError(f"{stage}.py: no single place for the line {line.strip()!r}")
+                raise ValueError(f"no single place for the line {line.strip()!r}")
             result.insert(result.index(previous) + 1, line)
         previous = line
     return result
@@ -76,16 +81,17 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only say which stages differ")
+    parser.add_argument("--exp", type=Path, default=EXP, help="folder of the stages")
     args = parser.parse_args(argv)
-    source = (EXP / f"{SOURCE}.py").read_text()
+    source = (args.exp / f"{SOURCE}.py").read_text()
     differing = 0
     for stage in TARGETS:
-        path = EXP / f"{stage}.py"
+        path = args.exp / f"{stage}.py"
         former = path.read_text()
         try:
             text = synchronized(former, source, stage)
         except ValueError as error:
-            print(f"sync_infrastructure.py: error: {error}", file=sys.stderr)
+            print(f"sync_infrastructure.py: error: {path}: {error}", file=sys.stderr)
             return 2
         if text != former:
             differing += 1
