@@ -43,6 +43,12 @@ def loss_like(case, embedding_size):
     )
 
 
+class LikeOnCuda(torch.Tensor):
+    """A tensor on the CPU that takes the way of one on CUDA, where the loss compares all pairs."""
+
+    is_cuda = True
+
+
 def step(criterion, embeddings, labels):
     """One step: (loss, gradient of the embeddings), both on the CPU."""
     embeddings = torch.as_tensor(embeddings).clone().requires_grad_()
@@ -99,7 +105,7 @@ def test_golden_sequence(name):
 def test_stats_are_detached_and_the_bank_is_part_of_the_state():
     criterion = MemoryBankContrastiveLoss(8, 4)
     criterion(torch.randn(4, 4, requires_grad=True), torch.tensor([0, 0, 1, 1]))
-    assert set(criterion.stats) == {"pos_loss", "neg_loss", "pos_pairs", "neg_pairs"}
+    assert criterion.stats.keys() >= {"pos_loss", "neg_loss", "pos_pairs", "neg_pairs"}
     assert not any(value.requires_grad for value in criterion.stats.values())
     buffers = {name: (tuple(b.shape), b.dtype) for name, b in criterion.named_buffers()}
     assert buffers == {
@@ -133,8 +139,8 @@ def test_agrees_with_pytorch_metric_learning(seed):
 
 @pytest.mark.parametrize("alike", [0.0, 0.6, 3.0])
 @pytest.mark.parametrize("filled", [4000, 9000])
-def test_a_bank_of_several_blocks(alike, filled):
-    """Few, some, or all pairs are active: they are gathered, or their blocks are taken whole."""
+def test_few_some_or_all_pairs_cost_something(alike, filled):
+    """In a bank that is not full, and a full one."""
     generator = torch.Generator().manual_seed(filled)
     rows = torch.nn.functional.normalize(torch.randn(filled + 32, 64, generator=generator) + alike)
     labels = torch.randint(2000, (len(rows),), generator=generator)
@@ -148,6 +154,33 @@ def test_a_bank_of_several_blocks(alike, filled):
     expected, expected_gradient = step(oracle, rows[filled:], labels[filled:])
     assert loss == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("pos_margin", "neg_margin"), [(0.0, 1.0), (0.1, 1.1), (0.0, 2.0)])
+@pytest.mark.parametrize("alike", [0.0, 0.6, 3.0])
+def test_chosen_pairs_give_what_all_pairs_give(pos_margin, neg_margin, alike):
+    """A CPU chooses the pairs that may cost something; CUDA compares all."""
+    generator = torch.Generator().manual_seed(5)
+    chosen, dense = (
+        MemoryBankContrastiveLoss(100, 16, pos_margin, neg_margin) for _ in ("CPU", "CUDA")
+    )
+    for t in range(8):
+        rows = torch.randn(24, 16, generator=generator) + alike
+        labels = torch.randint(0, 30, (24,), generator=generator)
+        if t == 5:
+            rows[7, 3] = torch.nan
+        loss, gradient = step(chosen, rows, labels)
+        dense_rows = rows.clone().as_subclass(LikeOnCuda).requires_grad_()
+        dense_loss = dense(dense_rows, labels)
+        dense_loss.backward()
+        assert dense_loss.item() == pytest.approx(loss, rel=0, abs=1e-6, nan_ok=True)
+        dense_gradient = dense_rows.grad.as_subclass(torch.Tensor)
+        torch.testing.assert_close(dense_gradient, gradient, rtol=0, atol=1e-6, equal_nan=True)
+        for name, value in chosen.stats.items():
+            assert dense.stats[name].item() == pytest.approx(value.item(), rel=0, abs=1e-6), name
+        for name, value in bank_state(chosen).items():
+            assert torch.equal(getattr(dense, name), value), name
+    assert chosen.filled.item() == 100
 
 
 @pytest.mark.parametrize(("first", "labels"), [([0.0, 1.0], [3, 1]), ([0.8, 0.6], [5, 6])])
@@ -188,6 +221,24 @@ def test_a_non_finite_row_never_enters_the_bank(bad, steps_before):
     after = criterion(torch.randn(6, 8), torch.arange(6) // 2)
     assert torch.isfinite(after)
     assert criterion.cursor.item() == 6 * (steps_before + 1) % 16
+
+
+@pytest.mark.parametrize("tensor", [torch.Tensor, LikeOnCuda], ids=["CPU", "CUDA"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_row_spoils_the_gradients_of_all_rows(bad, tensor):
+    """Also where no pair costs anything; so the update is left out as a whole."""
+    criterion = MemoryBankContrastiveLoss(16, 8)
+    rows = torch.eye(6, 8)  # farther apart than the margin
+    labels = torch.arange(6)
+    loss, gradient = step(criterion, rows, labels)
+    assert loss == 0
+    assert not gradient.any()
+    rows[3, 5] = bad
+    rows = rows.as_subclass(tensor).requires_grad_()
+    loss = criterion(rows, labels)
+    loss.backward()
+    assert loss.isnan()
+    assert not rows.grad.isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -304,13 +355,16 @@ def play(rank, name, folder):
     poisoned = torch.randn(2, embedding_size)
     if rank == world_size - 1:
         poisoned[0, 0] = float("nan")
+    poisoned.requires_grad_()
     poisoned_loss = criterion(poisoned, torch.zeros(2, dtype=torch.int64))
+    poisoned_loss.backward()
     untouched = all(torch.equal(value, before[key]) for key, value in bank_state(criterion).items())
     np.savez(
         f"{folder}/rank{rank}.npz",
         **seen,
         untouched=untouched,
         poisoned_loss_finite=poisoned_loss.isfinite().item(),
+        some_gradient_finite=poisoned.grad.isfinite().any().item(),
     )
     dist.destroy_process_group()
 
@@ -348,3 +402,4 @@ def test_golden_sequence_in_several_processes(name, tmp_path):
             )
         assert seen["untouched"]
         assert not seen["poisoned_loss_finite"]
+        assert not seen["some_gradient_finite"]
