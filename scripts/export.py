@@ -28,7 +28,6 @@ import json
 import re
 import sys
 import warnings
-from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -68,10 +67,8 @@ def create_network(args):
     """The network of --arch with the checkpoint's weights, ready for evaluation, on the CPU. Raises
     InputError.
     """
-    model = v107.create_model(
-        Namespace(arch=args.arch, gem_p=1.0, gem_eval_p=args.gem_eval_p), torch.device("cpu")
-    )
-    v107.load_checkpoint([args.checkpoint], model)
+    model = v107.create_model(args.arch, 1.0, args.gem_eval_p, torch.device("cpu"))
+    v107.load_weights(model, v107.read_checkpoint(args.checkpoint), args.checkpoint)
     return model.eval().requires_grad_(False)
 
 
@@ -212,8 +209,8 @@ def from_safetensors(path):
     """The same by a new network that loads the weights; it computes in float32."""
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    args = Namespace(arch=config["arch"], gem_p=1.0, gem_eval_p=config["gem_eval_p"])
-    model = v107.create_model(args, torch.device("cpu")).eval()
+    cpu = torch.device("cpu")
+    model = v107.create_model(config["arch"], 1.0, config["gem_eval_p"], cpu).eval()
     model.load_state_dict(load_file(path))
     return lambda images: model(images).numpy()
 
@@ -228,15 +225,15 @@ FORMATS = {
 # ---- parity ----
 
 
-def parity_pictures(args):
-    """32 RGB images: the first in --photos, made up to the number by generated ones of several
-    sizes and shapes.
+def parity_images(photos, input_size):
+    """32 RGB images: the first in the folder `photos`, if given, made up to the number by generated
+    ones of several sizes and shapes.
     """
-    paths = v107.list_images(args.photos)[:IMAGES] if args.photos else []
+    paths = v107.list_images(photos)[:IMAGES] if photos else []
     pictures = [v107.open_image(path) for path in paths]
     for number in range(len(pictures), IMAGES):
         rng = np.random.default_rng([IMAGES, number])
-        side = int(rng.integers(args.input_size // 2, args.input_size, endpoint=True)) + 16
+        side = int(rng.integers(input_size // 2, input_size, endpoint=True)) + 16
         width, height = (side - int(cut) for cut in rng.integers(0, side // 2, size=2))
         pictures.append(make_dataset.dead_leaves(rng, side).crop((0, 0, width, height)))
     return pictures
@@ -246,7 +243,8 @@ def parity_batches(args, model):
     """The images in batches, float32 (n, 3, height, width): all at --input-size, some at other
     sizes if any will do.
     """
-    config, pictures, size = model.backbone.default_cfg, parity_pictures(args), args.input_size
+    config, size = model.backbone.default_cfg, args.input_size
+    pictures = parity_images(args.photos, size)
 
     def prepared(pictures, side):
         transform = v107.evaluation_transform(side, config["mean"], config["std"])

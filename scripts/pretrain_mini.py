@@ -1037,16 +1037,32 @@ def save(path, content):
         torch.save(content, temporary)
 
 
+def load(path, mean_model, parts):
+    """Load a checkpoint: the weights of the mean model, and the states of the `parts`, by name.
+
+    Returns the number of steps that are done. Raises InputError where it is no checkpoint of this
+    script.
+    """
+    checkpoint = v98.read_checkpoint(path)
+    absent = {"step", *parts} - checkpoint.keys()
+    if absent:
+        names = ", ".join(sorted(absent))
+        raise v98.InputError(f"{path}: is no checkpoint of pretrain_mini.py: it has no {names}")
+    v98.load_weights(mean_model, checkpoint, path)
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    return checkpoint["step"]
+
+
 def train(args):
     """Train to args.steps, going on from last.pth.tar if it is there; writes the log, checkpoints,
     start.pth.tar.
     """
     keep_memory()
     torch.manual_seed(args.seed)
-    stage = v98.parse_args(
-        ["-a", args.arch, "--input-size", str(args.input_size), "--no-pretrained", str(args.out)]
-    )
-    model, mean_model = (v98.create_model(stage, torch.device("cpu")) for _ in range(2))
+    cpu = torch.device("cpu")
+    model = v98.create_model(args.arch, 1.0, 1.0, cpu)
+    mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     mean_model.load_state_dict(model.state_dict())
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -1058,7 +1074,7 @@ def train(args):
     rates = {"matrices": 1, "vectors": 0.1}
     start, last = 0, args.out / "last.pth.tar"
     if last.exists():
-        start = v98.load_checkpoint([last], mean_model, **parts)["step"]
+        start = load(last, mean_model, parts)
     config = model.backbone.default_cfg
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) * BYTES for name in ("mean", "std"))
     batches = torch.utils.data.Subset(Batches(args), range(start, args.steps))
@@ -1085,7 +1101,7 @@ def train(args):
 
     with (args.out / "log.jsonl").open("a") as log:
         print(
-            json.dumps({"step": start, "args": plain, "versions": v98.VERSIONS}),
+            json.dumps({"step": start, "args": plain, "versions": v98.library_versions()}),
             file=log,
             flush=True,
         )

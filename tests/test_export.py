@@ -64,16 +64,18 @@ def models():
 
 @pytest.fixture(scope="module", autouse=True)
 def cheaper():
-    """The gate's pictures are generated once for all tests, and torch's threads do not wait for
+    """The gate's images are generated once for all tests, and torch's threads do not wait for
     each other.
     """
-    threads, generate = torch.get_num_threads(), export.parity_pictures
+    threads, generate = torch.get_num_threads(), export.parity_images
     torch.set_num_threads(1)
-    kept = generate(Namespace(photos=None, input_size=SIZE))
+    kept = generate(None, SIZE)
+
+    def parity_images(photos, input_size):
+        return generate(photos, input_size) if photos else kept
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            export, "parity_pictures", lambda args: generate(args) if args.photos else kept
-        )
+        patch.setattr(export, "parity_images", parity_images)
         yield
     torch.set_num_threads(threads)
 
@@ -459,19 +461,24 @@ def test_code_in_a_checkpoint_does_not_run(checkpoint, tmp_path, capsys):
     checkpoint.write_bytes(pickle.dumps({"state_dict": Code()}))
     export_to(tmp_path / "isc.onnx", checkpoint)
     assert "this ran" not in capsys.readouterr().out
-    refuse(capsys, tmp_path / "isc.onnx", checkpoint, words=["small.pth.tar: is no checkpoint"])
+    refuse(
+        capsys,
+        tmp_path / "isc.onnx",
+        checkpoint,
+        words=["small.pth.tar: cannot be read as a checkpoint"],
+    )
 
 
 def test_refuses_what_cannot_be_used(checkpoint, tmp_path, capsys):
     missing = checkpoint.with_name("none.pth.tar")
     output = tmp_path / "isc.onnx"
-    refuse(capsys, output, missing, words=["none.pth.tar: is no checkpoint"])
+    refuse(capsys, output, missing, words=["none.pth.tar: cannot be read as a checkpoint"])
     refuse(
         capsys,
         output,
         checkpoint,
         arch="test_efficientnet",
-        words=["small.pth.tar: is no checkpoint"],
+        words=["small.pth.tar: holds other weights than --arch has"],
     )
     refuse(
         capsys,

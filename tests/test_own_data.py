@@ -35,9 +35,7 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     weights = clone / "exp" / "v107" / "train" / "checkpoint_0009.pth.tar"
     weights.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    network = v107.create_model(
-        v107.parse_args(["x", "-a", "test_resnet", "--no-pretrained"]), torch.device("cpu")
-    )
+    network = v107.create_model("test_resnet", 1.0, 1.0, torch.device("cpu"))
     torch.save({"state_dict": network.state_dict(prefix="module."), "arch": "test_resnet"}, weights)
     before = files(clone)
 

@@ -134,11 +134,11 @@ def test_a_resumed_run_is_the_run_in_one_piece(small, tmp_path):
     assert torch.load(tmp_path / "parts/last.pth.tar", weights_only=False)["step"] == 3
     assert pretrain_mini.main(command(tmp_path / "parts", "--steps", "6")) == 0
 
-    whole, parts = (
-        v98.create_model(v98.parse_args(["-a", "test_byobnet", "DATA"]), "cpu") for _ in range(2)
-    )
+    whole, parts = (v98.create_model("test_byobnet", 1.0, 1.0, "cpu") for _ in range(2))
     for name, model in ("whole", whole), ("parts", parts):
-        checkpoint = v98.load_checkpoint([tmp_path / name / "start.pth.tar"], model)
+        path = tmp_path / name / "start.pth.tar"
+        checkpoint = v98.read_checkpoint(path)
+        v98.load_weights(model, checkpoint, path)
         halves = {
             value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()
         }
