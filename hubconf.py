@@ -2,6 +2,7 @@
 checkpoint of one's own.
 
     model, preprocess = torch.hub.load(REPOSITORY, "isc_ft_v107")  # its weights are fetched once
+    model, preprocess = torch.hub.load(REPOSITORY, "isc_ft_v107", device="cuda", half=True)
     model, preprocess = torch.hub.load(".", "isc_ft_v107", source="local",
                                        weights="checkpoint_0009.pth.tar")
     images = torch.stack([preprocess(Image.open(path)) for path in paths])
@@ -17,7 +18,6 @@ import hashlib
 import os
 import sys
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -34,33 +34,51 @@ RELEASE = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/downlo
 
 
 def isc_ft_v107(
-    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"
+    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu", half=False
 ):
     """The final network of the winning solution: (model, preprocess), ready for evaluation.
 
     pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this
     arch in their place; sha256: refuse any other file (the author published none); input_size: side
-    of the input, pixels. model takes float (n, 3, input_size, input_size) and returns float
-    descriptors (n, 256) of length 1; preprocess takes a PIL image of any mode and returns float (3,
-    input_size, input_size). Files are loaded as tensors only, never as code. Raises ValueError,
-    which names the file, where it is not the one wanted or not a checkpoint of this network; and
-    where torch is older than 2.10, whose weights-only loader a file could make run code
-    (CVE-2026-24747).
+    of the input, pixels; half: compute in fp16 by autocast, as extraction on a GPU does; for CUDA
+    devices only. model takes float32 (n, 3, input_size, input_size) and returns float32 descriptors
+    (n, 256) of length 1, also with half; preprocess takes a PIL image of any mode and returns
+    float32 (3, input_size, input_size). Files are loaded as tensors only, never as code.
+
+    Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of
+    this network; where half is asked for on another device; and where torch is older than 2.10,
+    whose weights-only loader a file could make run code (CVE-2026-24747).
     """
-    return _load("isc_ft_v107.pth.tar", pretrained, weights, sha256, arch, input_size, device)
+    return _load("isc_ft_v107.pth.tar", pretrained, weights, sha256, arch, input_size, device, half)
 
 
 def isc_selfsup_v98(
-    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu"
+    pretrained=True, weights=None, sha256=None, arch=ARCH, input_size=512, device="cpu", half=False
 ):
     """The network before it saw any label, which isc_ft_v107 was fine-tuned from; see there."""
-    return _load("isc_selfsup_v98.pth.tar", pretrained, weights, sha256, arch, input_size, device)
+    return _load(
+        "isc_selfsup_v98.pth.tar", pretrained, weights, sha256, arch, input_size, device, half
+    )
 
 
-def _load(name, pretrained, weights, sha256, arch, input_size, device):
-    model = v107.create_model(
-        Namespace(arch=arch, gem_p=1.0, gem_eval_p=1.0), torch.device(device)
-    ).eval()
+class _HalfISCNet(v107.ISCNet):
+    """ISCNet that computes in fp16 where its input is on CUDA, as extraction there does.
+
+    Weights stay float32, and so do their names. Takes and returns float32.
+    """
+
+    def forward(self, images):
+        return v107.embed(super().forward, images, "fp16").float()
+
+
+def _load(name, pretrained, weights, sha256, arch, input_size, device, half):
+    device = torch.device(device)
+    if half and device.type != "cuda":
+        raise ValueError(f"half=True: is for a CUDA device, not {device}; leave it out")
+    model = v107.create_model(arch, 1.0, 1.0, device)
+    if half:
+        model = _HalfISCNet(model.backbone).to(device)
+    model.eval()
     if weights or pretrained:
         if torch.__version__ < "2.10":
             raise ValueError(
@@ -75,7 +93,7 @@ def _load(name, pretrained, weights, sha256, arch, input_size, device):
                 raise ValueError(
                     f"{path}: is not the file that sha256 names but {digest}; move it away"
                 )
-        v107.load_checkpoint([path], model)
+        v107.load_weights(model, v107.read_checkpoint(path), path)
     config = model.backbone.default_cfg
     transform = v107.evaluation_transform(input_size, config["mean"], config["std"])
     return model, transforms.Compose([_rgb, transform])

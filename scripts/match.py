@@ -286,9 +286,14 @@ def torch_network(args):
     weights = None if published else args.weight or SMALL
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        half = args.amp == "fp16"
+        if half and device.type != "cuda":
+            raise InputError(f"--amp fp16: is for CUDA, not {device}; leave it out")
         load = getattr(hubconf, args.weight if published else PUBLISHED[0])
         with redirect_stderr(io.StringIO()) if args.quiet else nullcontext():  # what is fetched
-            model, _ = load(weights=weights, arch=arch, input_size=input_size, device=device)
+            model, _ = load(
+                weights=weights, arch=arch, input_size=input_size, device=device, half=half
+            )
     except ValueError as error:  # which names the file
         raise InputError(f"{error}") from None
     except OSError as error:
@@ -317,6 +322,8 @@ def torch_network(args):
             ) from None
 
     config, backend = model.backbone.default_cfg, f"torch {device.type}"
+    if half:
+        backend += " fp16"  # whose descriptors are others, for the cache too
     weights, dimensions = digest.hexdigest(), model.fc.out_features
     return Network(
         run, weights, backend, input_size, tuple(config["mean"]), tuple(config["std"]), dimensions
@@ -738,6 +745,12 @@ def parse_args(argv=None):
         help="network that export.py has written, in place of a checkpoint; needs no torch",
     )
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add(
+        "--amp",
+        choices=("off", "fp16"),
+        default="off",
+        help="precision of the network; fp16, which is faster, on CUDA only (default: %(default)s)",
+    )
     add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")
     add(
         "--workers",
@@ -813,6 +826,8 @@ def parse_args(argv=None):
     args.output = args.output or ["-"]
     if args.onnx and (args.weight or args.arch):
         parser.error("--onnx: goes with neither --weight nor --arch")
+    if args.onnx and args.amp != "off":
+        parser.error(f"--amp {args.amp}: not with --onnx; use export.py --precision fp16 instead")
     if args.threshold is None:
         args.threshold = THRESHOLD if args.weight or args.onnx else SMALL_THRESHOLD
     if args.threshold > 1:

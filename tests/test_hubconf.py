@@ -2,8 +2,11 @@
 one.
 """
 
+import ast
 import hashlib
+import importlib
 import pickle
+import sys
 import urllib.error
 import urllib.request
 
@@ -38,6 +41,13 @@ def checkpoint(model, tmp_path):
     }
     torch.save(content, tmp_path / "small.pth.tar")
     return tmp_path / "small.pth.tar"
+
+
+@pytest.fixture
+def hubconf(monkeypatch):
+    """The module itself."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("hubconf")
 
 
 def load(name="isc_ft_v107", **options):
@@ -93,6 +103,34 @@ def test_a_download_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
 
 def test_random_weights_need_no_network():
     load(pretrained=False)
+
+
+def test_half_needs_cuda(checkpoint):
+    with pytest.raises(ValueError, match=r"^half=True: is for a CUDA device, not cpu; [^\n]+$"):
+        load(weights=str(checkpoint), half=True)
+
+
+def test_half_changes_neither_names_nor_types_of_weights(hubconf, model):
+    half = hubconf._HalfISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
+    half.load_state_dict(model.state_dict())
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    assert {name: value.dtype for name, value in half.state_dict().items()} == dtypes
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        descriptors = half(images)
+        assert descriptors.dtype == torch.float32
+        assert torch.equal(descriptors, model(images))  # on a CPU, where autocast is off
+
+
+def test_dependencies_are_what_is_imported(hubconf):
+    imported = set()
+    for path in (ROOT / "hubconf.py", ROOT / "exp" / "v107.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    assert imported - sys.stdlib_module_names - {"v107"} == set(hubconf.dependencies)
 
 
 def test_the_checksum_is_checked(checkpoint):

@@ -32,7 +32,7 @@ from PIL import Image
 import make_dataset
 import match
 import v107
-from conftest import ROOT, assert_refused, run
+from conftest import ROOT, assert_refused, called, run
 from postprocess import database_augmentation, negative_embedding_subtraction
 
 COMMAND = ROOT / "scripts" / "match.py"
@@ -465,6 +465,13 @@ def test_describes_as_torch_hub_does(folder, checkpoint, tmp_path, capfd):
     np.testing.assert_allclose(rows, expected.numpy(), rtol=0, atol=2e-6)
 
 
+def test_fp16_is_for_cuda(folder, checkpoint, capfd):
+    options = ["--weight", str(checkpoint), "--device", "cpu", "--amp", "fp16", "--no-cache"]
+    assert_refused(called(match.main, [folder, *options], capfd), "--amp fp16", "CUDA", "cpu")
+    options = ["--onnx", "isc.onnx", "--amp", "fp16"]
+    assert_refused(called(match.main, [folder, *options], capfd), "--amp fp16", "--onnx")
+
+
 def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeypatch):
     def refused(*options, words):
         assert match.main([str(folder), "--no-cache", *map(str, options)]) == 2
@@ -494,14 +501,14 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
         "--weight",
         tmp_path / "missing.pth.tar",
         *small,
-        words=["missing.pth.tar: is no checkpoint"],
+        words=["missing.pth.tar: cannot be read as a checkpoint"],
     )
     refused(
         "--weight",
         checkpoint,
         "-a",
         "test_resnet",
-        words=["small.pth.tar: is no checkpoint for these arguments"],
+        words=["small.pth.tar: holds other weights than --arch has"],
     )
     refused("--weight", checkpoint, "-a", "nothing", words=["nothing: timm has no such backbone"])
     refused("--weight", checkpoint, *small, "--device", "nothing", words=["--device nothing: "])
