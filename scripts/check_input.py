@@ -87,7 +87,9 @@ def list_folder(root, name):
     images, strays = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            image = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+            has_suffix = entry.name.lower().endswith(IMAGE_SUFFIXES)
+            hidden = entry.name.startswith(".")  # as macOS's ._Q00000.jpg
+            image = has_suffix and not hidden and not entry.is_dir()
             (images if image else strays).append(entry.name)
     return Listing(folder, sorted(images), sorted(strays))
 

@@ -136,11 +136,13 @@ def test_strays_and_repeated_ids(broken, disc21, capsys):
     (folder / "Thumbs.db").touch()
     (folder / "phone.heic").touch()  # which no experiment reads
     (folder / "nested.jpg").mkdir()
+    (folder / "._R000001.jpg").touch()  # hidden, as macOS leaves them: no experiment reads it
     for flags in (), ("--partial",):
         lines = found(capsys, broken, *flags)
         assert len(lines) == 2
         assert "1 images differ in their suffix alone: R000001; rename" in lines[0]
-        assert "3 entries are no images: Thumbs.db, nested.jpg, phone.heic" in lines[1]
+        strays = "._R000001.jpg, Thumbs.db, nested.jpg, phone.heic"
+        assert f"4 entries are no images: {strays}" in lines[1]
 
 
 def test_either_name_of_the_training_images(broken, disc21, capsys):
@@ -314,7 +316,8 @@ def test_extraction_takes_the_subset(broken):
         "qr",
         str(broken),
     ]
-    sets = v107.extraction_sets(v107.parse_args(command))
+    args = v107.parse_args(command)
+    sets = v107.find_sets(args.data, args.target_set, args.phase, args.eval_subset, args.dryrun)
     assert [v107.Path(path).stem for path in sets["reference"]] == (
         broken / SUBSET
     ).read_text().split()
