@@ -194,32 +194,21 @@ def test_a_gain_is_not_decayed():
     assert [q is model["weight"] for q in decay["params"]] == [True]
 
 
-class NoSamples(torch.utils.data.Dataset):
-    mean = std = (1.0, 1.0, 1.0)
-
-    def __len__(self):
-        return 0
-
-    def __getitem__(self, index):
-        raise IndexError
-
-
-def test_linear_schedule():
-    schedules = json.loads((GOLDEN / "optimizer.json").read_text())["schedule"]["linear"]
-    for stage, schedule in zip((v98, v107), schedules, strict=True):
-        args = stage.parse_args(["data", "-j", "0"])
-        assert (args.lr, args.epochs) == (schedule["lr"], schedule["epochs"])
-        network, loss = torch.nn.Linear(1, 1), stage.MemoryBankContrastiveLoss(1)
-        optimizer, rates = torch.optim.SGD(network.parameters()), []
-        for epoch in range(args.epochs):
-            state = {"epoch": epoch, "step": 0}
-            assert not list(
-                stage.train_one_epoch(
-                    args, state, NoSamples(), network, loss, optimizer, None, None
-                )
-            )
-            rates.append(optimizer.param_groups[0]["lr"])
-        assert rates == pytest.approx(schedule["values"], rel=1e-12)
+@pytest.mark.parametrize(
+    ("number", "stage", "flags"), [(0, v98, []), (1, v107, ["--num-negatives", "2"])]
+)
+def test_linear_schedule(data, tmp_path, number, stage, flags):
+    """Of a run of one step an epoch, with the default learning rate and number of epochs."""
+    schedule = json.loads((GOLDEN / "optimizer.json").read_text())["schedule"]["linear"][number]
+    small = "-a test_efficientnet --input-size 32 -j 0 --no-pretrained --log-every 1"
+    small += " --sample-size 4 --batch-size 4 --memory-size 16"
+    argv = [*small.split(), *flags, "--output", str(tmp_path), str(data / "training_images")]
+    assert stage.main(argv) == 0
+    lines = [json.loads(line) for line in (tmp_path / "train" / "log.jsonl").open()]
+    args = lines[0]["args"]
+    assert (args["lr"], args["epochs"]) == (schedule["lr"], schedule["epochs"])
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx(schedule["values"], rel=1e-12)
 
 
 @torch.no_grad()
