@@ -1,11 +1,10 @@
-"""The augmentations: geometry against the golden values, statistics over 2,000 draws, and images
-that are a trap.
+"""The augmentations: geometry against the golden values, each operation and each whole view against
+the published one, statistics over 2,000 draws, and images that are a trap.
 """
 
 import inspect
 import json
 import random
-from functools import partial
 from itertools import combinations
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -15,492 +14,501 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from scipy.stats import binom, kstest
 from torchvision import transforms
 
+import published_augmentation as published
 import v83
 import v86
 import v98
 from conftest import GOLDEN
 
-imaugs = v83.imaugs  # AugLy, as the scripts import it: with its C library
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 STAGES = {"v83": v83, "v86": v86, "v98": v98}
-
-# SPEC 4's table: the published recipe of each stage.
-RECIPES = {
-    "v83": {
-        "J": 0.7,
-        "p": 0.25,
-        "edge_p": 0.25,
-        "overlay_p": 0.05,
-        "opacity": 0.6,
-        "size": (0.4, 0.6),
-    },
-    "v86": {
-        "J": 0.75,
-        "p": 0.30,
-        "edge_p": 0.30,
-        "overlay_p": 0.075,
-        "opacity": 0.5,
-        "size": (0.3, 0.7),
-    },
-    "v98": {
-        "J": 0.8,
-        "p": 0.35,
-        "edge_p": 0.30,
-        "overlay_p": 0.10,
-        "opacity": 0.4,
-        "size": (0.2, 0.8),
-    },
-}
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+WIDTH, HEIGHT = 80, 72
+SIZE = 64  # of the views
+DRAWS = 2000
 SHUFFLED = (
     "jitter",
     "pixelization",
     "shuffle_pixels",
     "encoding_quality",
-    "rgb_to_grayscale",
-    "blur",
+    "to_grayscale",
+    "gaussian_blur",
     "perspective",
-    "hflip",
-    "vflip",
-    "overlay_text",
-    "overlay_emoji",
-    "enhance_edges",
+    "horizontal_flip",
+    "vertical_flip",
+    "text",
+    "emoji",
+    "edges",
 )
-AUGLY = ("pixelization", "encoding_quality", "blur")
-OURS = ("rotate", "overlay_image", "shuffle_pixels")  # of the scripts
-TORCHVISION = (
-    "adjust_brightness",
-    "adjust_contrast",
-    "adjust_saturation",
-    "adjust_hue",
-    "rgb_to_grayscale",
-    "perspective",
-)
-WIDTH, HEIGHT, SIZE, DRAWS = 80, 72, 64, 2000
+GEOMETRY = json.loads((GOLDEN / "augment_geometry.json").read_text())
 
 
 def seed_all(seed):
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 AugLy draws from the global generator
     torch.manual_seed(seed)
 
 
-def seeded(seed, transform, image):
+def apply_seeded(seed, transform, image):
     seed_all(seed)
     return transform(image)
 
 
-def picture(width, height, seed=0):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+def noise(width, height, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def array(width, height, seed=0):
-    return np.array(picture(width, height, seed))
+def smooth(width, height, seed=0):
+    return np.array(Image.fromarray(noise(12, 10, seed)).resize((width, height), Image.BICUBIC))
 
 
-def piece(hard, name):
-    """One operation of a hard augmentation, of arrays, made certain; SPEC 4 gives their order."""
-    outer = ("to_array", "rotation", "overlay")
-    found = (
-        hard.transforms[outer.index(name)]
-        if name in outer
-        else hard.transforms[3].transforms[SHUFFLED.index(name)]
-    )
-    if name in ("overlay", "enhance_edges"):  # functions with their recipe
-        found.keywords["overlay_p" if name == "overlay" else "p"] = 1.0
-    else:  # by_pillow's steps, or itself
-        (found.transforms[1] if type(found) is transforms.Compose else found).p = 1.0
-    return found
+def difference(pixels, image):
+    """Absolute difference of pixels and another image, either an array or PIL's."""
+    return np.abs(np.asarray(pixels, int) - np.asarray(image, int))
+
+
+def assert_equal(pixels, image):
+    assert np.array_equal(pixels, np.asarray(image))
+
+
+def random_state():
+    """What the generators would draw next."""
+    return random.random(), torch.rand(1).item()
 
 
 @pytest.fixture
 def overlay_path(tmp_path):
     path = tmp_path / "overlay.png"
-    picture(40, 50, seed=1).save(path)
+    Image.fromarray(noise(40, 50, seed=1)).save(path)
     return str(path)
 
 
 @pytest.fixture
-def hard(overlay_path):
-    return v83.hard_augmentation(SIZE, MEAN, STD, [overlay_path])
+def certain(monkeypatch):
+    """Have every operation happen that happens with a probability: a function that begins it."""
 
+    def begin():
+        monkeypatch.setattr(torch, "rand", lambda *size: torch.zeros(size))
+        monkeypatch.setattr(random, "random", lambda: 0.0)
 
-@pytest.fixture
-def exact(overlay_path):
-    return v83.hard_augmentation(SIZE, MEAN, STD, [overlay_path], exact=True)
+    return begin
 
 
 # ---- geometry ----
-
-GEOMETRY = json.loads((GOLDEN / "augment_geometry.json").read_text())
-
-
 @pytest.mark.parametrize("row", GEOMETRY["rotate"]["rows"], ids=lambda row: "{}x{}-{}".format(*row))
-def test_rotation_keeps_the_published_rectangle(hard, exact, monkeypatch, row):
+def test_rotation_keeps_the_published_rectangle(row):
     width, height, degrees, *expected = row
-    monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
-    for transform in (hard, exact):
-        assert list(piece(transform, "rotation")(array(width, height)).shape) == [
-            *expected[::-1],
-            3,
-        ]
+    pixels = noise(width, height)
+    assert list(published.rotate(Image.fromarray(pixels), degrees).size) == expected
+    assert list(v83.rotate(pixels, degrees).shape) == [*expected[::-1], 3]
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_rotation_pixels(hard, monkeypatch, case):
-    """Nearest neighbour, counter-clockwise: all but a few pixels at rounding edges are the
-    published ones.
-    """
+def test_rotation_gives_the_published_pixels(case):
+    """Nearest neighbor, counter-clockwise: all but a few pixels, at rounding edges."""
     arrays = np.load(GOLDEN / "augment_geometry.npz")
-    degrees, expected = float(arrays[f"rotate_{case}_degrees"]), arrays[f"rotate_{case}"]
-    monkeypatch.setattr(random, "uniform", lambda low, high: degrees)
-    result = piece(hard, "rotation")(arrays["image"])
-    assert result.shape == expected.shape
-    assert (result == expected).all(axis=2).mean() > 0.98
+    expected = arrays[f"rotate_{case}"]
+    rotated = v83.rotate(arrays["image"], float(arrays[f"rotate_{case}_degrees"]))
+    assert rotated.shape == expected.shape
+    assert (rotated == expected).all(axis=2).mean() > 0.98
 
 
-def test_pixelization_sizes(hard, monkeypatch):
-    transform, sizes, resize = piece(hard, "pixelization"), [], v83.resize
-    monkeypatch.setattr(
-        v83,
-        "resize",
-        lambda image, size, *args: sizes.append([*size]) or resize(image, size, *args),
-    )
-    for width, height, ratio, *small in GEOMETRY["pixelization"]["rows"]:
-        monkeypatch.setattr(random, "uniform", lambda low, high, ratio=ratio: ratio)
-        sizes.clear()
-        assert transform(array(width, height)).shape == (height, width, 3)
-        assert sizes == [small[::-1], [height, width]]
+@pytest.mark.parametrize("row", GEOMETRY["pixelization"]["rows"], ids=lambda row: f"{row[2]:.3f}")
+def test_pixelization_goes_through_the_published_size(monkeypatch, row):
+    width, height, ratio, *small_size = row
+    monkeypatch.setattr(random, "uniform", lambda low, high: ratio)
+    image = Image.fromarray(noise(width, height))
+    expected = image.resize(small_size).resize(image.size)
+    assert_equal(v83.pixelize(np.array(image)), expected)
+    assert_equal(published.pixelize(image), expected)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+def overlay_arrays(background, overlay, *parameters):
+    """The published overlay, of arrays."""
+    images = Image.fromarray(background), Image.fromarray(overlay)
+    return np.array(published.overlay_image(*images, *parameters))
+
+
+@pytest.mark.parametrize("overlay_image", [v83.overlay_image, overlay_arrays])
 @pytest.mark.parametrize("case", GEOMETRY["overlay"])
-def test_overlay_box_and_opacity(tmp_path, monkeypatch, case, exact):
-    Image.new("RGB", case["overlay"], (200, 100, 50)).save(tmp_path / "overlay.png")
-    black = np.zeros((*case["background"][::-1], 3), np.uint8)
-    hard = v83.hard_augmentation(SIZE, MEAN, STD, [str(tmp_path / "overlay.png")], exact)
-    transform, places, resized = piece(hard, "overlay"), [], []
-    transform.keywords["crops"] = [np.asarray] * 2
+def test_overlay_box_and_opacity(overlay_image, case):
+    background = np.zeros((*case["background"][::-1], 3), np.uint8)
+    overlay = np.full((*case["overlay"][::-1], 3), (200, 100, 50), np.uint8)
+    look = background, overlay, case["opacity"], case["overlay_size"]
 
-    def uniform(low, high):
-        if low == 0:
-            places.append((case["x_pos"], case["y_pos"])[len(places) % 2])
-            return places[-1]
-        return case["opacity"] if high == 1 else case["overlay_size"]
-
-    near, pillows = v83.resize, Image.Image.resize
-    monkeypatch.setattr(
-        v83,
-        "resize",
-        lambda image, size, kind: resized.append(size[::-1]) or near(image, size, kind),
-    )
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size: resized.append([*size]) or pillows(self, size)
-    )
-    monkeypatch.setattr(random, "uniform", uniform)
-    for seed in range(40):  # until this image is the background
-        seed_all(seed)
-        resized.clear()
-        merged = Image.fromarray(transform(black))
-        if merged.size == (black.shape[1], black.shape[0]) and merged.getpixel((0, 0)) == (0, 0, 0):
-            break
+    merged = Image.fromarray(overlay_image(*look, case["x_pos"], case["y_pos"]))
     left, top, right, bottom = case["visible_box"]
-    assert resized == [case["resized"]]
     assert merged.getbbox() == (left, top, right, bottom)
-    pixel = merged.getpixel(((left + right) // 2, (top + bottom) // 2))
-    np.testing.assert_allclose(pixel, case["pixel"], atol=1)
+    center = (left + right) // 2, (top + bottom) // 2
+    np.testing.assert_allclose(merged.getpixel(center), case["pixel"], atol=1)
+
+    in_the_corner = Image.fromarray(overlay_image(*look, 0, 0))
+    clipped = np.minimum(case["resized"], case["background"])
+    assert in_the_corner.getbbox() == (0, 0, *clipped)
 
 
-def numbered(side):
-    """An image whose pixels tell their flat index."""
-    index = np.arange(side * side).reshape(side, side)
-    return np.stack([index // 256, index % 256, index * 0], axis=2).astype(np.uint8)
-
-
-def source_index(image):
-    return image[..., 0].astype(int) * 256 + image[..., 1]
-
-
-def test_shuffling_moves_a_tenth_and_never_the_same(hard):
-    transform, index = piece(hard, "shuffle_pixels"), np.arange(1024).reshape(32, 32)
+def test_shuffling_moves_a_tenth_and_never_the_same():
+    index = np.arange(32 * 32).reshape(32, 32)
+    numbered = np.stack([index // 256, index % 256, index * 0], axis=2).astype(np.uint8)
     seed_all(0)
-    patterns = [source_index(transform(numbered(32))) for _ in range(20)]
-    for pattern in patterns:
-        assert sorted(pattern.ravel()) == list(range(1024))
-        assert 90 <= (pattern != index).sum() <= 102
-    assert len({pattern.tobytes() for pattern in patterns}) == 20
+    patterns = set()
+    for _ in range(20):
+        shuffled = v83.shuffle_pixels(numbered)
+        source = shuffled[..., 0].astype(int) * 256 + shuffled[..., 1]
+        assert sorted(source.ravel()) == list(range(32 * 32))
+        assert 90 <= (source != index).sum() <= 102
+        patterns.add(source.tobytes())
+    assert len(patterns) == 20
 
 
-# ---- what is computed otherwise than by AugLy and Pillow, to the same pixels ----
-
+# ---- operations that give the published pixels ----
 SIZES = [(80, 72), (71, 90), (300, 40), (9, 200), (2, 3)]
 
 
 @pytest.mark.parametrize(("width", "height"), [*SIZES, (1, 1)])
-def test_edges_give_pillows_pixels(width, height):
-    kinds = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-    published = imaugs.OneOf([imaugs.ApplyPILFilter(kind) for kind in kinds], p=0.5)
-    for image in (picture(width, height), Image.new("RGB", (width, height), (255, 128, 1))):
-        for seed in range(20):
-            edged = seeded(seed, partial(v83.enhance_edges, p=0.5), np.asarray(image))
-            assert (edged == np.asarray(seeded(seed, published, image))).all()
+def test_edges_are_the_published_ones(width, height):
+    flat = np.full((height, width, 3), (255, 128, 1), np.uint8)
+    for pixels in (noise(width, height), smooth(width, height), flat):
+        for seed in range(10):
+            enhanced = apply_seeded(seed, v83.enhance_edges, pixels)
+            expected = apply_seeded(seed, published.enhance_edges, Image.fromarray(pixels))
+            assert_equal(enhanced, expected)
 
 
-def test_text_gives_auglys_pixels(monkeypatch):
-    """Its glyphs and places, told by what Pillow is asked to draw."""
-    image, drawn, draw, different = picture(200, 150), [], ImageDraw.ImageDraw.text, 0
-
-    def note(self, place, text, fill, font):
-        draw(self, place, text, fill, font)
-        drawn.append((place, text, fill, font))
-
-    for seed in range(60):
-        drawn.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(ImageDraw.ImageDraw, "text", note)
-            written = seeded(seed, v83.overlay_text, image)
-        if written is image:  # a glyph that could not be laid out
-            continue
-        expected = image
-        for (x, y), text, fill, font in drawn:
-            numbers, size = (
-                [v83.glyphs(font.path).index(glyph) for glyph in text],
-                (font.size + 0.5) / 150,
-            )
-            expected = imaugs.overlay_text(
-                expected, None, numbers, font.path, size, 1.0, fill, x / 200, y / 150
-            )
-        assert written == expected
-        different += written != image
-    assert different > 50
-
-
-def test_emojis_give_auglys_pixels(monkeypatch):
-    image, draws = picture(200, 150), []
-    uniform, choice = random.uniform, random.choice
-    monkeypatch.setattr(
-        random, "uniform", lambda low, high: draws.append(uniform(low, high)) or draws[-1]
-    )
-    monkeypatch.setattr(random, "choice", lambda paths: draws.append(choice(paths)) or draws[-1])
-    for seed in range(40):
-        draws.clear()
-        emojified = seeded(seed, v83.overlay_emoji, image.copy())
-        path, size, x, y = draws
-        assert emojified == imaugs.overlay_emoji(image, None, path, 1.0, size, x, y)
-
-
-# ---- near-equals of AugLy's and Pillow's operations ----
-
-
-@pytest.mark.parametrize(("width", "height"), SIZES)
-def test_rotation_is_near_auglys(width, height):
-    """All but some pixels at rounding edges; exact, all of them."""
-    image, same = array(width, height), []
-    for degrees in [
-        0.0,
-        1e-9,
-        45.0,
-        90.0,
-        90.1,
-        135.0,
-        180.0,
-        *np.random.default_rng(0).uniform(0, 180, 40).tolist(),
-    ]:
-        if min(v83.rotated_rect_with_max_area(width, height, degrees)) >= 2:
-            expected = np.asarray(imaugs.rotate(Image.fromarray(image), degrees=degrees))
-            assert np.array_equal(v83.rotate(image, degrees, exact=True), expected), degrees
-            rotated = v83.rotate(image, degrees, exact=False)
-            assert rotated.shape == expected.shape, degrees
-            same.append((rotated == expected).all(axis=2).mean())
-    assert np.mean(same) > 0.98
-    assert min(same) > 0.9
-
-
-@pytest.mark.parametrize(
-    ("width", "height"), SIZES[:-1]
-)  # on the last, an overlay would have no pixels
-def test_overlay_is_near_auglys(width, height):
-    image, overlay = array(width, height), array(40, 50, seed=1)
-    before, pair, rng = (
-        image.copy(),
-        (Image.fromarray(image), Image.fromarray(overlay)),
-        np.random.default_rng(0),
-    )
-    for opacity, size, x, y in rng.uniform((0.4, 0.2, 0, 0), 1, (40, 4)).tolist():
-        expected = np.asarray(imaugs.overlay_image(*pair, None, opacity, size, x, y)).astype(int)
-        for exact in (True, False):
-            result = v83.overlay_image(image, overlay, opacity, size, x, y, exact)
-            assert np.abs(result - expected).max() <= 2 * (not exact)
-    assert (image == before).all()
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("width", "height"), [(80, 72), (300, 40), (9, 200), (1, 1)])
-def test_crops_differ_by_one_at_most(stage, width, height):
-    """The same draws, and what torchvision and Pillow make of them."""
-    image = picture(width, height)
-    for seed in range(20):
-        views = []
-        for exact in (True, False):
-            seed_all(seed)
-            view = STAGES[stage].moderate_augmentation(SIZE, (0.0,) * 3, (1 / 255,) * 3, exact)(
-                image
-            )
-            views.append((view, torch.rand(1), random.random()))
-        assert (views[0][0] - views[1][0]).abs().max() <= 1.01
-        assert views[0][1:] == views[1][1:]
-
-
-@pytest.mark.parametrize(("kind", "tolerance"), [(0, 0.3), (1, 0.3), (2, 0.3), (3, 6)])
-def test_jitter_is_near_pillows(monkeypatch, kind, tolerance):
-    """Brightness, contrast, saturation, hue, each alone: the root of the mean squared difference,
-    of 255.
-    """
-    image = picture(8, 6).resize((64, 48), Image.BICUBIC)
-    for seed in range(30):
-        results = []
-        for module in (transforms.ColorJitter, v83.ColorJitter):
-            jitter = module(0.7, 0.7, 0.7, 0.2)
-            seed_all(seed)
-            _, *factors = jitter.get_params(
-                jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-            )
-            monkeypatch.setattr(
-                jitter, "get_params", lambda *_, f=factors: (torch.tensor([kind]), *f)
-            )
-            results.append(
-                np.asarray(jitter(image if module is transforms.ColorJitter else np.asarray(image)))
-            )
-        assert np.sqrt(((results[0].astype(int) - results[1]) ** 2).mean()) <= tolerance
-        assert (results[0] != np.asarray(image)).any()
-
-
-RECIPE = {
-    "crop": {"size": 64, "scale": (0.15, 1.0)},
-    "jitter": {"brightness": 0.7, "contrast": 0.7, "saturation": 0.7, "hue": 0.2},
-    "pixelization": {"min_ratio": 0.1, "max_ratio": 1.0, "p": 0.5},
-    "blur": {"min_radius": 0.0, "max_radius": 10.0, "p": 0.5},
-    "perspective": {"p": 0.5},
-}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", RECIPE)
-def test_operations_are_near_the_published(stage, name):
-    """The same draws; values that differ by a few at most, hue and some pixels of the perspective's
-    outline aside.
-    """
-    most, far = {
-        "crop": (1, 0),
-        "jitter": (40, 0),
-        "pixelization": (2, 0),
-        "blur": (3, 0),
-        "perspective": (1, 5),
-    }[name]
-    near, published = (
-        dict(zip(RECIPE, STAGES[stage].operations(exact), strict=True))[name](**RECIPE[name])
-        for exact in (False, True)
-    )
+@pytest.mark.parametrize("name", ["pixelize", "encode_as_jpeg", "overlay_text", "overlay_emoji"])
+def test_operations_that_are_the_published_ones(name):
+    """The same draws and the same pixels. Of text: fonts, glyphs, sizes, colors and places."""
+    pixels = smooth(200, 150)
+    image = Image.fromarray(pixels)
     changed = 0
     for seed in range(60):
-        image = np.array(picture(12, 10, seed).resize((96, 80), Image.BICUBIC))
-        results = []
-        for transform in (near, published):
-            seed_all(seed)
-            results.append((transform(image), torch.rand(1), random.random()))
-        (result, *draws), (expected, *same_draws) = results
-        difference = np.abs(result - expected.astype(int)).max(axis=2)
-        assert draws == same_draws
-        assert (difference > most).sum() <= far, seed
-        changed += result.shape != image.shape or (result != image).any()
-    assert changed > 15
+        result = apply_seeded(seed, getattr(v83, name), pixels)
+        state = random_state()
+        expected = apply_seeded(seed, getattr(published, name), image)
+        assert state == random_state()
+        assert_equal(result, expected)
+        changed += not np.array_equal(result, pixels)
+    assert changed > 45  # not where a glyph cannot be laid out, nor at the border
+
+
+def test_gray_and_mirror_images_are_the_published_ones():
+    pixels = noise(80, 72)
+    image = Image.fromarray(pixels)
+    assert_equal(v83.to_grayscale(pixels), transforms.Grayscale(3)(image))
+    assert_equal(v83.horizontal_flip(pixels), TF.hflip(image))
+    assert_equal(v83.vertical_flip(pixels), TF.vflip(image))
+
+
+# ---- approximations ----
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_rotation_is_near_the_published(width, height):
+    """All but 1 of 200 pixels."""
+    pixels = noise(width, height)
+    before = pixels.copy()
+    drawn = np.random.default_rng(0).uniform(0, 180, 60)
+    shares = []
+    for degrees in [0.0, 1e-9, 45.0, 90.0, 90.1, 135.0, 180.0, *drawn.tolist()]:
+        if min(v83.rotated_rect_with_max_area(width, height, degrees)) >= 2:
+            rotated = v83.rotate(pixels, degrees)
+            expected = np.array(published.rotate(Image.fromarray(pixels), degrees))
+            assert rotated.shape == expected.shape, degrees
+            shares.append((rotated == expected).all(axis=2).mean())
+    assert np.mean(shares) > 0.995
+    assert min(shares) > 0.95
+    assert (pixels == before).all()
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+@pytest.mark.parametrize(("width", "height"), SIZES[:-1])  # the last: no pixel of an overlay
+def test_overlay_is_near_the_published(kind, width, height):
+    background = kind(width, height)
+    overlay = kind(40, 50, seed=1)
+    before = background.copy(), overlay.copy()
+    for parameters in np.random.default_rng(0).uniform((0.4, 0.2, 0, 0), 1, (40, 4)).tolist():
+        merged = v83.overlay_image(background, overlay, *parameters)
+        expected = overlay_arrays(background, overlay, *parameters)
+        assert difference(merged, expected).max() <= 2
+    assert (background == before[0]).all() and (overlay == before[1]).all()
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (1, 1)])
+def test_blur_is_near_the_published(kind, width, height):
+    pixels = kind(width, height)
+    for radius in (1e-3, 0.1, 0.5, 1, 1.5, 2, 3, 5, 7.7, 9.99, 10):
+        expected = published.gaussian_blur(Image.fromarray(pixels), radius)
+        assert difference(v83.gaussian_blur(pixels, radius), expected).max() <= 3, radius
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (1, 1)])
+def test_crop_is_near_the_published(kind, width, height):
+    """The same draws; values within 1, of a few pixels within 2."""
+    ours = v83.RandomResizedCrop(SIZE, scale=(0.15, 1.0))
+    theirs = transforms.RandomResizedCrop(SIZE, scale=(0.15, 1.0))
+    far = 0
+    for seed in range(40):
+        pixels = kind(width, height, seed)
+        crop = apply_seeded(seed, ours, pixels)
+        state = random_state()
+        expected = apply_seeded(seed, theirs, Image.fromarray(pixels))
+        assert state == random_state()
+        assert difference(crop, expected).max() <= 2
+        far += (difference(crop, expected) > 1).sum()
+    assert far <= 3
+
+
+@pytest.mark.parametrize("size", [(64, 48), (50, 99), (128, 128), (300, 200)])
+def test_resizing_is_near_pillows(size):
+    """Bicubic resizing of noise by other factors for width and height aside, which nothing does."""
+    for kind, interpolation, most in (
+        (noise, Image.BILINEAR, 1),
+        (smooth, Image.BILINEAR, 1),
+        (smooth, Image.BICUBIC, 2),
+    ):
+        pixels = kind(96, 80)
+        resized = v83.resize(pixels, size, interpolation)
+        expected = Image.fromarray(pixels).resize(size[::-1], interpolation)
+        assert difference(resized, expected).max() <= most
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+@pytest.mark.parametrize(
+    ("operation", "most", "share"),
+    [(0, 1, 0.003), (1, 1, 0.003), (2, 1, 0.003), (3, 13, 0.42)],
+    ids=["brightness", "contrast", "saturation", "hue"],
+)
+def test_jitter_is_near_the_published(monkeypatch, kind, operation, most, share):
+    """Each operation alone: the largest difference, and the share of values that differ."""
+    draw = transforms.ColorJitter.get_params
+
+    def draw_alone(*ranges):
+        _, *factors = draw(*ranges)
+        return torch.tensor([operation]), *factors
+
+    monkeypatch.setattr(transforms.ColorJitter, "get_params", staticmethod(draw_alone))
+    ours = v83.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    theirs = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    differences = []
+    for seed in range(30):
+        pixels = kind(64, 48, seed)
+        result = apply_seeded(seed, ours, pixels)
+        expected = apply_seeded(seed, theirs, Image.fromarray(pixels))
+        differences.append(difference(result, expected))
+        assert (result != pixels).any()
+    assert np.max(differences) <= most
+    assert np.mean(np.array(differences) > 0) <= share
+
+
+def test_all_of_jitter_is_near_the_published():
+    """The same draws, and the same order of the four operations."""
+    ours = v83.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    theirs = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    for seed in range(60):
+        pixels = smooth(96, 80, seed)
+        result = apply_seeded(seed, ours, pixels)
+        state = random_state()
+        expected = apply_seeded(seed, theirs, Image.fromarray(pixels))
+        assert state == random_state()
+        assert difference(result, expected).max() <= 40
+        assert np.median(difference(result, expected)) <= 1
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+def test_perspective_is_near_the_published(kind):
+    """The same draws; values within 1, but for some pixels of the outline."""
+    ours = v83.RandomPerspective(0.5, p=0.5)
+    theirs = transforms.RandomPerspective(0.5, p=0.5)
+    changed = 0
+    for seed in range(60):
+        pixels = kind(96, 80, seed)
+        result = apply_seeded(seed, ours, pixels)
+        state = random_state()
+        expected = apply_seeded(seed, theirs, Image.fromarray(pixels))
+        assert state == random_state()
+        assert (difference(result, expected).max(axis=2) > 1).sum() <= 5, seed
+        changed += (result != pixels).any()
+    assert 15 < changed < 45
+
+
+# ---- whole views against the published ones ----
+@pytest.fixture
+def photos(tmp_path):
+    """Paths of four images."""
+    paths = []
+    for number in range(4):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(smooth(320, 240, number)).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("kind", [noise, smooth])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("width", "height"), [(80, 72), (300, 40), (9, 200), (1, 1)])
+def test_equal_seeds_give_the_published_moderate_view(kind, stage, width, height):
+    unit = (0.0,) * 3, (1 / 255,) * 3  # mean and std that give values from 0 to 255
+    ours = STAGES[stage].moderate_augmentation(SIZE, *unit)
+    theirs = published.moderate_augmentation(SIZE, *unit)
+    image = Image.fromarray(kind(width, height))
+    for seed in range(10):
+        view = apply_seeded(seed, ours, image)
+        state = random_state()
+        expected = apply_seeded(seed, theirs, image)
+        assert state == random_state()
+        assert (view - expected).abs().max() <= 1.01
+
+
+def number_of_shuffled(view):
+    """How many operations a hard view has in random order."""
+    (shuffled,) = [step for step in view.transforms if isinstance(step, transforms.RandomOrder)]
+    return len(shuffled.transforms)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_equal_seeds_give_the_published_hard_view(monkeypatch, stage, photos):
+    """Order, probabilities and parameters of all operations at once: any other would show.
+
+    But for the shuffling of pixels, of which each has its own pattern, and erasing, which follows.
+    """
+    module = STAGES[stage]
+    for owner in (module, published):
+        monkeypatch.setattr(owner, "shuffle_pixels", lambda pixels: pixels)
+    ours = module.hard_view(SIZE, photos)
+    theirs = published.hard_image(published.RECIPES[stage], SIZE, photos)
+    if number_of_shuffled(ours) != number_of_shuffled(theirs):
+        pytest.skip(f"{stage} has other operations than the published one")
+    ratios = []
+    for seed in range(100):
+        path = photos[seed % len(photos)]
+        view = apply_seeded(seed, ours, module.read_pixels(path))
+        expected = apply_seeded(seed, theirs, published.open_image(path))
+        error = np.square(difference(view.pixels, expected)).mean()
+        ratios.append(10 * np.log10(255**2 / max(error, 1e-3)))  # peak signal to noise, dB
+    assert min(ratios) > 20
+    assert np.quantile(ratios, 0.1) > 30
+    assert np.median(ratios) > 40
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_published_views_are_finite_and_square(stage, photos):
+    views = [
+        published.moderate_augmentation(SIZE, MEAN, STD),
+        published.hard_augmentation(published.RECIPES[stage], SIZE, MEAN, STD, photos),
+    ]
+    for seed in range(20):
+        for view in views:
+            image = apply_seeded(seed, view, published.open_image(photos[0]))
+            assert image.shape == (3, SIZE, SIZE)
+            assert image.isfinite().all()
 
 
 # ---- statistics ----
+class Recorder:
+    """Notes calls of functions, which it replaces: `calls` holds a list for each draw."""
+
+    def __init__(self, patch):
+        self.patch = patch
+        self.calls = []
+
+    def note(self, name, **values):
+        self.calls[-1].append(SimpleNamespace(name=name, **values))
+
+    def replace(self, owner, function_name):
+        """Replace an operation by one that notes its arguments and returns its first one, so that a
+        draw costs little."""
+        signature = inspect.signature(getattr(owner, function_name))
+
+        def stub(*args, **kwargs):
+            self.note(function_name, **signature.bind(*args, **kwargs).arguments)
+            return args[0]
+
+        self.patch.setattr(owner, function_name, stub)
+
+    def observe_params(self, kind, name):
+        """Note what get_params of a transform of torchvision draws, and for which image."""
+        get_params = kind.get_params
+
+        def observed(*args, **kwargs):
+            params = get_params(*args, **kwargs)
+            self.note(name, drawn_for=args[0], params=params)
+            return params
+
+        self.patch.setattr(kind, "get_params", staticmethod(observed))
+
+    def observe_pillow(self):
+        """Note text and emojis, which are not drawn."""
+        opened = []
+        open_image = Image.open
+
+        def observed_open(path, **options):
+            opened.append(path)
+            return open_image(path, **options)
+
+        def write(_draw, place, text, color, font):
+            self.note("text", place=place, text=text, color=color, font=font)
+
+        def paste(_image, emoji, place, _mask):
+            self.note("emoji", size=emoji.size, place=place, path=opened[-1])
+
+        self.patch.setattr(Image, "open", observed_open)
+        self.patch.setattr(Image.Image, "paste", paste)
+        self.patch.setattr(ImageDraw.ImageDraw, "text", write)
+
+    def observe_edges(self, cv2):
+        """Note the kernels of edge filters, which are not applied."""
+
+        def filter2D(pixels, _depth, kernel, **_options):
+            self.note("edges", kernel=kernel)
+            return pixels
+
+        self.patch.setattr(cv2, "filter2D", filter2D)
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=STAGES)
 def draws(request, tmp_path_factory):
-    """What 2,000 hard augmentations of a stage ask of the libraries, and of the script: a list of
-    calls for each draw.
-
-    The functions are replaced by stubs that note their arguments and return the image, so that a
-    draw costs little.
-    """
-    path = tmp_path_factory.mktemp("overlay") / "overlay.png"
-    picture(20, 30, seed=1).save(path)
-    calls, paths, opened = [], [], Image.open
-
-    def stub(module, name, result=lambda image, call: image):
-        signature = inspect.signature(getattr(module, name))
-
-        def noted(image, *args, **kwargs):
-            arguments = signature.bind(image, *args, **kwargs).arguments
-            call = SimpleNamespace(**arguments | {"name": name, "image": image})
-            calls[-1].append(call)
-            return result(image, call)
-
-        return noted
-
-    def note(name, result, **arguments):
-        calls[-1].append(SimpleNamespace(name=name, **arguments))
-        return result
-
-    def open_image(path, **options):
-        paths.append(path)
-        return opened(path, **options)
-
-    def write(_draw, place, text, color, font):
-        note("overlay_text", None, place=place, text=text, color=color, font=font)
-
-    def paste(image, sprite, place, _mask):
-        note("overlay_emoji", None, size=sprite.size, place=place, path=paths[-1])
-
-    def flip(image, flipCode):
-        return note("hflip" if flipCode else "vflip", image)
-
-    def view(pixels, *erased):
-        return note("erase", View(pixels, *erased), erased=erased) if erased else View(pixels)
-
-    def filter_pixels(pixels, _, kernel, **_kwargs):
-        return note("enhance_edges", pixels, kernel=kernel)
-
-    resized = {"resized_crop": lambda image, call: image.resize((SIZE, SIZE))}
+    """2,000 hard views of a stage: the calls of each, the erasings, and the published recipe."""
+    stage = STAGES[request.param]
+    path = str(tmp_path_factory.mktemp("overlay") / "overlay.png")
+    Image.fromarray(noise(20, 30, seed=1)).save(path)
+    image = Image.fromarray(noise(WIDTH, HEIGHT))
+    erasings = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in AUGLY:
-            replacement = stub(imaugs.functional, name)
-            patch.setattr(imaugs.functional, name, replacement)
-            patch.setattr(imaugs, name, replacement)
-        for name in TORCHVISION:
-            patch.setattr(TF, name, stub(TF, name))
-        for name, result in resized.items():
-            patch.setattr(TF, name, stub(TF, name, result))
-        stage = STAGES[request.param]
-        View = stage.View
-        patch.setattr(stage, "View", view)
-        for name in OURS:
-            patch.setattr(stage, name, stub(stage, name))
-        patch.setattr(stage.cv2, "filter2D", filter_pixels)
-        patch.setattr(stage.cv2, "flip", flip)
-        patch.setattr(Image, "open", open_image)
-        patch.setattr(Image.Image, "paste", paste)
-        patch.setattr(ImageDraw.ImageDraw, "text", write)
-        hard = stage.hard_augmentation(SIZE, MEAN, STD, [str(path)], exact=True)
-        image = picture(WIDTH, HEIGHT)
+        recorder = Recorder(patch)
+        for name in ("rotate", "overlay_image", "gaussian_blur", "shuffle_pixels", "to_grayscale"):
+            recorder.replace(stage, name)
+        for name in ("horizontal_flip", "vertical_flip"):
+            recorder.replace(stage, name)
+        for name in ("pixelization", "encoding_quality"):
+            recorder.replace(stage.imaugs, name)
+        recorder.observe_params(transforms.RandomResizedCrop, "crop")
+        recorder.observe_params(transforms.ColorJitter, "jitter")
+        recorder.observe_params(transforms.RandomPerspective, "perspective")
+        recorder.observe_pillow()
+        recorder.observe_edges(stage.cv2)
+        hard = stage.hard_view(SIZE, [path])
         seed_all(2021)
         for _ in range(DRAWS):
-            calls.append([])
-            assert hard(image).shape == (3, SIZE, SIZE)
-    return SimpleNamespace(calls=calls, glyphs=stage.glyphs, **RECIPES[request.param])
+            recorder.calls.append([])
+            view = hard(image)
+            assert view.pixels.shape == (SIZE, SIZE, 3)
+            erasings.append(view.erasing)
+    return SimpleNamespace(
+        calls=recorder.calls,
+        erasings=[erasing for erasing in erasings if erasing is not None],
+        recipe=published.RECIPES[request.param],
+        stage=stage,
+    )
 
 
-def of(draws, name):
+def calls_of(draws, name):
     return [call for calls in draws.calls for call in calls if call.name == name]
+
+
+def params_of(draws, name):
+    return [call.params for call in calls_of(draws, name)]
 
 
 def assert_probability(count, total, p, what=None, confidence=1 - 1e-5):
@@ -520,81 +528,80 @@ def assert_uniform(values, low, high):
 
 
 def test_probabilities(draws):
-    expected = dict.fromkeys(
-        ("pixelization", "shuffle_pixels", "rgb_to_grayscale", "blur", "erase"), 0.25
-    )
-    expected |= dict.fromkeys(
-        ("rotate", "encoding_quality", "perspective", "overlay_text", "overlay_emoji"), draws.p
-    )
-    expected |= {
-        "hflip": 0.5,
-        "vflip": 0.1,
-        "enhance_edges": draws.edge_p,
-        "overlay_image": draws.overlay_p,
+    recipe = draws.recipe
+    expected = {
+        "rotate": recipe.p,
+        "overlay_image": recipe.overlay_p,
+        "pixelization": 0.25,
+        "shuffle_pixels": 0.25,
+        "encoding_quality": recipe.p,
+        "to_grayscale": 0.25,
+        "gaussian_blur": 0.25,
+        "perspective": recipe.p,
+        "horizontal_flip": 0.5,
+        "vertical_flip": 0.1,
+        "text": recipe.p,
+        "emoji": recipe.p,
+        "edges": recipe.edge_p,
     }
     for name, p in expected.items():
         count = sum(any(call.name == name for call in calls) for calls in draws.calls)
         assert_probability(count, DRAWS, p, name)
-    for name in (
-        "adjust_brightness",
-        "adjust_contrast",
-        "adjust_saturation",
-        "adjust_hue",
-        "resized_crop",
-    ):
-        assert len(of(draws, name)) == DRAWS, name
+    assert_probability(len(draws.erasings), DRAWS, 0.25, "erasing")
+    for name in ("crop", "jitter"):
+        assert len(calls_of(draws, name)) == DRAWS, name
 
 
-def test_fixed_order_around_the_shuffled_list(draws):
+def test_fixed_order_before_the_shuffled_list(draws):
     for calls in draws.calls:
         names = [call.name for call in calls]
-        crop = names.index("resized_crop")
-        assert [name for name in names[:crop] if name != "rotate"] in ([], ["overlay_image"])
-        assert names[0] == "rotate" or "rotate" not in names
-        assert "erase" not in names[:-1]
+        before_crop = names[: names.index("crop")]
+        fixed = ["rotate", "overlay_image"]
+        assert before_crop == [name for name in fixed if name in names]
 
 
 def test_the_list_is_shuffled_uniformly(draws):
     """Of any two operations that happen in a draw, either comes first equally often; each takes
     every place.
     """
-    before, places = {pair: [] for pair in combinations(SHUFFLED, 2)}, []
+    firsts = {pair: [] for pair in combinations(SHUFFLED, 2)}
+    places = []
     for calls in draws.calls:
-        names = [call.name for call in calls]
-        names = names[names.index("resized_crop") + 1 :]
-        order = list(
-            dict.fromkeys("jitter" if name.startswith("adjust") else name for name in names)
-        )
-        order = [name for name in order if name in SHUFFLED]
-        for pair in combinations(order, 2):
-            known = pair in before
-            before[pair if known else pair[::-1]].append(known)
+        names = [call.name for call in calls if call.name in SHUFFLED]
+        order = list(dict.fromkeys(names))  # a second line of text is no second operation
+        for first, second in combinations(order, 2):
+            if (first, second) in firsts:
+                firsts[first, second].append(True)
+            else:
+                firsts[second, first].append(False)
         places.append((order.index("jitter") + random.random()) / len(order))
-    for pair, firsts in before.items():
-        assert_probability(sum(firsts), len(firsts), 0.5, pair)
+    for pair, came_first in firsts.items():
+        assert_probability(sum(came_first), len(came_first), 0.5, pair)
     assert_uniform(places, 0, 1)
 
 
-def test_rotation_and_colour_ranges(draws):
-    assert_uniform([call.degrees for call in of(draws, "rotate")], 0, 180)
-    for kind in ("brightness", "contrast", "saturation"):
-        factors = [getattr(call, f"{kind}_factor") for call in of(draws, f"adjust_{kind}")]
-        assert_uniform(factors, 1 - draws.J, 1 + draws.J)
-    assert_uniform([call.hue_factor for call in of(draws, "adjust_hue")], -0.2, 0.2)
+def test_rotation_and_color_ranges(draws):
+    assert_uniform([call.degrees for call in calls_of(draws, "rotate")], 0, 180)
+    jitter = draws.recipe.jitter
+    orders, brightness, contrast, saturation, hue = zip(*params_of(draws, "jitter"), strict=True)
+    for factors in (brightness, contrast, saturation):
+        assert_uniform(factors, 1 - jitter, 1 + jitter)
+    assert_uniform(hue, -0.2, 0.2)
+    for operation in range(4):
+        count = sum(order[0].item() == operation for order in orders)
+        assert_probability(count, DRAWS, 1 / 4)
 
 
 def test_overlay_ranges(draws):
-    overlays = of(draws, "overlay_image")
-    low, high = draws.size
-    assert_uniform([call.opacity for call in overlays], draws.opacity, 1)
-    assert_uniform([call.overlay_size for call in overlays], low, high)
+    overlays = calls_of(draws, "overlay_image")
+    assert_uniform([call.opacity for call in overlays], draws.recipe.opacity_lower, 1)
+    assert_uniform([call.overlay_size for call in overlays], *draws.recipe.overlay_sizes)
     assert_uniform([call.x_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
     assert_uniform([call.y_pos / (1 - call.overlay_size) for call in overlays], 0, 1)
-    own = [call.image.shape == (HEIGHT, WIDTH, 3) for call in overlays]
-    assert [call.overlay.shape == (HEIGHT, WIDTH, 3) for call in overlays] == [
-        not background for background in own
-    ]
-    assert_probability(sum(own), len(own), 0.5)
+    own_is_background = [call.background.shape == (HEIGHT, WIDTH, 3) for call in overlays]
+    own_is_overlay = [call.overlay.shape == (HEIGHT, WIDTH, 3) for call in overlays]
+    assert own_is_overlay == [not background for background in own_is_background]
+    assert_probability(sum(own_is_background), len(overlays), 0.5)
 
 
 def test_crop_ranges(draws):
@@ -603,79 +610,89 @@ def test_crop_ranges(draws):
     """
     strong = []
     for calls in draws.calls:
-        crop = next(call for call in calls if call.name == "resized_crop")
+        crop = next(call for call in calls if call.name == "crop")
         overlaid = any(call.name == "overlay_image" for call in calls)
-        width, height = crop.img.size
-        area = crop.height * crop.width / (width * height)
+        _, _, height, width = crop.params
+        area = height * width / crop.drawn_for[0].numel()
         assert (0.68 if overlaid else 0.14) <= area <= 1
-        assert 3 / 4 - 0.05 <= crop.width / crop.height <= 4 / 3 + 0.05
-        strong += [] if overlaid else [area]
+        assert 3 / 4 - 0.05 <= width / height <= 4 / 3 + 0.05
+        if not overlaid:
+            strong.append(area)
     assert min(strong) < 0.2
     assert np.mean(np.array(strong) < 0.5) > 0.3
 
 
-def test_shuffled_operations_ranges(draws):
-    assert_uniform([call.ratio for call in of(draws, "pixelization")], 0.1, 1)
-    assert_uniform([call.radius for call in of(draws, "blur")], 0, 10)
-    qualities = [call.quality for call in of(draws, "encoding_quality")]
-    centers = [
-        call.kernel[1, 1] for call in of(draws, "enhance_edges")
-    ]  # of EDGE_ENHANCE, EDGE_ENHANCE_MORE
+def test_ranges_of_the_shuffled_list(draws):
+    assert_uniform([call.ratio for call in calls_of(draws, "pixelization")], 0.1, 1)
+    assert_uniform([call.radius for call in calls_of(draws, "gaussian_blur")], 0, 10)
+    qualities = [call.quality for call in calls_of(draws, "encoding_quality")]
+    centers = [round(call.kernel[1, 1]) for call in calls_of(draws, "edges")]
     for choices, drawn in (((10, 20, 30, 50), qualities), ((5, 9), centers)):
         assert set(drawn) == set(choices)
         for choice in choices:
             assert_probability(drawn.count(choice), len(drawn), 1 / len(choices))
-    for call in of(draws, "perspective"):
-        moves = np.abs(np.array(call.startpoints) - np.array(call.endpoints))
-        assert moves.max() <= 0.5 * SIZE / 2
-    assert (
-        max(np.abs(np.subtract(c.startpoints, c.endpoints)).max() for c in of(draws, "perspective"))
-        > 0.4 * SIZE / 2
-    )
+    moves = [
+        np.abs(np.subtract(start, end)).max() for start, end in params_of(draws, "perspective")
+    ]
+    assert 0.4 * SIZE / 2 < max(moves) <= 0.5 * SIZE / 2
 
 
 def test_text(draws):
-    texts = [[call for call in calls if call.name == "overlay_text"] for calls in draws.calls]
-    texts, sizes = [lines for lines in texts if lines], []
-    for first, *more in texts:
-        assert all(5 <= len(line.text) <= 9 for line in (first, *more))
-        assert all(
-            (line.font, line.color, line.place[0]) == (first.font, first.color, first.place[0])
-            for line in more
-        )
-        sizes += [(line.place[1] - first.place[1]) / SIZE for line in more]
-        assert not more or first.font.size == int(sizes[-1] * SIZE + 1e-9)
+    lines_of_draws = []
+    for calls in draws.calls:
+        lines = [call for call in calls if call.name == "text"]
+        if lines:
+            lines_of_draws.append(lines)
+    sizes = []
+    for first, *others in lines_of_draws:
         assert 0.1 * SIZE - 1 < first.font.size < 0.3 * SIZE
-        assert not {"TypeMyMusic", "PainttheSky"} & {
-            Path(first.font.path).stem.split("_")[0].split("-")[0]
-        }
         assert len(first.color) == 3
         assert all(isinstance(value, int) and 0 <= value <= 255 for value in first.color)
+        for line in (first, *others):
+            assert 5 <= len(line.text) <= 9
+            assert set(line.text) <= set(draws.stage.glyphs(line.font.path))
+        for line in others:
+            assert line.font == first.font
+            assert line.color == first.color
+            assert line.place[0] == first.place[0]
+            sizes.append((line.place[1] - first.place[1]) / SIZE)  # one font size lower
+            assert first.font.size == int(sizes[-1] * SIZE + 1e-9)
     assert_uniform(sizes, 0.1, 0.3)
-    assert_uniform([lines[0].place[0] / SIZE for lines in texts], 0, 0.5)
-    assert_uniform([lines[0].place[1] / SIZE for lines in texts], 0, 0.5)
-    assert {len(lines) for lines in texts} == {1, 2}
-    assert_probability(len(sizes), len(texts), 0.5)
-    assert {len(lines[0].text) for lines in texts} == {5, 6, 7, 8, 9}
-    # 363 fonts with equal chance: about 363 x (1 - exp(-n / 363)) different ones in n draws
-    fonts = len({lines[0].font.path for lines in texts})
-    assert fonts == pytest.approx(363 * (1 - np.exp(-len(texts) / 363)), rel=0.1)
-    pairs = [(line.text, draws.glyphs(line.font.path)) for lines in texts for line in lines]
-    assert all(set(text) <= set(glyphs) for text, glyphs in pairs)
-    assert_uniform(
-        [glyphs.index(text[0]) / len(glyphs) for text, glyphs in pairs if len(glyphs) > 100], 0, 1
-    )
+    assert {len(lines) for lines in lines_of_draws} == {1, 2}
+    assert_probability(len(sizes), len(lines_of_draws), 0.5)
+
+    firsts = [lines[0] for lines in lines_of_draws]
+    assert_uniform([line.place[0] / SIZE for line in firsts], 0, 0.5)
+    assert_uniform([line.place[1] / SIZE for line in firsts], 0, 0.5)
+    assert {len(line.text) for line in firsts} == {5, 6, 7, 8, 9}
+    glyph_places = []
+    for line in firsts:
+        glyphs = draws.stage.glyphs(line.font.path)
+        if len(glyphs) > 100:
+            glyph_places.append(glyphs.index(line.text[0]) / len(glyphs))
+    assert_uniform(glyph_places, 0, 1)
+
+
+def test_fonts(draws):
+    """All of AugLy's but two, with equal chance."""
+    drawn = {call.font.path for call in calls_of(draws, "text")}
+    names = {Path(path).name for path in draws.stage.FONTS}
+    assert len(names) == 363
+    assert not [name for name in names if name.startswith(("TypeMyMusic", "PainttheSky-Regular"))]
+    number = sum(any(call.name == "text" for call in calls) for calls in draws.calls)
+    # Of 363 with equal chance, n draws take about 363 x (1 - exp(-n / 363)) different ones.
+    expected = 363 * (1 - np.exp(-number / 363))
+    assert len(drawn) == pytest.approx(expected, rel=0.1)
 
 
 def test_emoji(draws):
-    emojis = of(draws, "overlay_emoji")
+    emojis = calls_of(draws, "emoji")
     sizes = [call.size[0] for call in emojis]
-    assert all(call.size == (size, size) for call, size in zip(emojis, sizes, strict=True))
+    assert all(call.size[0] == call.size[1] for call in emojis)
+    # 0.1 * SIZE to 0.3 * SIZE, cut off to whole pixels
     assert {6, 7, 18, 19} <= set(sizes) <= set(range(6, 20))
     assert np.mean(sizes) == pytest.approx(0.2 * SIZE - 0.5, abs=1)
-    whole = np.array(
-        [size for size in sizes if 6 < size < 19]
-    )  # 0.1 * SIZE to 0.3 * SIZE, cut off to whole pixels
+    whole = np.array([size for size in sizes if 6 < size < 19])
     assert_uniform(whole + np.random.default_rng(0).random(len(whole)), 7, 19)
     for axis in (0, 1):
         assert_uniform([(call.place[axis] + 0.5) / SIZE for call in emojis], 0, 1)
@@ -683,217 +700,341 @@ def test_emoji(draws):
 
 
 def test_erasing(draws):
-    """Noise over 2% to 33% of an image."""
-    noises, ratios = [], []
-    for call in of(draws, "erase"):
-        top, left, noise = call.erased
-        _, height, width = noise.shape
-        assert 0 <= top <= SIZE - height and 0 <= left <= SIZE - width
-        assert (height - 0.5) * (width - 0.5) <= 0.33 * SIZE**2
-        assert (height + 0.5) * (width + 0.5) >= 0.02 * SIZE**2
-        assert (height + 0.5) / (width - 0.5) >= 0.3
-        assert (height - 0.5) / (width + 0.5) <= 3.3
-        ratios.append(np.log(height / width))
-        noises.append(noise.flatten())
-    noise = torch.cat(noises)
-    assert noise.mean().item() == pytest.approx(0, abs=0.01)
-    assert noise.std().item() == pytest.approx(1, abs=0.01)
-    assert np.mean(np.array(ratios) > 0) == pytest.approx(0.5, abs=0.1)
+    """Boxes of 2% to 33% of the image, of ratios from 0.3 to 3.3; a seed of its own for each."""
+    tall = []
+    for box in draws.erasings:
+        assert 0 <= box.top <= SIZE - box.height
+        assert 0 <= box.left <= SIZE - box.width
+        assert (box.height - 0.5) * (box.width - 0.5) <= 0.33 * SIZE**2
+        assert (box.height + 0.5) * (box.width + 0.5) >= 0.02 * SIZE**2
+        assert (box.height + 0.5) / (box.width - 0.5) >= 0.3
+        assert (box.height - 0.5) / (box.width + 0.5) <= 3.3
+        tall.append(box.height > box.width)
+    assert np.mean(tall) == pytest.approx(0.5, abs=0.1)
+    areas = [box.height * box.width / SIZE**2 for box in draws.erasings]
+    assert np.mean(areas) == pytest.approx(0.175, abs=0.02)
+    assert np.std(areas) == pytest.approx(0.31 / 12**0.5, abs=0.01)
+    for places in ([box.top for box in draws.erasings], [box.left for box in draws.erasings]):
+        assert min(places) < 3 and max(places) > 45
+    assert len({box.seed for box in draws.erasings}) == len(draws.erasings)
+
+
+def test_the_noise_of_erasing(draws):
+    """N(0, 1), of its own for each image."""
+    preprocess = draws.stage.Preprocess((0.0,) * 3, (1.0,) * 3)
+    black = np.zeros((SIZE, SIZE, 3), np.uint8)
+    noises = []
+    for box in draws.erasings:
+        image = preprocess.one(draws.stage.View(black, box))
+        inside = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        noises.append(inside.flatten())
+        assert image.count_nonzero() == inside.count_nonzero() == inside.numel()
+    values = torch.cat(noises)
+    assert values.mean().item() == pytest.approx(0, abs=0.01)
+    assert values.std().item() == pytest.approx(1, abs=0.01)
+    assert kstest(values[:20000].numpy(), "norm").pvalue > 1e-4
+    assert len({noise[0].item() for noise in noises}) > 0.99 * len(noises)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_moderate_statistics(monkeypatch, stage):
-    crops, flips, image = [], [], picture(WIDTH, HEIGHT)
-    crop, flip, module = TF.resized_crop, v83.cv2.flip, STAGES[stage]
-    monkeypatch.setattr(
-        TF, "resized_crop", lambda *args, **kwargs: crops.append(args) or crop(*args, **kwargs)
-    )
-    monkeypatch.setattr(
-        module.cv2, "flip", lambda image, flipCode: flips.append(flipCode) or flip(image, flipCode)
-    )
-    moderate = module.moderate_augmentation(SIZE, MEAN, STD, exact=True)
+    recorder = Recorder(monkeypatch)
+    recorder.replace(STAGES[stage], "horizontal_flip")
+    recorder.observe_params(transforms.RandomResizedCrop, "crop")
+    moderate = STAGES[stage].moderate_view(SIZE)
+    image = noise(WIDTH, HEIGHT)
+    recorder.calls.append([])
     seed_all(0)
-    views = [moderate(image) for _ in range(500)]
-    assert all(view.shape == (3, SIZE, SIZE) and view.abs().max() <= 1 for view in views)
-    areas = [height * width / (WIDTH * HEIGHT) for _, _, _, height, width, *_ in crops]
+    for _ in range(500):
+        view = moderate(image)
+        assert view.pixels.shape == (SIZE, SIZE, 3)
+        assert view.erasing is None
+    (calls,) = recorder.calls
+    crops = [call.params for call in calls if call.name == "crop"]
+    areas = [height * width / (WIDTH * HEIGHT) for _, _, height, width in crops]
     assert 0.68 <= min(areas) < 0.75
     assert max(areas) <= 1
-    assert_probability(len(flips), 500, 0.5)
-    assert set(flips) == {1}
+    assert_probability(len(calls) - len(crops), 500, 0.5)
 
 
 # ---- traps ----
-
-
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
-def test_a_glyph_that_cannot_be_laid_out_leaves_the_image(hard, monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error("raster overflow")
+def test_a_glyph_that_cannot_be_laid_out_leaves_the_image(monkeypatch, error):
+    """In the first line, or in the second one."""
+    image = noise(SIZE, SIZE)
+    write = ImageDraw.ImageDraw.text
+    lines_left = []
 
-    transform, image = piece(hard, "overlay_text"), array(SIZE, SIZE)
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", fail)
-    for seed in range(5):
-        seed_all(seed)
-        assert (transform(image) == image).all()
+    def write_some(draw, *args):
+        if not lines_left:
+            raise error("raster overflow")
+        lines_left.pop()
+        write(draw, *args)
 
-
-def certain(hard):
-    """A hard augmentation whose every operation happens."""
-    for name in ("rotation", "overlay", *SHUFFLED):
-        piece(hard, name)
-    return hard
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", write_some)
+    changed = 0
+    for seed in range(30):
+        lines_left[:] = []
+        assert_equal(apply_seeded(seed, v83.overlay_text, image), image)
+        lines_left[:] = ["the first"]
+        written = apply_seeded(seed, v83.overlay_text, image)
+        changed += not np.array_equal(written, image)  # those of one line
+    assert 3 < changed < 27
 
 
 THIN = [(1, 1), (1, 500), (500, 1), (2, 2), (3, 400), (90, 70), (20000, 30)]
 
 
-@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("size", THIN, ids=lambda size: "{}x{}".format(*size))
-def test_thin_images(tmp_path, size, exact):
+def test_thin_images(tmp_path, certain, size):
     """As the image and as the overlay, with the published probabilities and with every operation
     happening.
     """
     paths = []
     for width, height in THIN:
         paths.append(str(tmp_path / f"{width}x{height}.png"))
-        picture(width, height).save(paths[-1])
-    image = picture(*size)
-    usual = v98.hard_augmentation(SIZE, MEAN, STD, paths, exact)
-    every = certain(v98.hard_augmentation(SIZE, MEAN, STD, paths, exact))
+        Image.fromarray(noise(width, height)).save(paths[-1])
+    image = Image.fromarray(noise(*size))
+    hard = v98.hard_augmentation(SIZE, MEAN, STD, paths)
+    moderate = v98.moderate_augmentation(SIZE, MEAN, STD)
     seed_all(0)
-    for transform in (
-        [usual] * 20 + [every] * 20 + [v98.moderate_augmentation(SIZE, MEAN, STD, exact)] * 5
-    ):
-        view = transform(image)
+    views = [hard(image) for _ in range(20)]
+    views += [moderate(image) for _ in range(5)]
+    certain()
+    views += [hard(image) for _ in range(20)]
+    for view in views:
         assert view.shape == (3, SIZE, SIZE)
         assert view.dtype == torch.float32
         assert view.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
-def test_an_image_too_thin_to_be_cut_passes_unrotated(hard, size):
-    rotation, image = piece(hard, "rotation"), array(*size)
+def test_an_image_too_thin_to_be_cut_passes_unrotated(size):
+    pixels = noise(*size)
     for seed in range(20):
-        seed_all(seed)
-        assert sorted(rotation(image).shape[:2]) == sorted(size)
+        rotated = apply_seeded(seed, v83.rotate_randomly, pixels)
+        assert sorted(rotated.shape[:2]) == sorted(size)
 
 
-def test_what_would_need_a_canvas_of_gigabytes_stays_unrotated_when_exact():
-    image = np.zeros((200, 60_000, 3), np.uint8)
-    assert v83.rotate(image, 45.0, exact=True) is image
-    assert v83.rotate(image, 45.0, exact=False).shape[0] in (141, 142)
+def test_rotation_needs_no_canvas_of_gigabytes():
+    assert v83.rotate(np.zeros((200, 60_000, 3), np.uint8), 45.0).shape[0] in (141, 142)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_image_is_left_as_it_is(overlay_path, exact):
-    """It is that of both views; where it has their size, a crop may be all of it."""
-    image, moderate = array(SIZE, SIZE), v83.moderate_augmentation(SIZE, MEAN, STD, exact)
-    hard = certain(v83.hard_augmentation(SIZE, MEAN, STD, [overlay_path], exact))
-    before, pixels = image.copy(), torch.from_numpy(image).permute(2, 0, 1)
-    hard.transforms[2].keywords["overlay_p"] = 0.5
-    for view in (moderate, hard):
-        for seed in range(40):
-            seeded(seed, view, pixels)
-    assert (image == before).all()
+def test_the_image_is_left_as_it_is(overlay_path, certain):
+    """Both views are of it; where it has their size, a crop may be all of it."""
+    pixels = noise(SIZE, SIZE)
+    before = pixels.copy()
+    hard = v83.hard_view(SIZE, [overlay_path])
+    moderate = v83.moderate_view(SIZE)
+    for seed in range(40):
+        apply_seeded(seed, moderate, pixels)
+        apply_seeded(seed, hard, pixels)
+    certain()
+    for seed in range(20):
+        apply_seeded(seed, hard, pixels)
+    assert_equal(pixels, before)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
-def test_any_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    picture(60, 50).convert(mode).save(path)
-    opened = v83.open_image(str(path))
+def test_any_mode_becomes_rgb(tmp_path, certain, mode):
+    path = str(tmp_path / ("image.jpg" if mode == "CMYK" else "image.png"))
+    Image.fromarray(noise(60, 50)).convert(mode).save(path)
+    opened = v83.open_image(path)
     assert opened.mode == "RGB"
     assert opened.size == (60, 50)
-    hard = certain(v83.hard_augmentation(SIZE, MEAN, STD, [str(path)]))
-    seed_all(0)
-    for transform in [hard] * 5 + [v83.moderate_augmentation(SIZE, MEAN, STD)]:
-        assert transform(opened).shape == (3, SIZE, SIZE)
-        with Image.open(path) as unconverted:
-            assert transform(unconverted).shape == (3, SIZE, SIZE)
+    assert_equal(v83.read_pixels(path), opened)
+    hard = v83.hard_augmentation(SIZE, MEAN, STD, [path])
+    moderate = v83.moderate_augmentation(SIZE, MEAN, STD)
+    certain()
+    for seed in range(5):
+        for view in (hard, moderate):
+            with Image.open(path) as unconverted:
+                result = apply_seeded(seed, view, unconverted)
+            assert result.shape == (3, SIZE, SIZE)
+            assert torch.equal(result, apply_seeded(seed, view, opened))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_seed_gives_the_same_view(stage, overlay_path):
-    module, image = STAGES[stage], picture(WIDTH, HEIGHT)
-    first, second = (module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]) for _ in range(2))
-    views = []
-    for seed in range(20):
-        for transform in (first, second):
-            seed_all(seed)
-            views.append(transform(image))
-        assert torch.equal(views[-1], views[-2])
-    assert len({view.numpy().tobytes() for view in views}) == 20
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_views_reach_loader_processes_that_are_not_forked(stage, overlay_path, exact):
-    """As of Python 3.14 they are not, on Linux: they get the data set by pickle."""
-    hard = STAGES[stage].hard_augmentation(SIZE, MEAN, STD, [overlay_path], exact)
-    for views in (hard, STAGES[stage].moderate_augmentation(SIZE, MEAN, STD, exact)):
-        assert ForkingPickler.dumps(views)
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_flag_reaches_every_operation(stage, tmp_path, monkeypatch, exact):
-    module, calls = STAGES[stage], []
-    for folder in ("training_images", "reference_images"):
-        (tmp_path / folder).mkdir()
-        picture(WIDTH, HEIGHT).save(tmp_path / folder / "0.png")
-    for name in ("rotate", "overlay_image"):
-        monkeypatch.setattr(module, name, lambda image, *args: calls.append(args[-1]) or image)
-    args = module.parse_args(
-        [str(tmp_path / "training_images"), "--input-size", str(SIZE), *["--exact"] * exact]
-    )
-    moderate, hard = module.TrainDataset(args, MEAN, STD).crops
-    shuffled = dict(zip(SHUFFLED, hard.transforms[3].transforms, strict=True))
-    operations = [shuffled[name] for name in ("jitter", "pixelization", "blur", "perspective")]
-    operations += [moderate.transforms[1], *hard.transforms[2].keywords["crops"]]
-    assert {isinstance(operation, transforms.Compose) for operation in operations} == {exact}
-    certain(hard)(picture(WIDTH, HEIGHT))
-    assert calls == [exact] * 2
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_pixels_give_the_view_of_their_image(stage, overlay_path, tmp_path):
-    """What open_image(pixels=True) reads: every draw, every value."""
     module = STAGES[stage]
-    picture(9, 7).resize((WIDTH, HEIGHT)).save(tmp_path / "image.jpg")
-    images = [module.open_image(tmp_path / "image.jpg", pixels) for pixels in (False, True)]
-    usual, every = (module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]) for _ in range(2))
-    transforms = (
-        [usual] * 20 + [certain(every)] * 5 + [module.moderate_augmentation(SIZE, MEAN, STD)] * 5
-    )
-    for seed, transform in enumerate(transforms):
-        assert torch.equal(*(seeded(seed, transform, image) for image in images))
+    image = Image.fromarray(noise(WIDTH, HEIGHT))
+    first = module.hard_augmentation(SIZE, MEAN, STD, [overlay_path])
+    second = module.hard_augmentation(SIZE, MEAN, STD, [overlay_path])
+    different = set()
+    for seed in range(20):
+        view = apply_seeded(seed, first, image)
+        assert torch.equal(view, apply_seeded(seed, second, image))
+        different.add(view.numpy().tobytes())
+    assert len(different) == 20
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pixels_give_the_view_of_their_image(stage, overlay_path, tmp_path, certain):
+    """What read_pixels reads: every draw, every value."""
+    module = STAGES[stage]
+    path = tmp_path / "image.jpg"
+    Image.fromarray(smooth(WIDTH, HEIGHT)).save(path)
+    image = module.open_image(path)
+    pixels = module.read_pixels(path)
+    hard = module.hard_augmentation(SIZE, MEAN, STD, [overlay_path])
+    moderate = module.moderate_augmentation(SIZE, MEAN, STD)
+
+    def assert_same_view(seed, view):
+        of_image = apply_seeded(seed, view, image)
+        assert torch.equal(of_image, apply_seeded(seed, view, pixels))
+
+    for seed in range(20):
+        assert_same_view(seed, hard)
+        assert_same_view(seed, moderate)
+    certain()
+    for seed in range(5):
+        assert_same_view(seed, hard)
+
+
+# ---- data loading ----
+@pytest.fixture
+def input_folder(tmp_path):
+    """Twelve training images, and four reference images beside them."""
+    for folder, number in (("training_images", 12), ("reference_images", 4)):
+        (tmp_path / folder).mkdir()
+        for i in range(number):
+            Image.fromarray(smooth(WIDTH, HEIGHT, i)).save(tmp_path / folder / f"{i:02}.jpg")
+    return tmp_path
+
+
+def make_dataset(stage, root):
+    """The stage's TrainDataset of three views, one moderate and two hard ones."""
+    options = {"input_size": SIZE, "ncrops": 3, "sample_size": 100, "seed": 7}
+    if stage == "v98":
+        options["fast_input"] = False
+    return STAGES[stage].TrainDataset(root / "training_images", **options)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_views_reach_data_loader_workers_that_are_not_forked(stage, overlay_path, input_folder):
+    """As of Python 3.14 they are not, on Linux: they get the dataset by pickle."""
+    module = STAGES[stage]
+    assert ForkingPickler.dumps(module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]))
+    assert ForkingPickler.dumps(module.moderate_augmentation(SIZE, MEAN, STD))
+    assert ForkingPickler.dumps(make_dataset(stage, input_folder))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_sample_holds_the_views_that_the_augmentations_give(stage, input_folder):
+    module = STAGES[stage]
+    dataset = make_dataset(stage, input_folder)
+    dataset.epoch = 5
+    preprocess = module.Preprocess(MEAN, STD)
+    moderate = module.moderate_augmentation(SIZE, MEAN, STD)
+    hard = module.hard_augmentation(SIZE, MEAN, STD, dataset.paths)
+    for index in range(len(dataset)):
+        views, labels = dataset[index]
+        assert labels[:3] == [index] * 3
+        image = module.open_image(dataset.paths[index])
+        module.seed_generators(7, 5, index)
+        expected = [moderate(image), hard(image), hard(image)]
+        for view, expected_view in zip(views[:3], expected, strict=True):
+            assert torch.equal(preprocess.one(view), expected_view)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_views_do_not_depend_on_the_batch(stage, input_folder):
+    """So neither on the number of processes: pixels, boxes and noise of each image are its own."""
+    module = STAGES[stage]
+    dataset = make_dataset(stage, input_folder)
+    preprocess = module.Preprocess(MEAN, STD)
+
+    def load(indices):
+        batch, messages = module.load_samples(dataset, indices)
+        assert messages == []
+        return preprocess(batch.pixels, batch.erasings), batch
+
+    indices = list(range(12))
+    images, batch = load(indices)
+    assert len(batch.erasings) > 2
+    rows = len(images) // 12
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            torch.manual_seed(rank)  # as on each rank, another one
+            own = np.split(np.array(indices), world_size)[rank].tolist()
+            own_images, own_batch = load(own)
+            own_rows = slice(rows * own[0], rows * (own[-1] + 1))
+            assert torch.equal(own_images, images[own_rows])
+            assert torch.equal(own_batch.labels, batch.labels[own_rows])
+
+
+# ---- what is left to the device ----
+def erasing_views(size):
+    """100 views of which many are to be erased, by seeds 0 to 99."""
+    erase = v83.RandomErasing(p=0.7)
+    return [apply_seeded(seed, erase, noise(size, size, seed)) for seed in range(100)]
+
+
+def preprocess_by_torchvision(view):
+    """ToTensor, erasing by the noise of the view's seed, and Normalize."""
+    image = TF.to_tensor(view.pixels)
+    if view.erasing is not None:
+        top, left, height, width, seed = view.erasing
+        generator = torch.Generator().manual_seed(seed)
+        box = torch.randn(3, height, width, generator=generator)
+        image = TF.erase(image, top, left, height, width, box)
+    return TF.normalize(image, MEAN, STD)
 
 
 @pytest.mark.parametrize("size", [SIZE, 1], ids=["usual", "too small to erase"])
-def test_what_loaders_leave_to_the_device_gives_torchvisions_bits(size):
-    """Of a whole batch, and of each view alone: ToTensor, RandomErasing of the same draws,
-    Normalize.
-    """
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+def test_preprocessing_gives_torchvisions_bits(size):
+    """Of a whole batch, and of each view alone."""
+    views = erasing_views(size)
+    erased = [number for number, view in enumerate(views) if view.erasing is not None]
+    assert 50 < len(erased) < 90 or (size == 1 and not erased)
+    expected = torch.stack([preprocess_by_torchvision(view) for view in views])
+
+    samples = [(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])]
+    batch = v83.collate(samples)
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.labels.tolist() == [*range(100)]
+    assert [row for row, _ in batch.erasings] == erased
+    preprocess = v83.Preprocess(MEAN, STD)
+    images = preprocess(batch.pixels, batch.erasings)
+    assert torch.equal(images, expected)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    for number, view in enumerate(views):
+        assert torch.equal(preprocess.one(view), expected[number])
+        assert_equal(view.pixels, noise(size, size, number))  # left as they were
+        assert_equal(batch.pixels[number].numpy(), view.pixels)
+
+
+def test_erasing_draws_as_torchvision_does():
+    """Whether, and the size of the box. (Its place is drawn before the noise, not after it.)"""
     erase = transforms.RandomErasing(p=0.7, value="random")
-    published = transforms.Compose([transforms.ToTensor(), erase, transforms.Normalize(mean, std)])
-    ours, finish = v83.RandomErasing(p=0.7, value="random"), v83.Finish(mean, std)
-    arrays = [array(size, size, seed) for seed in range(100)]
-    expected, views = (
-        [seeded(i, transform, arrays[i]) for i in range(100)] for transform in (published, ours)
-    )
-    pixels, places, noise, labels = v83.collate(
-        [(views[:30], [*range(30)]), (views[30:], [*range(30, 100)])]
-    )
-    assert pixels.dtype == torch.uint8 and labels.tolist() == [*range(100)]
-    assert len(places) == (0 if size == 1 else sum(len(view.noise[0]) > 0 for view in views))
-    assert torch.equal(finish(pixels, places, noise), torch.stack(expected))
-    assert torch.equal(torch.stack([finish.one(view) for view in views]), torch.stack(expected))
-    assert all((pixels[i].numpy() == arrays[i]).all() for i in range(100))
+    for seed, view in enumerate(erasing_views(SIZE)):
+        image = TF.to_tensor(view.pixels)
+        changed = (apply_seeded(seed, erase, image) != image).any(dim=0)
+        size = changed.any(dim=1).sum().item(), changed.any(dim=0).sum().item()
+        if view.erasing is None:
+            assert size == (0, 0)
+        else:
+            assert size == (view.erasing.height, view.erasing.width)
 
 
-def test_the_view_is_normalised(overlay_path):
-    """Erasing aside, mean and std map [0, 1] to the range that they say."""
+def test_noise_depends_on_the_seed_of_the_image_alone():
+    """It neither takes from the generator of the process nor changes it."""
+    preprocess = v83.Preprocess(MEAN, STD)
+    view = next(view for view in erasing_views(SIZE) if view.erasing is not None)
+    results = []
+    for seed in (0, 1):
+        seed_all(seed)
+        state = torch.get_rng_state()
+        results.append(preprocess.one(view))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*results)
+    other = view._replace(erasing=view.erasing._replace(seed=view.erasing.seed + 1))
+    assert not torch.equal(preprocess.one(other), results[0])
+
+
+def test_the_view_is_normalized():
+    """Mean and std map [0, 1] to the range that they say."""
     black = Image.new("RGB", (WIDTH, HEIGHT))
     view = v83.moderate_augmentation(SIZE, (0.25, 0.5, 0.75), (0.5, 0.25, 0.125))(black)
     np.testing.assert_allclose(view[:, 0, 0], [-0.5, -2, -6], rtol=1e-6)
