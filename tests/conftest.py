@@ -134,6 +134,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true", help="inject many more faults: what `make faults` runs"
     )
+    parser.addoption("--gpu-report", help="file that test_gpu.py adds its table to: `make gpu`")
 
 
 def pytest_collection_modifyitems(items):
