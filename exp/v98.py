@@ -330,7 +330,8 @@ def train(args):
     ).to(device)
     groups = parameter_groups(model, args.wd)
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, fused=device.type == "cuda")
-    scaler = create_scaler(args.amp, device)
+    fp16 = args.amp == "fp16" and device.type == "cuda"
+    scaler = create_scaler(fp16, device)
     # With W the number of GPUs that the learning rate was tuned for, the parameters see 1/W of the
     # gradient of the loss over all rows, on any number of processes (DDP divides by that number).
     scale = world_size / args.reference_world_size
@@ -342,7 +343,7 @@ def train(args):
     if checkpoint is not None:
         check_same_run(checkpoint, args, files)
         load_weights(model, checkpoint, checkpoint["path"])
-        load_states(checkpoint, optimizer, loss_function, scaler)
+        load_states(checkpoint, optimizer, loss_function, scaler, fp16)
         progress = Progress.from_checkpoint(checkpoint, device)
         log_lines = checkpoint.get("log", [])
     check_equal_on_all_ranks((progress.epoch, progress.step))
@@ -365,7 +366,7 @@ def train(args):
             "state_dict": model.state_dict(prefix="module."),  # as in the published checkpoints
             "optimizer": optimizer.state_dict(),
             "memory_bank": loss_function.state_dict(),
-            "scaler": scaler.state_dict() if uses_fp16(args.amp, device) else None,
+            "scaler": scaler.state_dict() if fp16 else None,
             "args": args,
             "seed": args.seed,
             "batch_size": args.batch_size,
@@ -403,6 +404,7 @@ def train(args):
             group["lr"] = args.lr * (1 - epoch / args.epochs)
         network.train()
         batches = epoch_batches(args.seed, epoch, len(dataset), args.batch_size)
+        # Consecutive samples: the rows of all ranks, in rank order, are those of one process.
         own_batches = np.split(batches, world_size, axis=1)[rank]
         loader = start_loader(
             own_batches[progress.step :], partial(load_samples, dataset), args, device
@@ -1346,7 +1348,7 @@ def load_samples(dataset, indices):
         samples.append(sample)
         if message is not None:
             messages.append(message)
-    if None in samples:
+    if any(sample is None for sample in samples):
         return None, messages
     return collate(samples), messages
 
@@ -1501,16 +1503,14 @@ class BatchNormSnapshot:
             torch._foreach_copy_(group, shaped)  # one kernel, as torch's own optimizers use it
 
 
-def uses_fp16(amp, device):
-    """Whether training needs its loss scaled, against gradients that vanish in float16."""
-    return amp == "fp16" and device.type == "cuda"
+def create_scaler(fp16, device):
+    """The GradScaler, which leaves out an update whose gradients are not finite.
 
-
-def create_scaler(amp, device):
-    """The GradScaler, which leaves out an update whose gradients are not finite."""
-    if uses_fp16(amp, device):
+    With fp16 it also scales the loss, so that small gradients do not vanish. Otherwise its scale
+    stays at 1, to which float32 rounds these factors.
+    """
+    if fp16:
         return torch.amp.GradScaler(device.type)
-    # Without fp16 the scale stays at 1: float32 rounds these factors to it.
     return torch.amp.GradScaler(
         device.type, init_scale=1.0, growth_factor=1 + 1e-9, backoff_factor=1 - 1e-9
     )
@@ -1805,14 +1805,14 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(weights)
 
 
-def load_states(checkpoint, optimizer, loss_function, scaler):
+def load_states(checkpoint, optimizer, loss_function, scaler, fp16):
     """Load the states of a checkpoint. Published ones have no memory bank: it stays empty."""
     # Learning rate, momentum and weight decay are those of this command line.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     if "memory_bank" in checkpoint:
         loss_function.load_state_dict(checkpoint["memory_bank"])
-    if scaler.get_growth_factor() == 2.0 and checkpoint.get("scaler"):  # of fp16
+    if fp16 and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
 
 

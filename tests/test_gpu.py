@@ -188,7 +188,8 @@ class Step:
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.SGD(groups, 0.1, 0.9, fused=fused)
         v83.initialize_momentum(self.optimizer, self.model)
-        self.scaler = scaler or v83.create_scaler(amp, self.device)
+        fp16 = amp == "fp16" and device == "cuda"
+        self.scaler = scaler or v83.create_scaler(fp16, self.device)
         self.statistics = v83.BatchNormSnapshot(self.model)
 
     def __call__(self, images, scale=1.0):
@@ -355,7 +356,7 @@ def measured_step(stage, amp, grad_checkpointing):
     loss_function = module.MemoryBankContrastiveLoss(memory_size).to(device)
     optimizer = torch.optim.SGD(module.parameter_groups(model, 1e-6), 0.1, 0.9, fused=True)
     module.initialize_momentum(optimizer, model)
-    scaler = module.create_scaler(amp, device)
+    scaler = module.create_scaler(amp == "fp16", device)
     statistics = module.BatchNormSnapshot(model)
     preprocess = module.Preprocess((0.5,) * 3, (0.5,) * 3, device)
     pixels = torch.randint(256, (images_per_step, size, size, 3), dtype=torch.uint8).pin_memory()
