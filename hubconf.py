@@ -108,7 +108,7 @@ def _fetch(name):
     unfinished = path.with_name(f".{name}.{os.getpid()}.tmp")
     print(f"fetching {RELEASE}/{name} into {path.parent}", file=sys.stderr)
     try:  # not by torch.hub's own, which does not notice a missing end
-        urllib.request.urlretrieve(f"{RELEASE}/{name}", unfinished)  # noqa: S310  the URL is this file's
+        urllib.request.urlretrieve(f"{RELEASE}/{name}", unfinished)  # noqa: S310  a fixed URL
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
