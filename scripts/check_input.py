@@ -344,7 +344,7 @@ def check(args):
     if not any(listings.values()):
         raise InputError(f"{args.input}: has none of {', '.join(DISC21)}; see input/README.md")
     count = 0
-    for count, line in enumerate(findings(args, listings), 1):  # noqa: B007  the number of the last one
+    for count, line in enumerate(findings(args, listings), 1):  # noqa: B007  the last is used
         tqdm.write(line)
         sys.stdout.flush()
     numbers = ", ".join(
