@@ -39,6 +39,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import h5py
@@ -1462,16 +1463,25 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # file system, zip, pickle and tensors each fail in their own way
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, UnpicklingError):  # torch's words advise to load it unsafely
+            reason = "it is damaged, or holds other objects than tensors and plain values"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise InputError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is no checkpoint: it holds a {type(content).__name__}")
-    if "state_dict" not in content:
-        if not content or not all(torch.is_tensor(value) for value in content.values()):
-            raise InputError(f"{path}: is no checkpoint: it has no state_dict")
+    if is_state_dict(content):
         content = {"state_dict": content}
+    if not isinstance(content, dict) or not is_state_dict(content.get("state_dict")):
+        raise InputError(f"{path}: is no checkpoint: it has no state_dict of tensors")
     content["path"] = str(path)
     return content
+
+
+def is_state_dict(value):
+    """Whether this is a dict of tensors by name."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and torch.is_tensor(value[name]) for name in value)
 
 
 def load_weights(model, checkpoint, path):
@@ -1502,13 +1512,19 @@ def load_weights(model, checkpoint, path):
 
 def load_states(checkpoint, optimizer, loss_function, scaler, fp16):
     """Load the states of a checkpoint. Published ones have no memory bank: it stays empty."""
-    # Learning rate, momentum and weight decay are those of this command line.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-    if "memory_bank" in checkpoint:
-        loss_function.load_state_dict(checkpoint["memory_bank"])
-    if fp16 and checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
+    try:
+        # Learning rate, momentum and weight decay are those of this command line.
+        groups = optimizer.state_dict()["param_groups"]
+        state = checkpoint["optimizer"]["state"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if "memory_bank" in checkpoint:
+            loss_function.load_state_dict(checkpoint["memory_bank"])
+        if fp16 and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        problem = f"its optimizer, memory bank or scaler is of another run ({reason})"
+        raise InputError(f"{checkpoint['path']}: {problem}") from error
 
 
 def is_restarted():
