@@ -6,7 +6,9 @@ seconds.
 """
 
 import argparse
+import atexit
 import contextlib
+import errno
 import faulthandler
 import importlib
 import json
@@ -18,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -82,11 +85,12 @@ def count_images(module, path, hold):
     """Have the module's network note in the file at `path` how many images it is given, and stay
     there after `hold`.
     """
-    embed, seen = module.embed, 0
+    embed = module.embed
+    seen = 0
 
-    def counted(args, model, images):
+    def counted(network, images, amp):
         nonlocal seen
-        result = embed(args, model, images)
+        result = embed(network, images, amp)
         with path.open("a") as file:
             file.write(f"{len(images)}\n")
         seen += len(images)
@@ -97,14 +101,33 @@ def count_images(module, path, hold):
     module.embed = counted
 
 
-def run_stage(stage, argv, environment, limits, output, hold):
+def hang_workers(module):
+    """Have reading an image take for ever, and --timeout count seconds for data loader workers."""
+
+    def start_loader(items, load, args, device):
+        args = argparse.Namespace(workers=args.workers, timeout=args.timeout / 60)
+        return original(items, load, args, device)
+
+    original = module.start_loader
+    module.start_loader = start_loader
+    module.read_pixels = lambda path: time.sleep(10**6)
+
+
+def refuse_locks(module):
+    """Have the file system know no locks."""
+
+    def lockf(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    module.fcntl.lockf = lockf
+
+
+def run_stage(stage, argv, environment, limits, output, hold, inject):
     """What the process does: the command, its messages into files in `output`, and at last its peak
     memory.
     """
     os.setsid()
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of loader processes, as in a command of its own
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a command of its own
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -116,7 +139,14 @@ def run_stage(stage, argv, environment, limits, output, hold):
         )
     module = importlib.import_module(stage)
     count_images(module, output / "images", hold)
-    code = module.main(argv)
+    if inject is not None:
+        inject(module)
+    try:
+        code = module.main(argv)
+    except Exception as error:  # it ends as a command does: what the traceback refers to lives on
+        traceback.print_exc()
+        uncaught, code = error, 1  # noqa: F841
+    atexit._run_exitfuncs()  # multiprocessing leaves them out
     (output / "memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
     sys.exit(code)
 
@@ -130,7 +160,7 @@ def save_forever(path, number):
             "state_dict": {"number": torch.tensor(value)},
             "filling": torch.full((2**19,), value),
         }
-        v83.save(path, lambda unfinished, content=content: torch.save(content, unfinished), 0)
+        v83.write_checkpoint(content, [path])
 
 
 # ---- around it ----
@@ -138,10 +168,12 @@ def save_forever(path, number):
 
 class Run:
     """A started command of `world_size` processes, which wait to be killed after `hold` images
-    each.
+    each. inject: a function of this file that plants a fault in the stage's module.
     """
 
-    def __init__(self, context, stage, *argv, folder, world_size=1, hold=None, **limits):
+    def __init__(
+        self, context, stage, *argv, folder, world_size=1, hold=None, inject=None, **limits
+    ):
         self.outputs = [Path(folder, f"rank{rank}") for rank in range(world_size)]
         argv, environment = [str(argument) for argument in argv], {}
         if world_size > 1:
@@ -154,7 +186,7 @@ class Run:
                 {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
             )
             process = context.Process(
-                target=run_stage, args=(stage, argv, own, limits, output, hold)
+                target=run_stage, args=(stage, argv, own, limits, output, hold, inject)
             )
             process.start()
             self.processes.append(process)
@@ -195,7 +227,7 @@ class Run:
         return True
 
     def send(self, number, rank=0):
-        """Send a signal to the process group of a rank: to its loader processes too."""
+        """Send a signal to the process group of a rank: to its data loader workers too."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.processes[rank].pid, number)
 

@@ -7,12 +7,14 @@ import os
 import shutil
 import struct
 import tracemalloc
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from stage_process import NETWORK, TRAINING, load, log_lines, make_images
+from stage_process import NETWORK, TRAINING, assert_same, load, log_lines, make_images
 
 import postprocess
 import v83
@@ -141,8 +143,8 @@ def test_what_can_be_read(tmp_path, name):
     GOOD[name](tmp_path / name)
     image = v83.open_image(tmp_path / name)
     assert image.mode == "RGB"
-    pixels = v83.open_image(tmp_path / name, pixels=True)
-    assert pixels.dtype == v83.torch.uint8 and np.array_equal(pixels.permute(1, 2, 0), image)
+    pixels = v83.read_pixels(tmp_path / name)
+    assert pixels.dtype == np.uint8 and np.array_equal(pixels, image)
     with Image.open(tmp_path / name) as original:
         assert (
             image.size == original.size
@@ -151,12 +153,12 @@ def test_what_can_be_read(tmp_path, name):
         assert np.abs(np.asarray(image)[..., 0].ravel() - np.linspace(0, 255, 45 * 60)).max() <= 1
 
 
-@pytest.mark.parametrize("pixels", [False, True])
+@pytest.mark.parametrize("read", [v83.open_image, v83.read_pixels])
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read(tmp_path, name, pixels):
+def test_what_cannot_be_read(tmp_path, name, read):
     BAD[name](tmp_path / name)
     with pytest.raises(v83.InputError, match=str(tmp_path / name)):
-        v83.open_image(tmp_path / name, pixels)
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options
     expected = np.asarray(v83.open_image(path))
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "convert", None)  # which what is left to Pillow would need
-        assert np.array_equal(v83.open_image(path, pixels=True).permute(1, 2, 0), expected)
+        assert np.array_equal(v83.read_pixels(path), expected)
     for position in rng.integers(2, len(whole), 150).tolist():
         damaged = bytearray(whole)
         damaged[position : position + 3] = rng.bytes(3)
@@ -180,25 +182,25 @@ def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options
         except v83.InputError:
             expected = None
             with pytest.raises(v83.InputError, match=str(path)):
-                v83.open_image(path, pixels=True)
+                v83.read_pixels(path)
         else:
-            assert np.array_equal(v83.open_image(path, pixels=True).permute(1, 2, 0), expected)
+            assert np.array_equal(v83.read_pixels(path), expected)
         verdicts.append(expected is None)
     assert 0 < sum(verdicts) < 150
 
 
-@pytest.mark.parametrize("pixels", [False, True])
-def test_what_follows_an_image_takes_no_memory(tmp_path, pixels):
+@pytest.mark.parametrize("read", [v83.open_image, v83.read_pixels])
+def test_what_follows_an_image_takes_no_memory(tmp_path, read):
     path = tmp_path / "long.jpg"
     picture()(path)
     expected = np.asarray(v83.open_image(path))
     os.truncate(path, 2**30)
     tracemalloc.start()
-    image = v83.open_image(path, pixels)
+    image = read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**22
-    assert np.array_equal(image.permute(1, 2, 0) if pixels else image, expected)
+    assert np.array_equal(image, expected)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -256,18 +258,17 @@ def test_training_names_each_bad_image_once(start, odd, undisturbed, tmp_path, f
 
 def test_the_stand_in_depends_on_the_index_alone(odd):
     """A bad sample's place is taken by a good one, the same in every batch, process and start."""
-    paths = v83.list_images(odd / "training_images")
-    index = next(i for i, path in enumerate(paths) if path.endswith("text.jpg"))
-    good = next(i for i, path in enumerate(paths) if path.endswith("T000003.jpg"))
-
-    def get(path):
-        v83.open_image(path)
-        return paths.tolist().index(path)
-
-    (alone,), bad = v83.load(get, paths, None, list, [index])
-    first, second, third = v83.load(get, paths, None, list, [good, index, good])[0]
-    assert (first, third) == (good, good) and second == alone != index
-    assert list(bad) == [0] and "text.jpg" in bad[0]
+    dataset = v83.TrainDataset(odd / "training_images", 32, ncrops=2, sample_size=100, seed=9)
+    names = [Path(path).name for path in dataset.paths]
+    bad, good = names.index("text.jpg"), names.index("T000003.jpg")
+    alone, messages = v83.load_samples(dataset, [bad])
+    assert len(messages) == 1 and "text.jpg" in messages[0]
+    other = alone.labels[0].item()
+    assert names[other] not in BAD and alone.labels.tolist() == [other, other]
+    among, messages = v83.load_samples(dataset, [good, bad, good])
+    assert len(messages) == 1 and "text.jpg" in messages[0]
+    assert among.labels.tolist() == [good, good, other, other, good, good]
+    assert torch.equal(among.pixels[2:4], alone.pixels)
 
 
 @pytest.mark.parametrize("flags", [["--bad-images", "error"], [], ["--max-bad", "0.1"]])
@@ -298,7 +299,7 @@ def test_a_resumed_run_does_not_name_them_again(start, data, tmp_path):
         0
     ]
     assert len(bad_images(tmp_path)) == 1
-    assert len(load(tmp_path / "train" / "last.pth.tar")["bad"]) == 1
+    assert len(load(tmp_path / "train" / "last.pth.tar")["bad_images"]) == 1
 
 
 @pytest.mark.parametrize("stage", ["v98", "v107"])
@@ -318,8 +319,30 @@ def test_a_bad_image_of_several_in_a_sample(start, data, tmp_path, stage):
     (line,) = bad_images(tmp_path)
     assert str(bad) in line
     labels = load(tmp_path / "train" / "last.pth.tar")["memory_bank"]["bank_labels"].tolist()
+    first = {"v98": 40, "v107": 8}[stage]  # of the references' labels, after images or pairs
     number = {"v98": 15, "v107": 15 - 8}[stage]
-    assert 1_000_000 + number not in labels and max(labels) >= 1_000_000
+    assert first + number not in labels and max(labels) >= first
+
+
+def test_hidden_files_are_no_images(start, data, undisturbed, tmp_path):
+    """As macOS leaves them beside each image on a foreign disk: training and extraction do as
+    without them.
+    """
+    root = shutil.copytree(data, tmp_path / "input")
+    for folder in root.glob("*_images"):
+        for path in list(folder.iterdir()):
+            (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    run = train(start, root, tmp_path, "--epochs", 1, "--checkpoint-every", 3)
+    assert run.wait() == [0], run.errors()
+    assert bad_images(tmp_path) == []
+    weight, expected = (
+        folder / "train" / "checkpoint_0000.pth.tar" for folder in (tmp_path, undisturbed[1])
+    )
+    assert_same(load(weight)["state_dict"], load(expected)["state_dict"])
+    run = extract(start, root, tmp_path, weight)
+    assert run.wait() == [0], run.errors()
+    with h5py.File(tmp_path / "extract" / "fb-isc-submission.h5") as file:
+        assert file["query_ids"][()].tolist() == [b"Q%05d" % i for i in range(9)]
 
 
 def test_no_image_is_readable(start, tmp_path):

@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -36,8 +35,11 @@ def halfway(start, data, tmp_path):
 
 
 def digests(folder):
+    """SHA-256 by name of all files but the lock."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != "lock"
     }
 
 
@@ -96,7 +98,7 @@ def test_a_full_disk_leaves_what_is_extracted(start, data, trained):
     assert str(trained) in line and "File too large" in line
     run = start("v83", *argv, folder=trained / "ranks", RLIMIT_FSIZE=40_000)
     line = error_line(run)
-    assert str(trained / "extract" / "train_feats.npy") in line and str(40 * 1024) in line
+    assert str(trained / "extract" / "train_feats.npy") in line and str(40 * 1024 + 128) in line
     assert [path.name for path in (trained / "extract").glob("*.*")] == ["fb-isc-submission.h5"]
     images = run.images()
     again = start("v83", *argv, folder=trained / "ranks")
@@ -106,12 +108,12 @@ def test_a_full_disk_leaves_what_is_extracted(start, data, trained):
         assert file["query"].shape == (9, 256)
 
 
-def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_writing(tmp_path):
     """HDF5 ends the process by a segmentation fault where it meets a full disk."""
     (tmp_path / "old.h5").write_bytes(b"old")
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=99))
-    with pytest.raises(v83.InputError, match=r"old\.h5: its 100 bytes cannot be written"):
-        v83.save(tmp_path / "old.h5", None, 100)
+    size = 10**18  # more than any disk has
+    with pytest.raises(v83.InputError, match=rf"old\.h5: its {size} bytes cannot be written"):
+        v83.save_atomically(tmp_path / "old.h5", None, size)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
@@ -160,12 +162,13 @@ def test_auto_starts_where_there_is_nothing(start, data, undisturbed, tmp_path):
 
 
 def test_auto_at_the_end_has_nothing_to_do(start, data, trained):
+    """It says so, and leaves every file as it is, but for the lock."""
     before = digests(trained / "train")
     run = train(start, data, trained, "--resume", "auto")
     assert run.wait() == [0]
     assert run.images() == 0
-    after = digests(trained / "train")
-    assert after.pop("last.pth.tar") and {name: before[name] for name in after} == after
+    assert f"{trained / 'train'}: nothing is left to train, --epochs is 3" in run.errors()
+    assert digests(trained / "train") == before
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,19 @@ def test_auto_at_the_end_has_nothing_to_do(start, data, trained):
 )
 def test_a_changed_run_in_the_middle_of_an_epoch(start, data, halfway, flags, word):
     assert word in error_line(train(start, data, halfway, "--resume", "auto", *flags))
+
+
+def test_another_memory_size(start, data, trained):
+    line = error_line(
+        train(start, data, trained, "--resume", "auto", "--epochs", 4, "--memory-size", 32)
+    )
+    assert "was written with --memory-size 64, not 32" in line
+
+
+def test_another_network(start, data, trained):
+    flags = ["--resume", "auto", "--epochs", 4, "-a", "test_vit"]
+    line = error_line(train(start, data, trained, *flags))
+    assert "--arch" in line and "last.pth.tar" in line
 
 
 def test_changed_images(start, data, trained, tmp_path):
@@ -219,12 +235,8 @@ def test_a_file_cannot_run_code(start, data, trained, tmp_path, form, place):
         )
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    model = v83.create_model(
-        content["args"] if place != "args" else load(trained / "train" / "last.pth.tar")["args"],
-        "cpu",
-    )
     with pytest.raises(v83.InputError) as caught:
-        v83.load_checkpoint([path], model)
+        v83.read_checkpoint(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     for flag in ("--resume", "--weight") if form != "pickle" else ():
         assert str(path) in error_line(train(start, data, tmp_path / "out", flag, path))
