@@ -529,7 +529,7 @@ class Training:
         groups = v83.parameter_groups(self.network, 1e-6)
         self.optimizer = torch.optim.SGD(groups, 0.01, 0.9, fused=fused)
         v83.initialize_momentum(self.optimizer, self.network)
-        self.scaler = scaler or v83.create_scaler("fp16", device)
+        self.scaler = scaler or v83.create_scaler(False, device)
         self.statistics = v83.BatchNormSnapshot(self.network)
         self.number = 0
 
