@@ -5,8 +5,8 @@ benchmark` runs.
     python scripts/benchmark.py loss search --rounds 9  # some parts, more often
     python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
 
-A is the published pipeline, written here plainly, B is what this project's scripts do: see each
-part's description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's
+A is the published way, written plainly, B is what this project's scripts do: see each part's
+description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's
 time divided by B's, beside its minimum and maximum; A/s and B/s are units per second in the median
 round. Peak memory is what A or B alone adds, in a process of its own, to what the process has
 before. All on one CPU thread; a GPU is used where there is one (by training-step, whose peak is the
@@ -22,8 +22,8 @@ import math
 import multiprocessing
 import os
 import platform
-import random
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -45,19 +45,14 @@ import faiss
 import numpy as np
 import onnxruntime
 import pandas as pd
-import pylibmagic  # noqa: F401  (libmagic for AugLy, where the system has none)
 import timm
 import torch
 import torch.nn.functional as F
-from augly import image as imaugs
-from augly.image.utils import rotated_rect_with_max_area
-from augly.utils import FONTS_DIR, SMILEY_EMOJI_DIR
 from faiss.contrib import exhaustive_search
-from PIL import Image, ImageFilter
+from PIL import Image
 from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.utils.data import default_collate
 from torchvision import transforms
 
 import eval_metrics
@@ -66,16 +61,17 @@ import make_dataset
 import postprocess
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "dev"))
 
+import published_augmentation
 import v83
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # as timm gives them for the recipe's backbone
+MEAN = (0.5, 0.5, 0.5)  # as timm gives them for the recipe's backbone
+STD = (0.5, 0.5, 0.5)
 PHOTOS = 16  # photographs, at most: as many pairs or images are made in a round
 ARCH = "tf_efficientnetv2_m"
-SMALL_ARCH, BATCH = (
-    "test_resnet",
-    16,
-)  # what `ranks` trains, of 0.4 million weights, and with how many images a step
+SMALL_ARCH = "test_resnet"  # what `ranks` trains, of 0.4 million weights
+BATCH = 16  # images in a step of `ranks`
 
 
 class Skipped(Exception):
@@ -83,17 +79,18 @@ class Skipped(Exception):
 
 
 class Pair(NamedTuple):
-    """A and B, ready to run on the same input: each takes the number of the round, and returns its
-    result.
+    """A and B, ready to run on the same input.
+
+    amount: units that one call does; baseline, ours: A and B, which take the number of the round
+    and return a result; agreement: (A's last result, B's) -> {what: number, numbers or yes/no};
+    measured: result -> (seconds, bytes at the peak), where those of the call say nothing.
     """
 
-    amount: int  # units that one call does
+    amount: int
     baseline: Callable
     ours: Callable
-    agreement: Callable  # (A's last result, B's) -> {what: number, numbers or yes/no}
-    measured: Callable | None = (
-        None  # result -> (seconds, bytes at the peak), where those of the call say nothing
-    )
+    agreement: Callable
+    measured: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -115,223 +112,129 @@ class Part:
 
 def compare(a, b):
     """How far two arrays of numbers are apart: {"identical": True}, or their largest difference."""
-    a, b = np.asarray(a), np.asarray(b)
-    return (
-        {"identical": True}
-        if np.array_equal(a, b)
-        else {"max difference": float(np.abs(a - b).max())}
-    )
+    a = np.asarray(a)
+    b = np.asarray(b)
+    if np.array_equal(a, b):
+        return {"identical": True}
+    return {"max difference": float(np.abs(a - b).max())}
 
 
 def compare_images(a, b):
-    """The same of lists of normalised images, where 1 is white, with the least peak signal-to-noise
-    ratio.
+    """The same of lists of normalized images, where 1 is white; with the share of identical images
+    and the least peak signal-to-noise ratio.
     """
-    a, b = (np.stack(images) * STD[0] for images in (a, b))
-    noise = np.square(a - b).mean(axis=(1, 2, 3))
-    found = (
-        {"identical %": 100 * float((noise == 0).mean()), **compare(a, b)}
-        if noise.any()
-        else {"identical": True}
-    )
-    return found | ({"PSNR dB": -10 * math.log10(noise.max())} if noise.any() else {})
-
-
-def left_to_the_device(amount, function, *args):
-    """(function(*args), milliseconds for each unit of it): what B's loaders leave out, done by this
-    CPU.
-    """
-    start = time.perf_counter()
-    return function(*args), {
-        "left to the device, ms here": 1e3 * (time.perf_counter() - start) / amount
+    a = np.stack(a) * STD[0]
+    b = np.stack(b) * STD[0]
+    error = np.square(a - b).mean(axis=(1, 2, 3))
+    if not error.any():
+        return {"identical": True}
+    return {
+        "identical %": 100 * float((error == 0).mean()),
+        **compare(a, b),
+        "PSNR dB": -10 * math.log10(error.max()),
     }
+
+
+def preprocess_here(pixels, erasings, amount):
+    """What B leaves to the device, done by this CPU: (images, {"left to the device, ms here": for
+    each of `amount` units}).
+    """
+    preprocess = v83.Preprocess(MEAN, STD)
+    start = time.perf_counter()
+    images = preprocess(pixels, erasings)
+    seconds = time.perf_counter() - start
+    return images, {"left to the device, ms here": 1e3 * seconds / amount}
 
 
 def descriptors(n):
     """Unit rows (n, 256) float32 with a direction in common: cosine 0.38 on average, above 0.5 for
     0.1% of pairs.
     """
-    common, own = F.normalize(torch.randn(1, 256)), F.normalize(torch.randn(n, 256))
+    common = F.normalize(torch.randn(1, 256))
+    own = F.normalize(torch.randn(n, 256))
     return F.normalize(0.38**0.5 * common + 0.62**0.5 * own)
 
 
 # ---- augmentation ----
 
 
-def published_open(path):
-    return Image.open(path).convert("RGB")
-
-
-def published_moderate(size):
-    """The moderate view of v83."""
-    geometry = [
-        transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
-        transforms.RandomHorizontalFlip(p=0.5),
-    ]
-    return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-
-
-def published_hard(size, overlay_paths):
-    """The hard view of v83."""
-    fonts = sorted(
-        str(path) for path in Path(FONTS_DIR).glob("*.ttf") if path.stem != "TypeMyMusic_1.1"
-    )
-    emojis = sorted(str(path) for path in Path(SMILEY_EMOJI_DIR).iterdir())
-    edges = [
-        imaugs.ApplyPILFilter(edge)
-        for edge in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-    ]
-    shuffled = [
-        transforms.ColorJitter(brightness=0.7, contrast=0.7, saturation=0.7, hue=0.2),
-        imaugs.RandomPixelization(min_ratio=0.1, max_ratio=1.0, p=0.25),
-        imaugs.ShufflePixels(factor=0.1, p=0.25),
-        imaugs.OneOf(
-            [imaugs.EncodingQuality(quality=quality) for quality in (10, 20, 30, 50)], p=0.25
-        ),
-        transforms.RandomGrayscale(p=0.25),
-        imaugs.RandomBlur(min_radius=0.0, max_radius=10.0, p=0.25),
-        transforms.RandomPerspective(p=0.25),
-        transforms.RandomHorizontalFlip(p=0.5),
-        transforms.RandomVerticalFlip(p=0.1),
-        transforms.RandomApply([partial(published_text, fonts=fonts)], p=0.25),
-        transforms.RandomApply([partial(published_emoji, emojis=emojis)], p=0.25),
-        imaugs.OneOf(edges, p=0.25),
-    ]
-    crop = partial(published_crop, size=size, overlay_paths=overlay_paths)
-    order = [
-        transforms.RandomApply([published_rotation], p=0.25),
-        crop,
-        transforms.RandomOrder(shuffled),
-    ]
-    finish = [
-        transforms.ToTensor(),
-        transforms.RandomErasing(p=0.25, value="random"),
-        transforms.Normalize(MEAN, STD),
-    ]
-    return transforms.Compose([*order, *finish])
-
-
-def published_rotation(image):
-    degrees = random.uniform(0, 180)
-    thin = min(rotated_rect_with_max_area(*image.size, degrees)) < 2  # which AugLy cannot rotate
-    return image if thin else imaugs.rotate(image, degrees=degrees)
-
-
-def published_crop(image, size, overlay_paths):
-    """With probability 0.05 another image over or under this one, cropped gently; else cropped
-    strongly.
-    """
-    if random.random() > 0.05:
-        return transforms.RandomResizedCrop(size, scale=(0.15, 1.0))(image)
-    pair = [image, published_open(random.choice(overlay_paths))]
-    random.shuffle(pair)
-    overlay_size, opacity = random.uniform(0.4, 0.6), random.uniform(0.6, 1)
-    x, y = random.uniform(0, 1 - overlay_size), random.uniform(0, 1 - overlay_size)
-    overlaid = imaugs.overlay_image(*pair, None, opacity, overlay_size, x, y).convert("RGB")
-    return transforms.RandomResizedCrop(size, scale=(0.7, 1.0))(overlaid)
-
-
-def published_text(image, fonts):
-    font, size, color = (
-        random.choice(fonts),
-        random.uniform(0.1, 0.3),
-        [random.randrange(256) for _ in range(3)],
-    )
-    x, y, written = random.uniform(0, 0.5), random.uniform(0, 0.5), image
-    for line in range(random.randint(1, 2)):
-        glyphs = [random.getrandbits(31) for _ in range(random.randint(5, 9))]
-        try:
-            written = imaugs.overlay_text(
-                written, None, glyphs, font, size, 1.0, color, x, y + line * size
-            )
-        except (OSError, RuntimeError):  # a glyph that the font cannot lay out
-            return image
-    return written.convert("RGB")
-
-
-def published_emoji(image, emojis):
-    emoji, size = random.choice(emojis), random.uniform(0.1, 0.3)
-    x, y = random.uniform(0, 1), random.uniform(0, 1)
-    return imaugs.overlay_emoji(image, None, emoji, 1.0, size, x, y).convert("RGB")
-
-
 def augmentation(size, photos):
     """A batch of both views of v83 of each photograph, from its file; the same seeds for A and B,
     others in each round.
 
-    A: PIL open, AugLy and torchvision transforms on PIL images in the published order, to a batch
-    of floats
-    B: v83.TrainDataset, v83.collate: uint8, for v83.Finish on the device
+    A: published_augmentation.py: AugLy and torchvision on PIL images, to a batch of floats
+    B: v83.TrainDataset, v83.collate: uint8, for v83.Preprocess on the device
     """
-    flags = [
-        "--input-size",
-        size,
-        "--sample-size",
-        len(photos),
-        "--seed",
-        0,
-        Path(photos[0]).parent,
-    ]
-    dataset = v83.TrainDataset(v83.parse_args([*map(str, flags)]), MEAN, STD)
-    moderate, hard = published_moderate(size), published_hard(size, dataset.paths.tolist())
-    near, exact = (
-        v83.hard_augmentation(size, MEAN, STD, dataset.paths, exact) for exact in (False, True)
-    )
-    kept = {"A": [], "B": []}
+    folder = Path(photos[0]).parent
+    dataset = v83.TrainDataset(folder, size, ncrops=2, sample_size=len(photos), seed=0)
+    paths = dataset.paths.tolist()
+    recipe = published_augmentation.RECIPES["v83"]
+    moderate = published_augmentation.moderate_augmentation(size, MEAN, STD)
+    hard = published_augmentation.hard_augmentation(recipe, size, MEAN, STD, paths)
+    kept_a = []  # pixels of all rounds
+    kept_b = []
 
     def baseline(number):
         views = []
-        for i, path in enumerate(dataset.paths):
+        for i, path in enumerate(paths):
             v83.seed_generators(0, number, i)
-            image = published_open(path)
+            image = published_augmentation.open_image(path)
             views += [moderate(image), hard(image)]
         batch = torch.stack(views)
-        kept["A"].append(sample(batch))
+        kept_a.append(sample_hard(batch))
         return batch
 
     def ours(number):
         dataset.epoch = number
         batch = v83.collate([dataset[i] for i in range(len(dataset))])
-        kept["B"].append(batch)
+        kept_b.append(batch)
         return batch
 
-    def complete(batch):
-        *views, _ = batch
-        return v83.Finish(MEAN, STD)(*views)
-
-    def sample(images):
-        """One of 64 pixels of the hard ones of a batch of floats."""
-        return images[1::2, :, ::8, ::8].clone()
-
-    def to_exact(path):
-        """Peak signal-to-noise ratio of the hard view to that by --exact, of the same draws."""
-        views = []
-        for view in (near, exact):
-            v83.seed_generators(0, 0, photos.index(path))
-            views.append([view(v83.open_image(path, pixels=True))])
-        return compare_images(*views).get("PSNR dB", math.inf)
+    def sample_hard(images):
+        """One of 64 pixels of the hard views in a batch of floats, from 0 to 1."""
+        return images[1::2, :, ::8, ::8].flatten(1) / 2 + 0.5
 
     def agreement(a, b):
-        """The moderate views of equal seeds; of the hard ones, whose draws may differ, mean and
-        deviation of pixels.
-        """
-        completed, rest = left_to_the_device(len(photos), complete, b)
-        samples = kept["A"], [sample(complete(batch)) for batch in kept["B"]]
-        pixels = np.stack([torch.cat(views).flatten(1) / 2 + 0.5 for views in samples])
-        mean, deviation = (each(pixels, axis=2).mean(axis=1).tolist() for each in (np.mean, np.std))
-        error = pixels.mean(axis=2).std() / pixels.shape[1] ** 0.5
-        found = {
-            f"moderate {key}": value
-            for key, value in compare_images(a[::2], completed[::2]).items()
-        }
-        found |= {"hard mean A, B": mean, "each +-": float(error), "hard deviation A, B": deviation}
-        ratios = [to_exact(path) for path in photos]
-        return found | {
-            "hard to --exact, PSNR dB, median, least": [statistics.median(ratios), min(ratios)],
-            **rest,
-        }
+        """How near views of equal seeds are; mean and deviation of all hard views' pixels."""
+        images, rest = preprocess_here(b.pixels, b.erasings, len(photos))
+        found = {}
+        for name, value in compare_images(a[::2], images[::2]).items():
+            found[f"moderate {name}"] = value
+        ratios = compare_hard(size, paths)
+        found["hard PSNR dB, quarter, median"] = np.percentile(ratios, [25, 50]).tolist()
+
+        samples_b = []
+        for batch in kept_b:
+            images, _ = preprocess_here(batch.pixels, batch.erasings, len(photos))
+            samples_b.append(sample_hard(images))
+        pixels = np.stack([torch.cat(kept_a), torch.cat(samples_b)])
+        means = pixels.mean(axis=2)
+        found["hard mean A, B"] = means.mean(axis=1).tolist()
+        found["each +-"] = float(means.std() / means.shape[1] ** 0.5)
+        found["hard deviation A, B"] = pixels.std(axis=2).mean(axis=1).tolist()
+        return found | rest
 
     return Pair(len(photos), baseline, ours, agreement)
+
+
+def compare_hard(size, paths):
+    """Peak signal-to-noise ratio of v83's hard view to the published one of the same draws, before
+    erasing, for each image.
+
+    Where pixels are shuffled it is low: each has a pattern of its own.
+    """
+    recipe = published_augmentation.RECIPES["v83"]
+    published = published_augmentation.hard_image(recipe, size, paths)
+    ours = v83.hard_view(size, paths)
+    ratios = []
+    for number, path in enumerate(paths):
+        v83.seed_generators(0, number)
+        expected = np.array(published(published_augmentation.open_image(path)), float)
+        v83.seed_generators(0, number)
+        found = ours(v83.read_pixels(path)).pixels
+        error = np.square(found - expected).mean()
+        ratios.append(10 * math.log10(255**2 / max(error, 1e-3)))
+    return ratios
 
 
 # ---- training ----
@@ -366,14 +269,14 @@ def loss(sizes, _photos):
         return value.item(), batch.grad
 
     def agreement(a, b):
-        active = (views[memory:] @ views[:memory].T > 0.5).float().mean().item()
-        difference = {
-            "loss difference": abs(a[0] - b[0]),
-            "gradient difference": (a[1] - b[1]).abs().max().item(),
-        }
-        return difference | {
-            "of at most": a[1].abs().max().item(),
-            "active negatives %": 100 * active,
+        loss_a, gradient_a = a
+        loss_b, gradient_b = b
+        active = views[memory:] @ views[:memory].T > 0.5
+        return {
+            "loss difference": abs(loss_a - loss_b),
+            "gradient difference": (gradient_a - gradient_b).abs().max().item(),
+            "of at most": gradient_a.abs().max().item(),
+            "active negatives %": 100 * active.float().mean().item(),
         }
 
     return Pair(rows, partial(step, published), partial(step, ours), agreement)
@@ -387,9 +290,9 @@ def training_step(case, _photos):
 
     A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every
     step
-    B: v83.create_model, v83.train_one_epoch, SGD fused, of uint8
+    B: uint8, v83.Preprocess, v83.train_step, SGD fused, the losses read after the last step
     """
-    if not v83.CUDA:
+    if not torch.cuda.is_available():
         raise Skipped("needs a CUDA device")
     torch.backends.cudnn.benchmark = True
     return training_steps(*case, torch.device("cuda"))
@@ -397,78 +300,83 @@ def training_step(case, _photos):
 
 def training_steps(arch, size, images, device):
     """The same on any device; a CPU has no pinned memory, and v83 no float16 there."""
-    flags = ["-a", arch, "--input-size", size, "-b", images // 2, "--lr", 0.01, "-j", 0]
-    args, steps, half = v83.parse_args([".", *map(str, flags)]), 8, size // 2
-    pixels, labels = (
+    steps = 8
+    memory_size = 20_000
+    lr, momentum, weight_decay = 0.01, 0.9, 1e-6
+    scale = 1 / 4  # of the loss, by the published number of GPUs
+    batch = v83.Batch(
         torch.randint(256, (images, size, size, 3), dtype=torch.uint8),
+        [(1, v83.Erasing(0, 0, size // 2, size // 2, seed=0))],
         torch.arange(images) // 2,
     )
-    places, noise = [(1, 0, 0, half, half)], torch.randn(3 * half**2)
-    floats = v83.Finish(MEAN, STD)(pixels, places, noise)
-    if v83.CUDA:
-        pixels, labels, noise, floats = (x.pin_memory() for x in (pixels, labels, noise, floats))
-    loader = [((pixels, places, noise, labels), {})] * steps
-    dataset = torch.utils.data.TensorDataset(torch.zeros(steps * args.batch_size))
-    dataset.rows, dataset.mean, dataset.std = 2, MEAN, STD
+    floats = v83.Preprocess(MEAN, STD)(batch.pixels, batch.erasings).contiguous()
+    if device.type == "cuda":
+        batch = v83.Batch(batch.pixels.pin_memory(), batch.erasings, batch.labels.pin_memory())
+        floats = floats.pin_memory()
 
-    published, ours = (
-        v83.ISCNet(timm.create_model(arch, features_only=True)).to(device),
-        v83.create_model(args, device),
-    )
+    ours = v83.create_model(arch, 1.0, 1.0, device)
+    published = v83.ISCNet(timm.create_model(arch, features_only=True)).to(device)
     published.load_state_dict(ours.state_dict())
     published_loss = CrossBatchMemory(
-        ContrastiveLoss(pos_margin=0, neg_margin=1), 256, args.memory_size
+        ContrastiveLoss(pos_margin=0, neg_margin=1), 256, memory_size
     ).to(device)
-    loss_function = v83.MemoryBankContrastiveLoss(args.memory_size).to(device)
     published_optimizer = torch.optim.SGD(
-        v83.parameter_groups(published, args.wd), args.lr, args.momentum
+        v83.parameter_groups(published, weight_decay), lr, momentum
     )
-    optimizer = torch.optim.SGD(
-        v83.parameter_groups(ours, args.wd), args.lr, args.momentum, fused=v83.CUDA
-    )
-    v83.prepare_momenta(optimizer, ours)
-    scalers = [torch.amp.GradScaler(device.type) for _ in range(2)]
+    published_scaler = torch.amp.GradScaler(device.type)
+
+    preprocess = v83.Preprocess(MEAN, STD, device)
+    loss_function = v83.MemoryBankContrastiveLoss(memory_size).to(device)
+    groups = v83.parameter_groups(ours, weight_decay)
+    optimizer = torch.optim.SGD(groups, lr, momentum, fused=device.type == "cuda")
+    v83.initialize_momentum(optimizer, ours)
+    scaler = v83.create_scaler(device.type == "cuda", device)
+    batchnorm = v83.BatchNormSnapshot(ours)
 
     def baseline(_number):
+        published.train()
         losses = []
         for _ in range(steps):
             with torch.autocast(device.type):
-                embeddings = published.train()(floats.to(device))
-            value = published_loss(embeddings.float(), labels.to(device))
-            scalers[0].scale(value / args.reference_world_size).backward()
-            scalers[0].step(published_optimizer)
-            scalers[0].update()
+                embeddings = published(floats.to(device))
+            value = published_loss(embeddings.float(), batch.labels.to(device))
+            published_scaler.scale(value * scale).backward()
+            published_scaler.step(published_optimizer)
+            published_scaler.update()
             published_optimizer.zero_grad()
             losses.append(value.item())
         return statistics.mean(losses)
 
-    def step(_number):
-        state, lines = {"epoch": 0, "step": 0, "skipped": 0, "history": torch.zeros(0, 5)}, []
-        parts = (
-            dataset,
-            ours,
-            loss_function,
-            optimizer,
-            scalers[1],
-            lambda **line: lines.append(line),
-        )
-        with mock.patch.object(v83, "DataLoader", lambda *_, **__: loader):
-            list(v83.train_one_epoch(args, state, *parts))
-        return lines[-1]["loss"]
+    def train_steps(_number):
+        ours.train()
+        losses = []
+        for _ in range(steps):
+            inputs = preprocess(batch.pixels, batch.erasings)
+            labels = batch.labels.to(device, non_blocking=True)
+            values = v83.train_step(
+                ours, inputs, labels, loss_function, optimizer, scaler, batchnorm, scale, "fp16"
+            )
+            losses.append(values["loss"])
+        return torch.stack(losses).mean().item()
 
     def busy(function):
         with torch.profiler.profile() as profile:
             function(0)
         with tempfile.TemporaryDirectory() as folder:
-            profile.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
-            return covered(
-                trace, lambda event: event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-            )
+            trace = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(trace))
+            return covered(trace, is_on_device)
 
     def agreement(a, b):
-        return {"mean loss A, B": [a, b], "device busy % A, B": [busy(baseline), busy(step)]}
+        shares = [busy(baseline), busy(train_steps)]
+        return {"mean loss A, B": [a, b], "device busy % A, B": shares}
 
-    return Pair(steps * images, baseline, step, agreement)
+    return Pair(steps * images, baseline, train_steps, agreement)
+
+
+def is_on_device(event):
+    """Whether an event of a profile is the device computing or copying."""
+    return event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 # ---- extraction ----
@@ -478,29 +386,31 @@ def extraction_input(case, photos):
     """From file to a batch of the network's input. case: size, whether as --fast-input has it.
 
     A: PIL open, Resize, ToTensor, Normalize, to a batch of floats
-    B: v83.plain_reader, to a batch of uint8, for v83.Finish on the device
+    B: v83.load_images, to a batch of uint8, for v83.Preprocess on the device
     """
-    size, fast = case
-    resize, finish = (
-        transforms.Resize((size, size)),
-        [transforms.ToTensor(), transforms.Normalize(MEAN, STD)],
-    )
-    published = transforms.Compose([published_open, resize, *finish])
-    ours = v83.plain_reader(
-        v83.parse_args([".", "--input-size", str(size), *["--fast-input"] * fast])
+    size, fast_input = case
+    published = transforms.Compose(
+        [
+            published_augmentation.open_image,
+            transforms.Resize((size, size)),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
     )
 
     def baseline(_number):
         return torch.stack([published(path) for path in photos])
 
-    def uint8(_number):
-        return default_collate([ours(path) for path in photos])
+    def ours(_number):
+        pixels, unreadable = v83.load_images(photos, size, fast_input)
+        assert not unreadable
+        return pixels
 
     def agreement(a, b):
-        completed, rest = left_to_the_device(len(photos), v83.Finish(MEAN, STD), b)
-        return compare_images(a, completed) | rest
+        images, rest = preprocess_here(b, [], len(photos))
+        return compare_images(a, images) | rest
 
-    return Pair(len(photos), baseline, uint8, agreement)
+    return Pair(len(photos), baseline, ours, agreement)
 
 
 def random_network(arch, size):
@@ -529,27 +439,20 @@ def extraction_model(sizes, _photos):
     B: v83.create_model, v83.embed
     """
     published, images = random_network(*sizes)
-    args = v83.parse_args(
-        [".", "-a", sizes[0], "--amp", "off", "--mode", "extract", "--weight", "none"]
-    )
-    device = torch.device("cpu")
-    model = v83.create_model(args, device)
+    model = v83.create_model(sizes[0], 1.0, 1.0, torch.device("cpu"))
     model.load_state_dict(published.state_dict())
     model.eval()
 
-    def ours():
-        return v83.embed(args, model, images.to(memory_format=torch.channels_last))
+    @torch.inference_mode()
+    def baseline(_number):
+        return published(images).numpy()
 
-    def run(embed, _number):
-        with torch.inference_mode():
-            return embed().numpy()
+    @torch.inference_mode()
+    def ours(_number):
+        channels_last = images.to(memory_format=torch.channels_last)
+        return v83.embed(model, channels_last, amp="off").numpy()
 
-    return Pair(
-        len(images),
-        partial(run, partial(published, images)),
-        partial(run, ours),
-        compare_descriptors,
-    )
+    return Pair(len(images), baseline, ours, compare_descriptors)
 
 
 def extraction_onnx(sizes, _photos):
@@ -589,9 +492,8 @@ def published_evaluation(found, query_ids, reference_ids, truth):
     """Candidates row by row, and the metrics as loops over a sorted list: (csv, average precision,
     recall at 90%).
     """
-    known = np.isin(
-        query_ids, truth["query_id"]
-    )  # of Python objects: every query against every row of the truth
+    # Of Python objects: every query against every row of the truth.
+    known = np.isin(query_ids, truth["query_id"])
     assert known.all()
     pairs = (
         (query_ids[q], reference_ids[r], -distance) for distance, q, r in zip(*found, strict=True)
@@ -602,7 +504,9 @@ def published_evaluation(found, query_ids, reference_ids, truth):
         (-row.score, (row.query_id, row.reference_id) in positives)
         for row in candidates.itertuples()
     )
-    right, average_precision, recall_p90 = 0, 0.0, 0.0
+    right = 0
+    average_precision = 0.0
+    recall_p90 = 0.0
     for rank, (_, correct) in enumerate(ranked, start=1):
         right += correct
         average_precision += correct * right / rank / len(positives)
@@ -637,15 +541,13 @@ def evaluation(queries, _photos):
         known = eval_metrics.known_queries(
             eval_metrics.as_text(query_ids.astype("S")), truth, "h5", "csv"
         )
-        with mock.patch.object(
-            eval_metrics, "nearest_pairs", lambda *_: ranked
-        ):  # instead of the search
+        # In place of the search, its result.
+        with mock.patch.object(eval_metrics, "nearest_pairs", lambda *_: ranked):
             candidates = eval_metrics.match(
                 None, None, query_ids[known], reference_ids, len(ranked[0])
             )
-        return candidates.to_csv(index=False), *eval_metrics.micro_metrics(
-            candidates, truth
-        ).values()
+        metrics = eval_metrics.micro_metrics(candidates, truth)
+        return candidates.to_csv(index=False), *metrics.values()
 
     def baseline(_number):
         return published_evaluation(found, query_ids.tolist(), reference_ids.tolist(), truth)
@@ -717,15 +619,14 @@ def evaluation_search(n, _photos):
 def database_augmentation(n, _photos):
     """Given each descriptor's 10 nearest: random ones, as the sum does not care.
 
-    A: (train[indices] * (similarity**3)[..., None]).sum(axis=1), L2-normalised, as whole arrays
+    A: (train[indices] * (similarity**3)[..., None]).sum(axis=1), L2-normalized, as whole arrays
     B: postprocess.database_augmentation (without its search)
     """
     torch.manual_seed(0)
-    rng, train = np.random.default_rng(0), descriptors(n).numpy()
-    indices, similarity = (
-        rng.integers(n, size=(n, 10)),
-        rng.uniform(0.3, 1, size=(n, 10)).astype(np.float32),
-    )
+    rng = np.random.default_rng(0)
+    train = descriptors(n).numpy()
+    indices = rng.integers(n, size=(n, 10))
+    similarity = rng.uniform(0.3, 1, size=(n, 10)).astype(np.float32)
 
     def sums():
         return (train[indices] * (similarity**3)[..., None]).sum(axis=1)
@@ -735,9 +636,8 @@ def database_augmentation(n, _photos):
         return augmented / np.linalg.norm(augmented, axis=1, keepdims=True)
 
     def ours(_number):
-        with mock.patch.object(
-            postprocess, "nearest", lambda *_: (similarity, indices)
-        ):  # instead of the search
+        # In place of the search, its result.
+        with mock.patch.object(postprocess, "nearest", lambda *_: (similarity, indices)):
             return postprocess.database_augmentation(train)
 
     def agreement(a, b):
@@ -767,12 +667,15 @@ def covered(trace, chosen):
     cover.
     """
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
-    steps = [event for event in events if event["name"].startswith("Optimizer.step")]
-    steps = [
-        event for event in steps if event.get("cat") != "gpu_user_annotation"
-    ]  # when the device did the same
-    start, end = steps[0]["ts"], steps[-1]["ts"]
-    total, reached = 0, start
+    steps = []
+    for event in events:
+        on_device = event.get("cat") == "gpu_user_annotation"  # when the device did the same
+        if event["name"].startswith("Optimizer.step") and not on_device:
+            steps.append(event)
+    start = steps[0]["ts"]
+    end = steps[-1]["ts"]
+    total = 0
+    reached = start
     for event in sorted(events, key=lambda event: event["ts"]):
         if chosen(event):
             last = min(event["ts"] + event["dur"], end)
@@ -786,7 +689,7 @@ def is_communication(event):
 
 
 def ranks(counts, _photos):
-    """v83's training of a small network on 96 generated pictures, in batches of 16 of all processes
+    """v83's training of a small network on 96 generated images, in batches of 16 of all processes
     together.
 
     Through torchrun's launcher, one thread a process, by gloo on the CPU, by nccl where there are
@@ -797,14 +700,14 @@ def ranks(counts, _photos):
     A: the first number of processes of --ranks
     B: another one of --ranks
     """
-    if v83.CUDA and torch.cuda.device_count() < max(counts):
+    if torch.cuda.is_available() and torch.cuda.device_count() < max(counts):
         raise Skipped(f"needs {max(counts)} GPUs, or none: CUDA_VISIBLE_DEVICES=")
     folder = Path(tempfile.mkdtemp())
-    (data := folder / "training_images").mkdir()
+    data = folder / "training_images"
+    data.mkdir()
     for i in range(96):
-        make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96).save(
-            data / f"T{i:06}.jpg"
-        )
+        image = make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96)
+        image.save(data / f"T{i:06}.jpg")
     flags = (
         f"-a {SMALL_ARCH} --input-size 64 --batch-size {BATCH} --memory-size 1000 -j 0 "
         f"--no-pretrained --epochs 1"
@@ -813,6 +716,7 @@ def ranks(counts, _photos):
 
     def run(count, _number, trace=None):
         """As torchrun would; the time is that of the steps after the first two, by the log."""
+        shutil.rmtree(folder / "train", ignore_errors=True)  # v83 would not overwrite the last run
         logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.ALL)
         options = {
             "rdzv_backend": "c10d",
@@ -821,11 +725,15 @@ def ranks(counts, _photos):
             "start_method": "fork",
         }
         config = LaunchConfig(1, 1, count, run_id="benchmark", logs_specs=logs, **options)
-        codes, peaks = zip(*elastic_launch(config, train_rank)(argv, trace).values(), strict=True)
+        results = elastic_launch(config, train_rank)(argv, trace)
+        codes, peaks = zip(*results.values(), strict=True)
         if any(codes):
             raise RuntimeError(f"training ended with {codes}")
-        lines = map(json.loads, (folder / "train" / "log.jsonl").read_text().splitlines())
-        lines = [line for line in lines if "loss" in line]
+        lines = []
+        for text in (folder / "train" / "log.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            if "loss" in line:
+                lines.append(line)
         seconds = statistics.mean(2 * 96 / line["images_per_second"] for line in lines[1:])
         return {"seconds": seconds, "peak": sum(peaks), "loss": lines[-1]["loss"]}
 
@@ -888,15 +796,18 @@ def set_up(part, case, photos):
 def measure(part, case, photos, rounds):
     """Warm up, run A and B by turns: times, their ratios, agreement."""
     pair = set_up(part, case, photos)
-    seconds, results = {"baseline": [], "ours": []}, {}
+    seconds = {"baseline": [], "ours": []}
+    results = {}
     for number in range(rounds + 1):
         for side in seconds:
             start = time.perf_counter()
-            result = results[side] = getattr(pair, side)(number)
+            results[side] = getattr(pair, side)(number)
             elapsed = time.perf_counter() - start
-            seconds[side].append(pair.measured(result)[0] if pair.measured else elapsed)
-    seconds = {side: times[1:] for side, times in seconds.items()}  # without the warm-up
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+            if pair.measured:
+                elapsed, _ = pair.measured(results[side])
+            if number > 0:  # the first is the warm-up
+                seconds[side].append(elapsed)
+    ratios = [a / b for a, b in zip(seconds["baseline"], seconds["ours"], strict=True)]
     per_second = {
         f"{side}_per_second": pair.amount / statistics.median(times)
         for side, times in seconds.items()
@@ -938,9 +849,8 @@ def answer(sender, function, args):
 
 def alone(function, *args):
     """function(*args), computed in a process of its own."""
-    context = multiprocessing.get_context(
-        "fork"
-    )  # this process has only imported: it has no threads, nor used a GPU
+    # This process has only imported: it has no threads, nor used a GPU.
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function, args))
     process.start()
@@ -987,7 +897,9 @@ def text(value):
     """A number with three digits, several of them, or yes or no."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(map(text, value)) if isinstance(value, list) else f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(text(item) for item in value)
+    return f"{value:.3g}"
 
 
 def line(row):
@@ -1024,7 +936,8 @@ def make_photos(folder):
     """Photographs of 1024 x 768: mosaics of tiles of the embedded ones at their own resolution.
     Returns their paths.
     """
-    tiles, paths = make_dataset.embedded_tiles(256), []
+    tiles = make_dataset.embedded_tiles(256)
+    paths = []
     for number, rng in enumerate(np.random.default_rng(0).spawn(PHOTOS)):
         mosaic = Image.new("RGB", (1024, 768))
         for place, choice in enumerate(rng.choice(len(tiles), 12, replace=False).tolist()):
@@ -1052,33 +965,18 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help=f"which to measure, of {', '.join(names)} (default: all)",
-    )
-    add(
-        "--rounds",
-        type=int,
-        default=5,
-        help="how often A and B run after the warm-up (default: %(default)s)",
-    )
-    add(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help=f"use the first {PHOTOS} images in DIR, as they are",
-    )
-    add(
-        "--ranks",
-        type=divisors,
-        default="1,2",
-        help=f"numbers of processes to compare, divisors of {BATCH} (default: %(default)s)",
-    )
+    parts = f"which to measure, of {', '.join(names)} (default: all)"
+    add("parts", nargs="*", metavar="PART", help=parts)
+    rounds = "how often A and B run after the warm-up (default: %(default)s)"
+    add("--rounds", type=int, default=5, help=rounds)
+    photos = f"use the first {PHOTOS} images in DIR, as they are"
+    add("--photos", type=Path, metavar="DIR", help=photos)
+    ranks = f"numbers of processes to compare, divisors of {BATCH} (default: %(default)s)"
+    add("--ranks", type=divisors, default="1,2", help=ranks)
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.parts) - set(names)):
+    unknown = sorted(set(args.parts) - set(names))
+    if unknown:
         parser.error(f"{unknown[0]}: no such part; there are {', '.join(names)}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
@@ -1120,7 +1018,9 @@ def main(argv=None):
     failed.
     """
     args = parse_args(argv)
-    gpu = torch.cuda.get_device_name() if v83.CUDA else "no GPU"
+    gpu = "no GPU"
+    if torch.cuda.is_available():
+        gpu = alone(torch.cuda.get_device_name)  # which begins to use the GPU
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, faiss, np)]
     machine = ", ".join(
         [f"{os.cpu_count()} cores", gpu, f"Python {platform.python_version()}", *versions]
@@ -1132,10 +1032,8 @@ def main(argv=None):
         ):
             rows = benchmark(args, machine, Path(folder))
         if args.json:
-            args.json.write_text(
-                json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1)
-                + "\n"
-            )
+            figures = {"machine": machine, "rounds": args.rounds, "rows": rows}
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
     except (v83.InputError, make_dataset.InputError, OSError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ChildProcessError) else 2

@@ -3,7 +3,6 @@ here is timed.
 """
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -79,7 +78,7 @@ def test_extraction_agrees(part):
 
 
 def test_training_steps_agree():
-    """On a CPU, the published loop in bfloat16, train_one_epoch in float32: losses of three times
+    """On a CPU, the published loop in bfloat16, v83.train_step in float32: losses of three times
     eight steps.
     """
     torch.manual_seed(0)
@@ -91,26 +90,13 @@ def test_training_steps_agree():
 
 
 def test_augmentation_draws_the_same_distribution(photos):
-    random.seed(0)
     found = agreement(benchmark.augmentation, 64, photos)
     assert {name.partition(" ")[0] for name in found} == {"moderate", "hard", "each", "left"}
     for values in found["hard mean A, B"], found["hard deviation A, B"]:
         assert len(values) == 2 and all(0 < value < 1 for value in values)
-    median, least = found["hard to --exact, PSNR dB, median, least"]
-    assert median > 40 and least > 25
-
-
-@pytest.mark.parametrize("name", ["moderate", "hard"])
-def test_published_views_are_finite_and_square(name, photos):
-    view = {
-        "moderate": benchmark.published_moderate(48),
-        "hard": benchmark.published_hard(48, photos),
-    }[name]
-    for seed in range(40):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        image = view(benchmark.published_open(photos[0]))
-        assert image.shape == (3, 48, 48) and image.isfinite().all()
+    assert found["moderate max difference"] < 1.01 / 255
+    quarter, median = found["hard PSNR dB, quarter, median"]
+    assert 0 < quarter <= median
 
 
 def test_compare_images():
