@@ -5,6 +5,7 @@ the published one, statistics over 2,000 draws, and images that are a trap.
 import inspect
 import json
 import random
+from collections import Counter
 from itertools import combinations
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -86,15 +87,16 @@ def overlay_path(tmp_path):
     return str(path)
 
 
+def decide_by(patch, value):
+    """From now on, what happens with a probability happens where that is more than `value`."""
+    patch.setattr(torch, "rand", lambda *size: torch.full(size, value))
+    patch.setattr(random, "random", lambda: value)
+
+
 @pytest.fixture
 def certain(monkeypatch):
     """Have every operation happen that happens with a probability: a function that begins it."""
-
-    def begin():
-        monkeypatch.setattr(torch, "rand", lambda *size: torch.zeros(size))
-        monkeypatch.setattr(random, "random", lambda: 0.0)
-
-    return begin
+    return lambda: decide_by(monkeypatch, 0.0)
 
 
 # ---- geometry ----
@@ -475,6 +477,7 @@ def draws(request, tmp_path_factory):
     Image.fromarray(noise(20, 30, seed=1)).save(path)
     image = Image.fromarray(noise(WIDTH, HEIGHT))
     erasings = []
+    happened = []
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         for name in ("rotate", "overlay_image", "gaussian_blur", "shuffle_pixels", "to_grayscale"):
@@ -495,8 +498,16 @@ def draws(request, tmp_path_factory):
             view = hard(image)
             assert view.pixels.shape == (SIZE, SIZE, 3)
             erasings.append(view.erasing)
+        calls = recorder.calls
+        for value in np.arange(0.0125, 1, 0.025).tolist():
+            decide_by(patch, value)
+            recorder.calls = [[]]
+            if hard(image).erasing is not None:
+                recorder.note("erasing")
+            happened += {call.name for call in recorder.calls[0]}
     return SimpleNamespace(
-        calls=recorder.calls,
+        calls=calls,
+        happened=Counter(happened),
         erasings=[erasing for erasing in erasings if erasing is not None],
         recipe=published.RECIPES[request.param],
         stage=stage,
@@ -528,6 +539,7 @@ def assert_uniform(values, low, high):
 
 
 def test_probabilities(draws):
+    """By 2,000 draws; and exactly, by 40 values that a draw is compared with, 1/80 to 79/80."""
     recipe = draws.recipe
     expected = {
         "rotate": recipe.p,
@@ -543,13 +555,16 @@ def test_probabilities(draws):
         "text": recipe.p,
         "emoji": recipe.p,
         "edges": recipe.edge_p,
+        "erasing": 0.25,
+        "crop": 1,
+        "jitter": 1,
     }
     for name, p in expected.items():
         count = sum(any(call.name == name for call in calls) for calls in draws.calls)
+        if name == "erasing":
+            count = len(draws.erasings)
         assert_probability(count, DRAWS, p, name)
-    assert_probability(len(draws.erasings), DRAWS, 0.25, "erasing")
-    for name in ("crop", "jitter"):
-        assert len(calls_of(draws, name)) == DRAWS, name
+        assert draws.happened[name] == round(40 * p), name
 
 
 def test_fixed_order_before_the_shuffled_list(draws):
