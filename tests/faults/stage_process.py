@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import errno
 import faulthandler
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -113,6 +114,11 @@ def hang_workers(module):
     module.read_pixels = lambda path: time.sleep(10**6)
 
 
+def restart(module):
+    """Be the second attempt of torchrun."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
 def refuse_locks(module):
     """Have the file system know no locks."""
 
@@ -143,9 +149,10 @@ def run_stage(stage, argv, environment, limits, output, hold, inject):
         inject(module)
     try:
         code = module.main(argv)
-    except Exception as error:  # it ends as a command does: what the traceback refers to lives on
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
-        uncaught, code = error, 1  # noqa: F841
+        uncaught = error  # noqa: F841  as in a command, what the traceback refers to lives on
+        code = 1
     atexit._run_exitfuncs()  # multiprocessing leaves them out
     (output / "memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
     sys.exit(code)
@@ -179,6 +186,8 @@ class Run:
         if world_size > 1:
             environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        self.hold = hold
+        self.images_before = self.images()
         self.processes = []
         for rank, output in enumerate(self.outputs):
             output.mkdir(parents=True, exist_ok=True)
@@ -226,6 +235,11 @@ class Run:
             time.sleep(0.002)
         return True
 
+    def kill_when_held(self):
+        """Kill the one process when its network has had `hold` images."""
+        assert self.wait_for_images(self.images_before + self.hold), self.errors()
+        self.kill()
+
     def send(self, number, rank=0):
         """Send a signal to the process group of a rank: to its data loader workers too."""
         with contextlib.suppress(ProcessLookupError):
@@ -252,9 +266,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def train(start, data, output, *flags, **options):
+def train(start, data, output, *flags, name="ranks", **options):
     """Start v83 for three epochs of ten steps of four images in two views, with a checkpoint every
-    three steps.
+    three steps. name: of the folder in `output` for what its processes say.
     """
     argv = [
         *TRAINING,
@@ -267,7 +281,7 @@ def train(start, data, output, *flags, **options):
         *flags,
         data / "training_images",
     ]
-    return start("v83", *argv, folder=output / "ranks", **options)
+    return start("v83", *argv, folder=output / name, **options)
 
 
 def load(path):
@@ -279,6 +293,24 @@ def load(path):
 def log_lines(output):
     """The lines of a run's log.jsonl."""
     return [json.loads(line) for line in (output / "train" / "log.jsonl").read_text().splitlines()]
+
+
+def digests(folder):
+    """SHA-256 by path of all files in a folder but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def error_line(run):
+    """The one line that each rank ends with, and exit code 2."""
+    assert set(run.wait()) == {2}, run.errors()
+    assert "Traceback" not in run.errors()
+    lines = [line for line in run.errors().splitlines() if "error:" in line]
+    assert len(lines) == len(run.processes) and len(set(lines)) == 1, lines
+    return lines[0]
 
 
 def losses(output):

@@ -12,7 +12,16 @@ import shutil
 import h5py
 import pytest
 import torch
-from stage_process import NETWORK, assert_same_run, load, log_lines, train
+from stage_process import (
+    NETWORK,
+    assert_same,
+    assert_same_run,
+    digests,
+    error_line,
+    load,
+    log_lines,
+    train,
+)
 
 import v83
 
@@ -32,22 +41,6 @@ def halfway(start, data, tmp_path):
     run.kill()
     assert 0 < load(tmp_path / "train" / "last.pth.tar")["step"] < 10
     return tmp_path
-
-
-def digests(folder):
-    """SHA-256 by name of all files but the lock."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.name != "lock"
-    }
-
-
-def error_line(run, code=2):
-    assert run.wait() == [code], run.errors()
-    assert "Traceback" not in run.errors()
-    (line,) = [line for line in run.errors().splitlines() if "error:" in line]
-    return line
 
 
 # ---- contents ----
@@ -189,6 +182,40 @@ def test_another_network(start, data, trained):
     flags = ["--resume", "auto", "--epochs", 4, "-a", "test_vit"]
     line = error_line(train(start, data, trained, *flags))
     assert "--arch" in line and "last.pth.tar" in line
+
+
+def test_bare_weights(start, data, trained, tmp_path):
+    """Of a checkpoint without anything else: they serve as such, and do not continue a run."""
+    path = tmp_path / "weights.pth"
+    torch.save(load(trained / "train" / "last.pth.tar")["state_dict"], path)
+    line = error_line(train(start, data, tmp_path / "out", "--resume", path))
+    assert f"start from them with --weight {path}" in line
+    run = train(start, data, tmp_path / "out", "--weight", path, "--lr", 0, "--epochs", 1)
+    assert run.wait() == [0], run.errors()
+    weights = load(tmp_path / "out" / "train" / "last.pth.tar")["state_dict"]
+    assert torch.equal(weights["module.fc.weight"], load(path)["module.fc.weight"])
+
+
+def test_a_checkpoint_of_the_former_code(start, data, trained, tmp_path):
+    """Between two epochs it is continued as one of today's, and its weights are taken."""
+    content = load(trained / "train" / "last.pth.tar")
+    for name in ("scaler", "skipped_in_a_row", "unlogged", "bad_images"):
+        del content[name]
+    former = {"source": "import torch", "skipped": 0, "history": torch.zeros(0, 5), "bad": []}
+    path = tmp_path / "former.pth.tar"
+    torch.save(content | former, path)
+    results = []
+    for name, checkpoint in (("today", trained / "train" / "last.pth.tar"), ("former", path)):
+        output = tmp_path / name
+        run = train(start, data, output, "--resume", checkpoint, "--epochs", 4)
+        assert run.wait() == [0], run.errors()
+        results.append(load(output / "train" / "checkpoint_0003.pth.tar"))
+    for part in ("state_dict", "optimizer", "memory_bank"):
+        assert_same(results[1][part], results[0][part])
+    run = train(start, data, tmp_path / "weight", "--weight", path, "--lr", 0, "--epochs", 1)
+    assert run.wait() == [0], run.errors()
+    weights = load(tmp_path / "weight" / "train" / "last.pth.tar")["state_dict"]
+    assert torch.equal(weights["module.fc.weight"], content["state_dict"]["module.fc.weight"])
 
 
 def test_changed_images(start, data, trained, tmp_path):

@@ -201,6 +201,18 @@ def test_a_worker_that_hangs(start, data, tmp_path, figure):
     figure(f"a data loader worker that hangs: the run ended after {time.monotonic() - begin:.1f} s")
 
 
+def test_ctrl_c(start, data, tmp_path):
+    """Sent to one process alone, or also to its data loader workers, it ends all."""
+    for name in ("one", "group"):
+        run = train(start, data, tmp_path / name, "-j", 2)
+        run.wait_for_images(16)
+        if name == "one":
+            os.kill(run.processes[0].pid, signal.SIGINT)
+        else:
+            run.send(signal.SIGINT)
+        assert run.wait(30) == [1], run.errors()
+
+
 def test_a_lost_rank_whose_workers_live_on(start, data, tmp_path, pytestconfig, figure):
     """They hold its connections until they notice, after five seconds, that it is gone."""
     if not pytestconfig.getoption("--long"):
