@@ -26,7 +26,7 @@ def pixels(height, width, channels=3):
     )
 
 
-def picture(mode="RGB", size=(60, 45), form="JPEG", **options):
+def image_file(mode="RGB", size=(60, 45), form="JPEG", **options):
     """What writes an image of this mode and size."""
 
     def write(path):
@@ -38,7 +38,7 @@ def picture(mode="RGB", size=(60, 45), form="JPEG", **options):
 
 
 def truncated(path):
-    picture()(path)
+    image_file()(path)
     path.write_bytes(path.read_bytes()[:-300])
 
 
@@ -85,7 +85,7 @@ def sixteen_bits(path):
 def rotated_by_exif(path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(exif=exif)(path)
+    image_file(exif=exif)(path)
 
 
 BAD = {
@@ -93,7 +93,7 @@ BAD = {
     "endless.jpg": lambda path: path.symlink_to("endless.jpg"),
     "empty.jpg": lambda path: path.touch(),
     "truncated.jpg": truncated,
-    "text.jpg": lambda path: path.write_text("this is no picture"),
+    "text.jpg": lambda path: path.write_text("this is no image"),
     "folder.jpg": lambda path: path.mkdir(),
     "postscript.jpg": lambda path: path.write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
@@ -105,23 +105,23 @@ BAD = {
     os.fsdecode(b"\xe9mpty.jpg"): lambda path: path.touch(),
 }
 GOOD = {
-    "gray.jpg": picture("L"),
-    "cmyk.jpg": picture("CMYK"),
-    "palette.png": picture("P", form="PNG"),
-    "transparent.png": picture("P", form="PNG", transparency=3),
-    "alpha.png": picture("RGBA", form="PNG"),
-    "gray-alpha.png": picture("LA", form="PNG"),
-    "bits.png": picture("1", form="PNG"),
+    "gray.jpg": image_file("L"),
+    "cmyk.jpg": image_file("CMYK"),
+    "palette.png": image_file("P", form="PNG"),
+    "transparent.png": image_file("P", form="PNG", transparency=3),
+    "alpha.png": image_file("RGBA", form="PNG"),
+    "gray-alpha.png": image_file("LA", form="PNG"),
+    "bits.png": image_file("1", form="PNG"),
     "16-bit.png": sixteen_bits,
     "exif.jpg": rotated_by_exif,
     "animated.gif": animation,
-    "1x1.png": picture(size=(1, 1), form="PNG"),
-    "1x20000.png": picture(size=(1, 20000), form="PNG"),
-    "20000x1.png": picture(size=(20000, 1), form="PNG"),
-    "30x20000.png": picture(size=(30, 20000), form="PNG"),
-    "a png.jpg": picture(form="PNG"),
-    "large.jpg": picture(size=(3000, 2000)),
-    os.fsdecode(b"caf\xe9.jpg"): picture(),
+    "1x1.png": image_file(size=(1, 1), form="PNG"),
+    "1x20000.png": image_file(size=(1, 20000), form="PNG"),
+    "20000x1.png": image_file(size=(20000, 1), form="PNG"),
+    "30x20000.png": image_file(size=(30, 20000), form="PNG"),
+    "a png.jpg": image_file(form="PNG"),
+    "large.jpg": image_file(size=(3000, 2000)),
+    os.fsdecode(b"caf\xe9.jpg"): image_file(),
 }
 
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_read(tmp_path, name, read):
 def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options):
     """Its verdict and its values, also where another decoder is the first to look."""
     path, rng, verdicts = tmp_path / "image.jpg", np.random.default_rng(0), []
-    picture(size=(120, 90), **options)(path)
+    image_file(size=(120, 90), **options)(path)
     whole = path.read_bytes()
     expected = np.asarray(v83.open_image(path))
     with monkeypatch.context() as patch:
@@ -192,7 +192,7 @@ def test_pillow_judges_a_jpeg_with_garbage_inside(tmp_path, monkeypatch, options
 @pytest.mark.parametrize("read", [v83.open_image, v83.read_pixels])
 def test_what_follows_an_image_takes_no_memory(tmp_path, read):
     path = tmp_path / "long.jpg"
-    picture()(path)
+    image_file()(path)
     expected = np.asarray(v83.open_image(path))
     os.truncate(path, 2**30)
     tracemalloc.start()
@@ -214,7 +214,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 )
 def test_no_permission(tmp_path):
     path = tmp_path / "private.jpg"
-    picture()(path)
+    image_file()(path)
     path.chmod(0)
     os.seteuid(65534)
     try:
@@ -285,7 +285,7 @@ def test_too_many_bad_images_end_the_run(start, odd, tmp_path, flags):
 def test_one_bad_image_never_ends_a_run(start, data, tmp_path):
     shutil.copytree(data, tmp_path / "input")
     bad = tmp_path / "input" / "training_images" / "T000007.jpg"
-    bad.write_text("this is no picture")
+    bad.write_text("this is no image")
     run = train(start, tmp_path / "input", tmp_path)
     assert run.wait() == [0], run.errors()
     assert len(bad_images(tmp_path)) == 1 and str(bad) in bad_images(tmp_path)[0]
@@ -293,7 +293,7 @@ def test_one_bad_image_never_ends_a_run(start, data, tmp_path):
 
 def test_a_resumed_run_does_not_name_them_again(start, data, tmp_path):
     shutil.copytree(data, tmp_path / "input")
-    (tmp_path / "input" / "training_images" / "T000007.jpg").write_text("this is no picture")
+    (tmp_path / "input" / "training_images" / "T000007.jpg").write_text("this is no image")
     assert train(start, tmp_path / "input", tmp_path).wait() == [0]
     assert train(start, tmp_path / "input", tmp_path, "--epochs", 3, "--resume", "auto").wait() == [
         0
@@ -312,7 +312,7 @@ def test_a_bad_image_of_several_in_a_sample(start, data, tmp_path, stage):
     pairs = "".join(f"Q{i:05d},R{i:06d}\n" for i in range(8))
     (root / "public_ground_truth.csv").write_text("query_id,reference_id\n" + pairs)
     bad = root / "reference_images" / "R000015.jpg"
-    bad.write_text("this is no picture")
+    bad.write_text("this is no image")
     flags = {"v98": [], "v107": ["--num-negatives", 4]}[stage]
     run = train(start, root, tmp_path, *flags, "--epochs", 6, stage=stage)
     assert run.wait() == [0], run.errors()
@@ -348,7 +348,7 @@ def test_hidden_files_are_no_images(start, data, undisturbed, tmp_path):
 def test_no_image_is_readable(start, tmp_path):
     (tmp_path / "training_images").mkdir()
     for i in range(8):
-        (tmp_path / "training_images" / f"{i}.jpg").write_text("this is no picture")
+        (tmp_path / "training_images" / f"{i}.jpg").write_text("this is no image")
     run = train(start, tmp_path, tmp_path / "out", "--max-bad", 1)
     assert run.wait() == [2]
     (line,) = [line for line in run.errors().splitlines() if "error:" in line]
@@ -458,7 +458,7 @@ def test_all_images_of_a_set_are_bad(start, data, weight, tmp_path):
     root = tmp_path / "input"
     shutil.copytree(data, root)
     for path in (root / "query_images").iterdir():
-        path.write_text("this is no picture")
+        path.write_text("this is no image")
     run = extract(start, root, tmp_path, weight)
     assert run.wait() == [2]
     assert "9 bad images" in run.errors() and run.images() == 71
@@ -471,7 +471,7 @@ def test_all_images_of_a_set_are_bad(start, data, weight, tmp_path):
 def test_what_was_replaced_is_not_zero(start, data, weight, clean, tmp_path):
     root = tmp_path / "input"
     shutil.copytree(data, root)
-    (root / "query_images" / "Q00004.jpg").write_text("this is no picture")
+    (root / "query_images" / "Q00004.jpg").write_text("this is no image")
     assert extract(start, root, tmp_path, weight).wait() == [2]
     shutil.copy(data / "query_images" / "Q00004.jpg", root / "query_images")
     run = extract(start, root, tmp_path, weight, "--bad-images", "zero")

@@ -122,8 +122,8 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "empty"])
-def test_a_damaged_newest_checkpoint(start, data, undisturbed, halfway, kind):
-    """It is named in a warning, and the one before it continued."""
+def test_a_damaged_latest_checkpoint(start, data, undisturbed, halfway, kind):
+    """It is named in a warning; the one before it is continued."""
     last = halfway / "train" / "last.pth.tar"
     damage(last, kind)
     run = train(start, data, halfway, "--resume", "auto")
@@ -249,7 +249,7 @@ class Malicious:
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("place", ["state_dict", "args", "optimizer"])
 def test_a_file_cannot_run_code(start, data, trained, tmp_path, form, place):
-    path, canary = tmp_path / "stranger.pth.tar", tmp_path / "canary"
+    path, canary = tmp_path / "untrusted.pth.tar", tmp_path / "canary"
     content = load(trained / "train" / "last.pth.tar")
     content[place] = (
         {"bait": Malicious(canary)}

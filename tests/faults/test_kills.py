@@ -43,8 +43,8 @@ def kills(pytestconfig):
 
 
 def test_kills_while_saving(start, tmp_path, pytestconfig, figure):
-    """A checkpoint is whole whenever the process that saves it is killed, and the next start leaves
-    nothing astray.
+    """A checkpoint can be read whenever the process that saves it is killed, and the next save
+    leaves no stray file.
     """
     count = 50 if pytestconfig.getoption("--long") else 10
     path = tmp_path / "last.pth.tar"
@@ -106,7 +106,7 @@ def test_kills_while_training(start, data, undisturbed, tmp_path, kills, figure,
     ]
     again = run.images() - needed
     figure(
-        f"training in {world_size} process(es), kills: {kills}, same bits in the end; {again} "
+        f"training, world size {world_size}, kills: {kills}, bit-identical in the end; {again} "
         f"images computed again"
     )
 
@@ -131,14 +131,14 @@ def test_a_signal_to_stop(start, data, undisturbed, tmp_path, figure, number, wo
     assert run.images() == 3 * 10 * STEP
     assert_same_run(tmp_path, undisturbed[world_size])
     figure(
-        f"{number.name}, {world_size} process(es): ended after {seconds:.1f} s with code "
-        f"{os.EX_TEMPFAIL}, same bits"
+        f"{number.name}, world size {world_size}: ended after {seconds:.1f} s with code "
+        f"{os.EX_TEMPFAIL}, bit-identical"
     )
 
 
 @pytest.mark.parametrize("stage", ["v98", "v107"])
 def test_a_kill_in_the_middle_of_an_epoch(start, data, tmp_path, stage):
-    """The later stages, whose samples have rows of references too, go on to the same bits as
+    """The later stages, whose samples have rows of references too, resume bit-identically as
     well.
     """
     own = {"v98": ["--memory-size", 64], "v107": ["--batch-size", 2, "--num-negatives", 2]}[stage]
@@ -188,7 +188,7 @@ def test_a_killed_worker(start, data, undisturbed, tmp_path, figure, world_size)
     assert set(run.wait()) == {0}, run.errors()
     assert_same_run(tmp_path, undisturbed[world_size])
     figure(
-        f"killed data loader worker, {world_size} process(es): the run ended after {seconds:.1f} s"
+        f"killed data loader worker, world size {world_size}: the run ended after {seconds:.1f} s"
     )
 
 
@@ -301,7 +301,7 @@ def test_torchrun_restarts(data, undisturbed, tmp_path, pytestconfig, figure, re
     starts = [line["step"] for line in log_lines(tmp_path) if "args" in line]
     assert len(starts) == 2 and starts[1] > 0
     assert_same_run(tmp_path, undisturbed[2])
-    figure(f"torchrun --max-restarts 2, --resume {resume}, with a killed rank: same bits")
+    figure(f"torchrun --max-restarts 2, --resume {resume}, with a killed rank: bit-identical")
 
 
 def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path, pytestconfig):
@@ -390,7 +390,7 @@ def test_kills_while_extracting(
     again = run.images() - needed
     assert 0 <= again <= 5 * kills * world_size
     figure(
-        f"extraction in {world_size} process(es), kills: {kills}, same bytes; {again} of {total} "
+        f"extraction, world size {world_size}, kills: {kills}, byte-identical; {again} of {total} "
         f"images computed again"
     )
 

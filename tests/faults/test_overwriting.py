@@ -60,7 +60,7 @@ def test_a_start_again_is_refused(start, data, output, world_size):
 
 def test_the_published_runs(start, data, tmp_path):
     """Both in one folder. The second, typed again after a crash in epoch 8, would destroy epochs 5
-    to 7: it is refused, and --resume auto goes on to the same bits.
+    to 7: it is refused, and --resume auto ends bit-identical.
     """
     output, undisturbed = tmp_path / "v83", tmp_path / "undisturbed"
     run = train(start, data, output, "--epochs", 5, "--seed", 9)
