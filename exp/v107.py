@@ -4,7 +4,8 @@ r"""v107: v98 fine-tuned on the ground truth of the public queries (stage 4 of 4
   30 references that are in no pair; no augmentation.
 - Five times the learning rate, a smaller memory bank, a larger negative margin.
 
-The published command, run in exp/ (the two flags of the second line were derived from the 16 GPUs):
+`# v107` marks what differs from v98, with v98's value. The published command, run in exp/ (it
+derived --num-negatives and --batch-size from its 16 GPUs):
 
     python v107.py -a tf_efficientnetv2_m_in21ft1k --dist-url 'tcp://localhost:10001' \
         --num-negatives 30 --batch-size 16 \
@@ -62,29 +63,79 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("recipe").add_argument
     add("-a", "--arch", default="tf_efficientnetv2_m_in21ft1k", help="backbone, a name timm knows")
-    add("--input-size", type=positive_int, default=512, help="side of the square input")
+    add(
+        "--input-size",
+        type=positive_int,
+        default=512,
+        help="side of the square input in pixels",
+    )
     add("--gem-p", type=positive_float, default=1.0, help="exponent of GeM pooling in training")
     add("--gem-eval-p", type=positive_float, default=1.0, help="exponent of GeM in extraction")
-    add("-b", "--batch-size", type=positive_int, default=16, help="pairs a step")  # v107: 64
-    add("--epochs", type=positive_int, default=10, help="epochs, former runs included")  # v107: 3
-    add("--start-epoch", type=nonneg_int, default=0, help="first epoch; --resume knows it")
-    add("--lr", "--learning-rate", type=nonneg_float, default=0.5, help="rate of SGD")  # v107: 0.1
-    add("--momentum", type=nonneg_float, default=0.9, help="momentum of SGD")
-    add("--wd", "--weight-decay", type=nonneg_float, default=1e-6, help="weight decay")
-    add("--pos-margin", type=nonneg_float, default=0.0, help="nearer pairs cost 0")
     add(
-        "--neg-margin", type=nonneg_float, default=1.1, help="farther negatives cost 0"
-    )  # v107: 1.0
-    add("--memory-size", type=positive_int, default=1000, help="rows of the bank")  # v107: 20000
-    add("--num-negatives", type=nonneg_int, default=30, help="references a sample")  # v107
-    add("--sample-size", type=positive_int, default=1000000, help="pairs used, the first")  # v107
-    add("--seed", type=nonneg_int, default=99999, help="seed of every random draw")  # v107: 999
-    add("--reference-world-size", type=positive_int, default=16, help="GPUs --lr is for")
+        "-b",
+        "--batch-size",
+        type=positive_int,
+        default=16,  # v107: was 64
+        help="pairs per step, over all ranks",  # v107
+    )
+    add(
+        "--epochs",
+        type=positive_int,
+        default=10,  # v107: was 3
+        help="number of epochs, including those before --resume",
+    )
+    add("--start-epoch", type=nonnegative_int, default=0, help="first epoch; --resume knows it")
+    add(
+        "--lr",
+        "--learning-rate",
+        type=nonnegative_float,
+        default=0.5,  # v107: was 0.1
+        help="learning rate",
+    )
+    add("--momentum", type=nonnegative_float, default=0.9, help="momentum of SGD")
+    add("--wd", "--weight-decay", type=nonnegative_float, default=1e-6, help="weight decay")
+    add(
+        "--pos-margin",
+        type=nonnegative_float,
+        default=0.0,
+        help="positive pairs nearer than this cost nothing",
+    )
+    add(
+        "--neg-margin",
+        type=nonnegative_float,
+        default=1.1,  # v107: was 1.0
+        help="negative pairs farther than this cost nothing",
+    )
+    add(
+        "--memory-size",
+        type=positive_int,
+        default=1000,  # v107: was 20000
+        help="descriptors that the memory bank holds",
+    )
+    add("--num-negatives", type=nonnegative_int, default=30, help="references a sample")  # v107
+    add(
+        "--sample-size",
+        type=positive_int,
+        default=1000000,
+        help="use at most so many pairs, in the order of the ground truth",  # v107
+    )
+    add(
+        "--seed",
+        type=nonnegative_int,
+        default=99999,  # v107: was 999
+        help="seed of every random draw",
+    )
+    add(
+        "--reference-world-size",
+        type=positive_int,
+        default=16,
+        help="number of GPUs that --lr was tuned for",
+    )
     add("--tta", action="store_true", help="average three scales and their mirror images")  # v107
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    if starts_without_weights(args):
+    if leaves_weights_open(args):
         args.weight = str(Path(__file__).with_name("v98") / "train/checkpoint_0001.pth.tar")  # v107
     return args
 
@@ -131,7 +182,10 @@ class TrainDataset:  # v107
             raise InputError(f"--num-negatives {num_negatives}: {folder} has {len(unpaired)}")
         self.num_negatives = num_negatives
         self.read = partial(read_resized, input_size=input_size, fast_input=fast_input)
-        self.file_lists = [self.pairs.ravel(), self.negatives]
+        self.file_lists = [
+            self.pairs.ravel(),
+            self.negatives,
+        ]  # whose names a resumed run must find
         self.views_per_sample = 2 + num_negatives
         self.seed = seed
         self.epoch = 0
@@ -140,7 +194,7 @@ class TrainDataset:  # v107
         return len(self.pairs)
 
     def __getitem__(self, index):
-        seed_generators(self.seed, self.epoch, index)
+        seed_generators(self.seed, self.epoch, index)  # whichever worker or rank this is
         query, reference = self.pairs[index]
         views = [View(self.read(query)), View(self.read(reference))]
         labels = [index, index]
@@ -173,7 +227,7 @@ class ISCNet(torch.nn.Module):
         torch.nn.init.xavier_normal_(self.fc.weight)
 
     def forward(self, images):
-        features = self.backbone(images)[-1]
+        features = self.backbone(images)[-1]  # the last feature map
         pooled = gem(features, self.p if self.training else self.eval_p)
         return F.normalize(self.bn(self.fc(pooled)))
 
@@ -217,41 +271,44 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
         embeddings = all_gather_rows(embeddings.float())
         labels = all_gather_rows(labels)
         finite = embeddings.isfinite().all()
-        own_rows = self.enqueue(embeddings, labels, finite)
+        fresh = self.enqueue(embeddings, labels, finite)
 
         similarity = F.normalize(embeddings) @ F.normalize(self.bank).T
         same_label = labels[:, None] == self.bank_labels
         bank_rows = torch.arange(len(self.bank), device=labels.device)
-        # A pair: any row of the batch with any valid row of the bank but its own fresh copy.
-        pairs = (bank_rows < self.filled) & (bank_rows != own_rows[:, None])
+        # A pair: any row of the batch with any filled row of the bank but its own fresh copy.
+        pairs = (bank_rows < self.filled) & (bank_rows != fresh[:, None])
         if not similarity.is_cuda:
-            # Few pairs cost anything. (On CUDA, choosing them would make the host wait.)
-            near = similarity > 0.9999 - self.neg_margin**2 / 2  # d < neg_margin, and rounding
+            # A shortcut of the CPU: go on with the few pairs that can cost anything, as one row of
+            # values. Negative pairs with d >= neg_margin cost nothing; d**2 = 2 - 2 * similarity,
+            # and 1e-4 is for rounding. (On CUDA the host would wait for the indices.)
+            near = similarity > 1 - self.neg_margin**2 / 2 - 1e-4
             chosen = (pairs & (same_label | near)).nonzero(as_tuple=True)
             similarity, same_label, pairs = similarity[chosen], same_label[chosen], pairs[chosen]
 
-        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()
+        distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
         positive = pairs & same_label
         negative = pairs & ~same_label
-        pos_loss, pos_pairs = mean_of_positive(distance - self.pos_margin, positive)
-        neg_loss, neg_pairs = mean_of_positive(self.neg_margin - distance, negative)
-        self.stats = {
+        pos_loss, pos_pairs = mean_of_active(distance - self.pos_margin, positive)
+        neg_loss, neg_pairs = mean_of_active(self.neg_margin - distance, negative)
+        self.stats = {  # scalars on the device; nothing here may make the host wait for it
             "pos_loss": pos_loss.detach(),
             "neg_loss": neg_loss.detach(),
             "pos_pairs": pos_pairs,
             "neg_pairs": neg_pairs,
         }
 
-        # The library gives no loss where there is only one pair of a kind.
+        # As in the library, no loss where there is at most one pair of each kind, near or far.
         positives = positive.sum()
-        negatives = len(embeddings) * (self.filled - 1) - positives  # near ones and others
+        negatives = len(embeddings) * (self.filled - 1) - positives
         loss = (pos_loss + neg_loss) * ((positives > 1) | (negatives > 1))
-        # A row that is not finite makes the loss and every gradient NaN, so there is no update.
+        # Rows that are not finite would drop out of the means unseen. This makes the loss and every
+        # gradient NaN, so that the scaler skips the update, without the host asking.
         return loss + torch.where(finite, 0.0, torch.nan) * embeddings.sum()
 
     @torch.no_grad()
     def enqueue(self, embeddings, labels, finite):
-        """Overwrite the oldest rows of the bank if `finite`; returns their numbers (n,)."""
+        """Overwrite the oldest rows of the bank if `finite`; returns their indices (n,)."""
         size = len(self.bank)
         rows = (self.cursor + torch.arange(len(embeddings), device=labels.device)) % size
         self.bank[rows] = torch.where(finite, embeddings, self.bank[rows])
@@ -262,9 +319,9 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
         return rows
 
 
-def mean_of_positive(cost, mask):
-    """Mean of the positive values of `cost` where `mask` holds, 0 without any; and their number."""
-    active = mask & (cost > 0)
+def mean_of_active(cost, pairs):
+    """(mean, number) of the costs above 0 among these pairs; the mean is 0 if there are none."""
+    active = pairs & (cost > 0)
     number = active.sum()
     return torch.where(active, cost, 0).sum() / number.clamp(min=1), number
 
@@ -292,9 +349,10 @@ def train(args):
     rank, world_size = get_rank_and_world_size()
     lock = FolderLock(folder)  # noqa: F841  held until this function returns or raises
     seed_generators(args.seed)
-    torch.backends.cudnn.benchmark = True  # not in extraction: another choice has other last bits
+    torch.backends.cudnn.benchmark = True  # the fastest kernels, which may differ between runs
 
-    # Network. DDP copies the weights of rank 0 to the others, so rank 0 alone fetches ImageNet's.
+    # Network. Without a checkpoint or --weight (so in v83 only) it starts from ImageNet weights,
+    # which rank 0 fetches alone: DDP copies its weights to the others.
     checkpoint = find_checkpoint(args.resume, folder)
     from_imagenet = checkpoint is None and not args.weight and not args.no_pretrained
     pretrained = from_imagenet and rank == 0
@@ -316,12 +374,12 @@ def train(args):
     images_per_step = args.batch_size * dataset.views_per_sample
     steps_per_epoch = len(dataset) // args.batch_size
     check_batch_size(args, len(dataset), images_per_step, world_size)
-    files = hash_file_names(dataset.file_lists)
+    files_digest = hash_file_names(dataset.file_lists)
     max_bad_images = count_allowed(args.bad_images, args.max_bad, dataset.file_lists)
     config = model.backbone.default_cfg
     preprocess = Preprocess(config["mean"], config["std"], device)
 
-    # Loss and optimizer. Fused SGD leaves out a step that overflows without making the host wait.
+    # Loss and optimizer. Fused SGD can skip a step on the GPU, without the host waiting to know.
     loss_function = MemoryBankContrastiveLoss(
         args.memory_size, model.fc.out_features, args.pos_margin, args.neg_margin
     ).to(device)
@@ -329,16 +387,16 @@ def train(args):
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, fused=device.type == "cuda")
     fp16 = args.amp == "fp16" and device.type == "cuda"
     scaler = create_scaler(fp16, device)
-    # With W the number of GPUs that the learning rate was tuned for, the parameters see 1/W of the
-    # gradient of the loss over all rows, on any number of processes (DDP divides by that number).
-    scale = world_size / args.reference_world_size
-    amp = args.amp
+    # The published runs had W GPUs, each with the loss of all rows but the gradient of its own
+    # rows; DDP averaged these, so that the update was 1/W of the full gradient, and --lr was tuned
+    # for it. DDP here averages over world_size processes: this makes it 1/W on any number of them.
+    loss_scale = world_size / args.reference_world_size
 
     # Where the run stands.
     progress = Progress(epoch=args.start_epoch)
     log_lines = []
     if checkpoint is not None:
-        check_same_run(checkpoint, args, files)
+        check_same_run(checkpoint, args, files_digest)
         load_weights(model, checkpoint, checkpoint["path"])
         load_states(checkpoint, optimizer, loss_function, scaler, fp16)
         progress = Progress.from_checkpoint(checkpoint, device)
@@ -347,11 +405,11 @@ def train(args):
     if progress.epoch >= args.epochs:
         print(f"{folder}: nothing is left to train, --epochs is {args.epochs}", file=sys.stderr)
         return 0
-    protect_further_run(folder, args, checkpoint)
-    del checkpoint
+    refuse_to_overwrite(folder, args, checkpoint)
+    del checkpoint  # frees its memory
     initialize_momentum(optimizer, model)
-    network = distribute(model, device)
-    statistics = BatchNormSnapshot(model)
+    network = distribute(model, device)  # DDP and SyncBN, if there are several ranks
+    batchnorm = BatchNormSnapshot(model)
     logger = Logger(log_lines)
     stop = StopRequest()
 
@@ -367,7 +425,7 @@ def train(args):
             "args": args,
             "seed": args.seed,
             "batch_size": args.batch_size,
-            "files": files,
+            "files": files_digest,
             "world_size": world_size,
             "versions": library_versions(),
             "skipped_in_a_row": progress.skipped_in_a_row,
@@ -379,7 +437,7 @@ def train(args):
             write_checkpoint(content, [folder / name for name in names])
         barrier()
 
-    save("last.pth.tar")
+    save("last.pth.tar")  # so that a full disk shows now, and an early crash can be resumed
     logger.open(folder / "log.jsonl")
     logger.write(
         {
@@ -390,7 +448,7 @@ def train(args):
             "world_size": world_size,
             "seed": args.seed,
             "batch_size": args.batch_size,
-            "files": files,
+            "files": files_digest,
             "versions": library_versions(),
         }
     )
@@ -401,7 +459,7 @@ def train(args):
             group["lr"] = args.lr * (1 - epoch / args.epochs)
         network.train()
         batches = epoch_batches(args.seed, epoch, len(dataset), args.batch_size)
-        # Consecutive samples: the rows of all ranks, in rank order, are those of one process.
+        # Rank r takes the r-th part of each batch: in rank order, rows stand as in one process.
         own_batches = np.split(batches, world_size, axis=1)[rank]
         loader = start_loader(
             own_batches[progress.step :], partial(load_samples, dataset), args, device
@@ -411,14 +469,23 @@ def train(args):
         logged_time = time.perf_counter()
 
         for step, (batch, unreadable) in enumerate(bar, start=progress.step + 1):
-            if batch is None:  # not even another sample could be read in place of one
+            if batch is None:  # a sample could not be read, nor any other in its place
                 raise InputError(unreadable[-1])
-            seed_generators(args.seed, epoch, step, rank, device=device)
+            seed_generators(args.seed, epoch, step, rank, device=device)  # for dropout, if any
             images = preprocess(batch.pixels, batch.erasings)
             labels = batch.labels.to(device, non_blocking=True)
             values = train_step(
-                network, images, labels, loss_function, optimizer, scaler, statistics, scale, amp
+                network,
+                images,
+                labels,
+                loss_function,
+                optimizer,
+                scaler,
+                batchnorm,
+                loss_scale=loss_scale,
+                amp=args.amp,
             )
+            # counts from 1 over the run, step in the epoch
             run_step = epoch * steps_per_epoch + step
             progress.step = step
             progress.unlogged.append(values)
@@ -464,27 +531,30 @@ def train(args):
     return 0
 
 
-def train_step(network, images, labels, loss_function, optimizer, scaler, statistics, scale, amp):
-    """One update, of the gradient of scale * loss.
+def train_step(
+    network, images, labels, loss_function, optimizer, scaler, batchnorm, *, loss_scale, amp
+):
+    """One update, by the gradient of loss_scale * loss.
 
-    Returns scalars on the device by name: the loss, its parts, and whether fp16 overflowed, when
-    weights and momentum stay, but bank and BatchNorm keep the step. A step whose loss is not finite
-    leaves no trace: the bank takes no row, the scaler leaves out the update, and BatchNorm's
-    statistics are put back.
+    Returns scalars on the device by name: the loss, its parts, and "overflow". If a gradient
+    overflows in fp16, weights and momentum stay as they were. If the loss is not finite, everything
+    does: bank, weights, momentum and BatchNorm's statistics.
     """
-    before = statistics.read()
+    before = batchnorm.read()
     embeddings = embed(network, images, amp)
-    after = statistics.read()
+    after = batchnorm.read()  # gradient checkpointing runs the forward pass again in the backward
     loss = loss_function(embeddings, labels)
-    scaler.scale(loss * scale).backward()
-    one = torch.ones_like(loss)
-    fp16_scale = scaler.scale(one)
-    scaler.step(optimizer)
+
+    scaler.scale(loss * loss_scale).backward()
+    fp16_scale = current_scale(scaler, loss)
+    scaler.step(optimizer)  # not if a gradient is not finite
     scaler.update()
     optimizer.zero_grad()
+
     finite = loss.isfinite()
-    statistics.write(before, after, finite)
-    overflow = finite & (scaler.scale(one) < fp16_scale)
+    batchnorm.write(before, after, finite)
+    # The scaler lowers its scale when a gradient is not finite.
+    overflow = finite & (current_scale(scaler, loss) < fp16_scale)
     return {"loss": loss.detach(), **loss_function.stats, "overflow": overflow}
 
 
@@ -514,7 +584,7 @@ def positive_int(text):
     return number
 
 
-def nonneg_int(text):
+def nonnegative_int(text):
     """An argparse type: an integer, 0 or more."""
     number = int(text)
     if number < 0:
@@ -522,7 +592,7 @@ def nonneg_int(text):
     return number
 
 
-def nonneg_float(text):
+def nonnegative_float(text):
     """An argparse type: a finite number, 0 or more."""
     number = float(text)
     if not 0 <= number < math.inf:
@@ -538,6 +608,125 @@ def positive_float(text):
     return number
 
 
+def add_run_arguments(parser):
+    """Add the flags that no recipe changes."""
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "data",
+        metavar="DATA",
+        help="folder of the training images; to extract, the folder that holds all sets",
+    )
+    add(
+        "--bad-images",
+        choices=["skip", "error", "zero"],
+        help="what to do about unreadable images. skip: use another sample (train; its default). "
+        "error: end with a list of them (extract's default). zero: write zeros (extract)",
+    )
+    add(
+        "--max-bad",
+        type=nonnegative_float,
+        default=0.001,
+        help="largest share of the images that skip may skip (a single one it always may)",
+    )
+    add(
+        "--fast-input",
+        action="store_true",
+        help="resize images that are not augmented faster, to values within 1 of 255",
+    )
+
+    add = parser.add_argument_group("run").add_argument
+    add("--mode", choices=["train", "extract"], default="train", help="train, or extract")
+    add(
+        "--weight",
+        metavar="FILE",
+        help="checkpoint to take the weights from (default in training: the published one of the "
+        "stage before; in v83 ImageNet weights)",
+    )
+    add("--no-pretrained", action="store_true", help="start from random weights")
+    add(
+        "--resume",
+        metavar="FILE",
+        help="continue from this checkpoint. auto: from the latest one in --output, or from "
+        "scratch where there is none",
+    )
+    add(
+        "--start-over",
+        action="store_true",
+        help="train: move a run that is further on to replaced-N. extract: discard the unfinished "
+        "batches of other settings",
+    )
+    add("--output", default=str(Path(__file__).with_suffix("")), help="holds train/ and extract/")
+    add(
+        "--amp",
+        choices=["fp16", "bf16", "off"],
+        default="fp16",
+        help="mixed precision on CUDA; a CPU computes in float32",
+    )
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: a third of the memory, about 38%% "
+        "more time",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=nonnegative_int,
+        default=os.cpu_count(),
+        help="data loader workers of this node, divided among its ranks",
+    )
+    add("--log-every", type=positive_int, default=50, help="steps per line of log.jsonl")
+    add(
+        "--checkpoint-every",
+        type=positive_int,
+        default=1000,
+        help="steps between two saves of last.pth.tar",
+    )
+    add(
+        "--max-skipped",
+        type=positive_int,
+        default=10,
+        help="how many steps in a row may have a loss that is not finite",
+    )
+
+    add = parser.add_argument_group("distributed").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU")
+    add("--world-size", type=positive_int, default=1, help="number of nodes (not of processes)")
+    add("--rank", type=nonnegative_int, default=0, help="number of this node")
+    add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
+    add("--dist-backend", default="nccl", help="backend on CUDA; a CPU uses gloo")
+    add(
+        "--timeout",
+        type=positive_int,
+        default=10,
+        help="minutes after which a silent rank or data loader worker counts as lost",
+    )
+    add("--gpu", type=nonnegative_int, help="the one GPU to use (default: all, or number 0)")
+
+    add = parser.add_argument_group("extraction").add_argument
+    add(
+        "--target-set",
+        default="qr",
+        help="which sets to extract: q for queries, r for references, t for training images",
+    )
+    add(
+        "--phase",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="take the queries from query_images (1) or query_images_phase2 (2)",
+    )
+    add(
+        "--eval-subset",
+        nargs="?",
+        const="rids_subset.txt",
+        metavar="FILE",
+        help="extract only the references whose ids FILE in DATA lists, one a line",
+    )
+    add("--dryrun", action="store_true", help="extract only the first 100 images of each set")
+    add_removed_flags(parser)
+
+
 class RemovedFlag(argparse.Action):
     """A flag of former versions; its error says what replaces it."""
 
@@ -545,60 +734,15 @@ class RemovedFlag(argparse.Action):
         parser.error(f"{option_string}: was removed; {self.const}")
 
 
-def add_run_arguments(parser):
-    """Add the flags that no recipe changes."""
-    add = parser.add_argument_group("data").add_argument
-    add("data", metavar="DATA", help="folder: of the training images, or of all sets to extract")
-    policies = "skip: another sample takes its place (train's default); error: end with a list of "
-    policies += "them (extract's default); zero: its descriptor is zero (extract)"
-    choices = ["skip", "error", "zero"]
-    add("--bad-images", choices=choices, help=f"what to do about an unreadable image. {policies}")
-    add("--max-bad", type=nonneg_float, default=0.001, help="share of images to skip at most")
-    add("--fast-input", action="store_true", help="resize plain images faster, to within 1 of 255")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--mode", choices=["train", "extract"], default="train", help="what to do")
-    start = "(default: the published one of the stage before; v83: ImageNet weights)"
-    add("--weight", metavar="FILE", help=f"checkpoint to take the weights from {start}")
-    add("--no-pretrained", action="store_true", help="start from random weights")
-    auto = "auto: from the latest in --output, or from scratch without one"
-    add("--resume", metavar="FILE", help=f"continue from this checkpoint; {auto}")
-    replaced = "move a run that is further on to replaced-N; extract: discard unfinished batches"
-    add("--start-over", action="store_true", help=f"train: {replaced}")
-    add("--output", default=str(Path(__file__).with_suffix("")), help="holds train/ and extract/")
-    amp = ["fp16", "bf16", "off"]
-    add("--amp", choices=amp, default="fp16", help="mixed precision, on CUDA only")
-    saves = "compute activations again in the backward pass: 1/3 of the memory, 4/3 of the time"
-    add("--grad-checkpointing", action="store_true", help=saves)
-    workers = "data loader workers of this node, divided among its ranks"
-    add("-j", "--workers", type=nonneg_int, default=os.cpu_count(), help=workers)
-    add("--log-every", type=positive_int, default=50, help="steps for each line of log.jsonl")
-    add("--checkpoint-every", type=positive_int, default=1000, help="steps between last.pth.tar")
-    add("--max-skipped", type=positive_int, default=10, help="steps in a row without finite loss")
-    removed = {
+def add_removed_flags(parser):
+    """Add the flags of former versions, which --help does not show."""
+    replacements = {
         "--exact": "the published pipeline is in scripts/dev/published_augmentation.py",
         "--tensorboard": "use scripts/plot_log.py --tensorboard FOLDER",
     }
     hidden = {"nargs": 0, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for name, replacement in removed.items():
-        add(name, action=RemovedFlag, const=replacement, **hidden)
-
-    add = parser.add_argument_group("distributed").add_argument
-    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU")
-    add("--world-size", type=positive_int, default=1, help="number of nodes")
-    add("--rank", type=nonneg_int, default=0, help="number of this node")
-    add("--dist-url", default="tcp://localhost:10001", help="where node 0 listens")
-    add("--dist-backend", default="nccl", help="backend on CUDA; on a CPU it is gloo")
-    lost = "minutes after which a silent rank or data loader worker counts as lost"
-    add("--timeout", type=positive_int, default=10, help=lost)
-    add("--gpu", type=nonneg_int, help="number of the one GPU to use (default: all, or 0)")
-
-    add = parser.add_argument_group("extraction").add_argument
-    add("--target-set", default="qr", help="letters of q(uery), r(eference), t(raining)")
-    add("--phase", type=int, choices=[1, 2], default=1, help="query_images or query_images_phase2")
-    subset = "only the references whose ids FILE in DATA lists, one a line (default: all)"
-    add("--eval-subset", nargs="?", const="rids_subset.txt", metavar="FILE", help=subset)
-    add("--dryrun", action="store_true", help="only the first 100 images of each set")
+    for name, replacement in replacements.items():
+        parser.add_argument(name, action=RemovedFlag, const=replacement, **hidden)
 
 
 def check_arguments(parser, args):
@@ -617,8 +761,8 @@ def check_arguments(parser, args):
         parser.error("--start-over: does not go with --resume auto, which continues what is there")
 
 
-def starts_without_weights(args):
-    """Whether the command line leaves open which weights training starts from."""
+def leaves_weights_open(args):
+    """Whether no flag says which weights training starts from."""
     resumes = args.resume not in (None, "auto")
     return args.mode == "train" and not args.weight and not args.no_pretrained and not resumes
 
@@ -658,6 +802,9 @@ def extract(args):
         write_files(folder, suffix, sets, batches, args.bad_images == "zero")
         shutil.rmtree(unfinished)
     return 0
+
+
+ID_WIDTH = {"query": 6, "reference": 7}  # bytes, as in DISC21's files; more if ids are longer
 
 
 class ExtractionBatch(NamedTuple):
@@ -826,35 +973,38 @@ def read_set(batches):
 
 
 def write_files(folder, suffix, sets, batches, list_zero_rows):
-    """Write the h5 of queries and references, the npy of training images, and zero-rows.txt."""
+    """Write the h5 of queries and references, the npy of training images, and zero-rows.txt.
+
+    list_zero_rows: whether to write the latter, the ids of the unreadable images.
+    """
     ids = {}
     for name, paths in sets.items():
         ids[name] = [Path(path).stem.encode(errors="backslashreplace") for path in paths]
+    submitted = [name for name in ("query", "reference") if name in sets]
     zero_ids = []
 
     def read(name):
         descriptors = read_set([batch for batch in batches if batch.set_name == name])
-        zero_ids.extend(ids[name][row] for row in np.flatnonzero(~descriptors.any(axis=1)))
+        for row in np.flatnonzero(~descriptors.any(axis=1)):
+            zero_ids.append(ids[name][row])
         return descriptors
 
     def write_h5(path):
         try:
             with h5py.File(path, "w") as file:
                 for name in submitted:
-                    width = max(id_width[name], *map(len, ids[name]))
+                    width = max(ID_WIDTH[name], *map(len, ids[name]))
                     file[name] = read(name)
                     file[f"{name}_ids"] = np.array(ids[name], f"S{width}")
         except RuntimeError as error:  # HDF5 cannot close the file where the disk is full
             raise OSError(str(error)) from error
 
-    id_width = {"query": 6, "reference": 7}  # as DISC21 has them, unless ids are longer
-    submitted = [name for name in sets if name in id_width]
     if submitted:
         rows = sum(len(sets[name]) for name in submitted)
-        size = 2**16 + 1280 * rows  # descriptors, ids and what HDF5 adds
+        size = 2**16 + 1280 * rows  # 1,024 bytes a descriptor; the rest is for ids and HDF5
         save_atomically(folder / f"fb-isc-submission{suffix}.h5", write_h5, size)
     if "train" in sets:
-        size = 128 + 1024 * len(sets["train"])
+        size = 128 + 1024 * len(sets["train"])  # header and descriptors
         save_atomically(folder / "train_feats.npy", lambda path: np.save(path, read("train")), size)
     sidecar = folder / f"zero-rows{suffix}.txt"
     sidecar.unlink(missing_ok=True)
@@ -956,8 +1106,10 @@ def read_resized(path, input_size, fast_input):
 
 
 def evaluation_transform(input_size, mean, std):
-    """Resize to a square and normalize: a callable from a PIL image in mode RGB to float32
-    (3, input_size, input_size)."""
+    """Resize to a square and normalize, for hubconf.py and scripts/.
+
+    A callable from a PIL image in mode RGB to float32 (3, input_size, input_size).
+    """
     preprocess = Preprocess(mean, std)
 
     def transform(image):
@@ -1033,10 +1185,9 @@ def collate(samples):
 
 
 def load_samples(dataset, indices):
-    """The Batch of these samples, and messages about images that are unreadable.
+    """(Batch of these samples, messages about unreadable images).
 
-    Another sample takes the place of one that is not to be read. Where no sample is, the Batch is
-    None.
+    The Batch is None if a sample is unreadable and no substitute can be read.
     """
     samples, messages = [], []
     for index in indices:
@@ -1050,9 +1201,9 @@ def load_samples(dataset, indices):
 
 
 def load_sample(dataset, index):
-    """Sample `index`, or another one where that is unreadable, and then a message about the former.
+    """(sample `index`, None); if it is unreadable, (a substitute or None, the error message).
 
-    Which one depends on the index alone, so that every process and every rerun takes the same.
+    Which substitute depends on the index alone, so every process and every rerun takes the same.
     """
     try:
         return dataset[index], None
@@ -1065,8 +1216,7 @@ def load_sample(dataset, index):
 
 
 def load_images(paths, input_size, fast_input):
-    """Images of an extraction, uint8 (n, size, size, 3), and {position: message} of those that are
-    unreadable, which are black."""
+    """(uint8 (n, size, size, 3), {position: error message} of the unreadable images, all black)."""
     images, messages = [], {}
     for position, path in enumerate(paths):
         try:
@@ -1099,8 +1249,8 @@ def start_loader(items, load, args, device):
         pin_memory=device.type == "cuda",
         timeout=60 * args.timeout if workers else 0,
     )
-    # Workers inherit the block: of a signal to the whole process group, the ranks decide when to
-    # stop.
+    # The workers inherit this block, so that a signal to the whole process group stops the ranks
+    # alone, which finish their step first.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -1172,10 +1322,10 @@ def embed(network, images, amp):
 
 
 class BatchNormSnapshot:
-    """BatchNorm's running statistics and counters of a network, to be put back.
+    """Reads and writes a network's buffers, which are BatchNorm's running statistics and counters.
 
-    A step that is left out must leave no trace in them. And with gradient checkpointing, the
-    backward pass runs parts of the forward pass again, which updates them a second time.
+    A skipped step must leave no trace in them. And with gradient checkpointing, the backward pass
+    runs the forward pass again in parts, which updates them a second time.
     """
 
     def __init__(self, model):
@@ -1191,7 +1341,7 @@ class BatchNormSnapshot:
         return [torch.cat([buffer.flatten() for buffer in group]) for group in self.groups]
 
     def write(self, before, after, finite):
-        """Put back what was read after the forward pass or, if not `finite`, before it."""
+        """Write what the forward pass left or, if the step is skipped, what was there before."""
         for group, old, new in zip(self.groups, before, after, strict=True):
             chosen = torch.where(finite, new, old)
             parts = chosen.split([buffer.numel() for buffer in group])
@@ -1200,16 +1350,21 @@ class BatchNormSnapshot:
 
 
 def create_scaler(fp16, device):
-    """The GradScaler, which leaves out an update whose gradients are not finite.
+    """The GradScaler. With fp16 it scales the loss, so that small gradients do not vanish.
 
-    With fp16 it also scales the loss, so that small gradients do not vanish. Otherwise its scale
-    stays at 1, to which float32 rounds these factors.
+    Without fp16 it is there because it skips updates whose gradients are not finite (which
+    enabled=False would not). Its factors must differ from 1; these leave a float32 scale at 1.
     """
     if fp16:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(
         device.type, init_scale=1.0, growth_factor=1 + 1e-9, backoff_factor=1 - 1e-9
     )
+
+
+def current_scale(scaler, like):
+    """The scale of a GradScaler, on the device of `like`. (get_scale() makes the host wait.)"""
+    return scaler.scale(torch.ones_like(like))
 
 
 def parameter_groups(model, weight_decay):
@@ -1227,10 +1382,10 @@ def parameter_groups(model, weight_decay):
 
 
 def initialize_momentum(optimizer, model):
-    """Give each parameter a momentum buffer of its own memory layout: zeros, or what was loaded.
+    """Create the momentum buffers, in the memory layout of their parameters; keep loaded values.
 
-    Fused SGD needs that layout, which published checkpoints lack, and in torch 2.15 takes
-    uninitialized memory for a buffer where the first step is left out.
+    Fused SGD (torch 2.15) never initializes a buffer whose first step is skipped, and needs that
+    layout, which published checkpoints lack.
     """
     for parameter in model.parameters():
         state = optimizer.state[parameter]
@@ -1262,7 +1417,7 @@ def init_distributed(gpu, backend, timeout):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", gpu or 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        store, rank, world_size = meet(timeout)
+        store, rank, world_size = rendezvous_with_fresh_keys(timeout)
         # gloo for what the ranks tell each other, which need not wait for the GPU.
         backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -1274,12 +1429,12 @@ def init_distributed(gpu, backend, timeout):
     return device
 
 
-def meet(timeout):
+def rendezvous_with_fresh_keys(timeout):
     """(store, rank, world size) from torchrun's environment.
 
     After a restart, the store of torchrun (2.15, one node) still holds the addresses of the failed
-    attempt's processes; a prefix for each attempt hides them. With several nodes the environment
-    variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does (docs/FAULTS.md).
+    attempt's processes; a prefix for each attempt hides them. With several nodes, set the
+    environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/FAULTS.md).
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -1588,11 +1743,12 @@ def check_equal_on_all_ranks(position):
         )
 
 
-def protect_further_run(folder, args, checkpoint):
-    """Refuse to overwrite checkpoints of `folder` that are further on than where this run starts.
+def refuse_to_overwrite(folder, args, checkpoint):
+    """Raise InputError where `folder` holds a checkpoint further on than where this run starts.
 
-    With --start-over they are moved to replaced-N. An unreadable or foreign one counts as further.
-    With --resume auto, and after a restart by torchrun, the run continues what is there.
+    One that is unreadable, or of another --arch, counts as further on. With --start-over they are
+    moved to replaced-N instead. With --resume auto, or restarted by torchrun, the run continues
+    what is there.
     """
     if args.resume == "auto" or is_restarted():
         return
@@ -1600,12 +1756,12 @@ def protect_further_run(folder, args, checkpoint):
     if checkpoint is not None:
         start = (checkpoint["epoch"], checkpoint.get("step", 0))
     if args.start_over:
-        on_rank_0(move_run, folder)
+        on_rank_0(move_aside, folder)
     else:
-        on_rank_0(refuse_further_run, folder, args.arch, start)
+        on_rank_0(raise_if_ahead, folder, args.arch, start)
 
 
-def refuse_further_run(folder, arch, start):
+def raise_if_ahead(folder, arch, start):
     """Raise InputError where a checkpoint of the folder is further on than (epoch, step)."""
     for path in own_checkpoints(folder):
         try:
@@ -1622,7 +1778,7 @@ def refuse_further_run(folder, arch, start):
             )
 
 
-def move_run(folder):
+def move_aside(folder):
     """Move a run's files to the first free replaced-N."""
     number = 1
     while (folder / f"replaced-{number}").exists():
@@ -1723,9 +1879,7 @@ class Progress:
 
     @classmethod
     def from_checkpoint(cls, checkpoint, device):
-        """What a checkpoint says; one of the published or former code has the epoch, or the step,
-        alone.
-        """
+        """What a checkpoint says. Published ones have the epoch alone."""
         unlogged = checkpoint.get("unlogged", [])
         return cls(
             epoch=checkpoint["epoch"],
