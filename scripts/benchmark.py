@@ -354,7 +354,15 @@ def training_steps(arch, size, images, device):
             inputs = preprocess(batch.pixels, batch.erasings)
             labels = batch.labels.to(device, non_blocking=True)
             values = v83.train_step(
-                ours, inputs, labels, loss_function, optimizer, scaler, batchnorm, scale, "fp16"
+                ours,
+                inputs,
+                labels,
+                loss_function,
+                optimizer,
+                scaler,
+                batchnorm,
+                loss_scale=scale,
+                amp="fp16",
             )
             losses.append(values["loss"])
         return torch.stack(losses).mean().item()

@@ -204,8 +204,8 @@ class Step:
             self.optimizer,
             self.scaler,
             self.statistics,
-            scale,
-            self.amp,
+            loss_scale=scale,
+            amp=self.amp,
         )
 
     def parameters(self):
@@ -371,8 +371,8 @@ def measured_step(stage, amp, grad_checkpointing):
             optimizer,
             scaler,
             statistics,
-            1.0,
-            amp,
+            loss_scale=1.0,
+            amp=amp,
         )
 
     for _ in range(3):  # cuDNN tries its algorithms
