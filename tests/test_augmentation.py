@@ -33,7 +33,7 @@ SIZE = 64  # of the views
 DRAWS = 2000
 SHUFFLED = (
     "jitter",
-    "pixelization",
+    "pixelize",
     "shuffle_pixels",
     "encoding_quality",
     "to_grayscale",
@@ -182,7 +182,8 @@ def test_edges_are_the_published_ones(width, height):
 
 @pytest.mark.parametrize("name", ["pixelize", "encode_as_jpeg", "overlay_text", "overlay_emoji"])
 def test_operations_that_are_the_published_ones(name):
-    """The same draws and the same pixels. Of text: fonts, glyphs, sizes, colors and places."""
+    """The same draws and the same pixels. Of text: fonts, glyphs, sizes, colors and places; of
+    pixelization: the ratio."""
     pixels = smooth(200, 150)
     image = Image.fromarray(pixels)
     changed = 0
@@ -482,10 +483,9 @@ def draws(request, tmp_path_factory):
         recorder = Recorder(patch)
         for name in ("rotate", "overlay_image", "gaussian_blur", "shuffle_pixels", "to_grayscale"):
             recorder.replace(stage, name)
-        for name in ("horizontal_flip", "vertical_flip"):
+        for name in ("horizontal_flip", "vertical_flip", "pixelize"):
             recorder.replace(stage, name)
-        for name in ("pixelization", "encoding_quality"):
-            recorder.replace(stage.imaugs, name)
+        recorder.replace(stage.imaugs, "encoding_quality")
         recorder.observe_params(transforms.RandomResizedCrop, "crop")
         recorder.observe_params(transforms.ColorJitter, "jitter")
         recorder.observe_params(transforms.RandomPerspective, "perspective")
@@ -544,7 +544,7 @@ def test_probabilities(draws):
     expected = {
         "rotate": recipe.p,
         "overlay_image": recipe.overlay_p,
-        "pixelization": 0.25,
+        "pixelize": 0.25,
         "shuffle_pixels": 0.25,
         "encoding_quality": recipe.p,
         "to_grayscale": 0.25,
@@ -638,7 +638,6 @@ def test_crop_ranges(draws):
 
 
 def test_ranges_of_the_shuffled_list(draws):
-    assert_uniform([call.ratio for call in calls_of(draws, "pixelization")], 0.1, 1)
     assert_uniform([call.radius for call in calls_of(draws, "gaussian_blur")], 0, 10)
     qualities = [call.quality for call in calls_of(draws, "encoding_quality")]
     centers = [round(call.kernel[1, 1]) for call in calls_of(draws, "edges")]
