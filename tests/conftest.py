@@ -148,6 +148,7 @@ def pytest_collection_modifyitems(items):
         "test_benchmark",
         "test_checkpoints",
         "test_bad_images",
+        "test_grad_checkpointing",
     ]
     longest += ["test_loss", "test_readme", "test_own_data"]
     items.sort(

@@ -547,8 +547,8 @@ class Training:
             self.optimizer,
             self.scaler,
             self.statistics,
-            scale,
-            "off",
+            loss_scale=scale,
+            amp="off",
         )
         return {name: value.item() for name, value in values.items()}
 
@@ -595,6 +595,7 @@ def test_an_update_that_overflows_is_left_out(fused):
     learned, kept = training.learned(), training.kept()
     values = training.step(scale=torch.inf)  # of the gradients; the loss is finite
     assert np.isfinite(values["loss"])
+    assert training.scaler.get_scale() == 1  # without fp16
     assert_same(training.learned(), learned)
     assert not any(torch.equal(new, old) for new, old in zip(training.kept(), kept, strict=True))
     training.step()
