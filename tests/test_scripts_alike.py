@@ -191,12 +191,13 @@ def untagged_changes(old, new, old_source, new_source):
     out, may also return to what was there before.
     """
     before, after = experiment(old_source), experiment(new_source)
+    all_old_lines, all_new_lines = old_source.splitlines(), new_source.splitlines()
     given_up, added = tagged_lines(old_source, old), tagged_lines(new_source, new)
     untagged = []
     for name, new_numbers in after.items():
         old_numbers = before.get(name, [])
-        old_lines = [old_source.splitlines()[number - 1] for number in old_numbers]
-        new_lines = [new_source.splitlines()[number - 1] for number in new_numbers]
+        old_lines = [all_old_lines[number - 1] for number in old_numbers]
+        new_lines = [all_new_lines[number - 1] for number in new_numbers]
         without_tags = [re.sub(rf"  # {old}(: .*)?$", "", line) for line in old_lines]
         matcher = difflib.SequenceMatcher(None, without_tags, new_lines, autojunk=False)
         for kind, a, b, c, d in matcher.get_opcodes():
