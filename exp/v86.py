@@ -26,6 +26,7 @@ import math
 import os
 import pickletools
 import random
+import re
 import shutil
 import signal
 import socket
@@ -284,22 +285,24 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
         finite = embeddings.isfinite().all()
         fresh = self.enqueue(embeddings, labels, finite)
 
-        similarity = F.normalize(embeddings) @ F.normalize(self.bank).T
-        same_label = labels[:, None] == self.bank_labels
-        bank_rows = torch.arange(len(self.bank), device=labels.device)
-        # A pair: any row of the batch with any filled row of the bank but its own fresh copy.
-        pairs = (bank_rows < self.filled) & (bank_rows != fresh[:, None])
-        if not similarity.is_cuda:
-            # A shortcut of the CPU: go on with the few pairs that can cost anything, as one row of
-            # values. Negative pairs with d >= neg_margin cost nothing; d**2 = 2 - 2 * similarity,
-            # and 1e-4 is for rounding. (On CUDA the host would wait for the indices.)
-            near = similarity > 1 - self.neg_margin**2 / 2 - 1e-4
-            chosen = (pairs & (same_label | near)).nonzero(as_tuple=True)
-            similarity, same_label, pairs = similarity[chosen], same_label[chosen], pairs[chosen]
+        queries = F.normalize(embeddings)
+        if queries.is_cuda:
+            similarity = queries @ F.normalize(self.bank).T
+            same_label = labels[:, None] == self.bank_labels
+            bank_rows = torch.arange(len(self.bank), device=labels.device)
+            # A pair: any row of the batch with any filled row of the bank but its own fresh copy.
+            pairs = (bank_rows < self.filled) & (bank_rows != fresh[:, None])
+            positive = pairs & same_label
+            negative = pairs & ~same_label
+        else:
+            # A shortcut of the CPU: go on with the few of these pairs that can cost anything. (On
+            # CUDA the host would wait for the indices.)
+            row, column = self.choose_pairs(queries, labels, fresh)
+            similarity = (queries[row] * F.normalize(self.bank[column])).sum(dim=1)
+            positive = labels[row] == self.bank_labels[column]
+            negative = ~positive
 
         distance = (2 - 2 * similarity).clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
-        positive = pairs & same_label
-        negative = pairs & ~same_label
         pos_loss, pos_pairs = mean_of_active(distance - self.pos_margin, positive)
         neg_loss, neg_pairs = mean_of_active(self.neg_margin - distance, negative)
         self.stats = {  # scalars on the device; nothing here may make the host wait for it
@@ -316,6 +319,22 @@ class MemoryBankContrastiveLoss(torch.nn.Module):
         # Rows that are not finite would drop out of the means unseen. This makes the loss and every
         # gradient NaN, so that the scaler skips the update, without the host asking.
         return loss + torch.where(finite, 0.0, torch.nan) * embeddings.sum()
+
+    @torch.no_grad()
+    def choose_pairs(self, queries, labels, fresh):
+        """The pairs that are positive or near: (rows of the batch, rows of the bank).
+
+        Negative pairs with d >= neg_margin cost nothing; d**2 = 2 - 2 * similarity, and 1e-4 is for
+        rounding. In place, as the matrices are large.
+        """
+        similarity = queries @ self.bank.T
+        similarity /= self.bank.norm(dim=1).clamp(min=1e-12)
+        chosen = similarity > 1 - self.neg_margin**2 / 2 - 1e-4
+        del similarity
+        chosen |= labels[:, None] == self.bank_labels
+        chosen[:, self.filled :] = False
+        chosen[torch.arange(len(fresh)), fresh] = False
+        return chosen.nonzero(as_tuple=True)
 
     @torch.no_grad()
     def enqueue(self, embeddings, labels, finite):
@@ -407,7 +426,8 @@ def train(args):
         log_lines = checkpoint.get("log", [])
     check_equal_on_all_ranks((progress.epoch, progress.step))
     if progress.epoch >= args.epochs:
-        print(f"{folder}: nothing is left to train, --epochs is {args.epochs}", file=sys.stderr)
+        if rank == 0:
+            print(f"{folder}: nothing is left to train, --epochs is {args.epochs}", file=sys.stderr)
         return 0
     refuse_to_overwrite(folder, args, checkpoint)
     del checkpoint  # frees its memory
@@ -523,8 +543,9 @@ def train(args):
             if stopping or step % args.checkpoint_every == 0:
                 save("last.pth.tar")
             if stopping:
-                place = f"step {step} of epoch {epoch}"
-                print(f"stopped after {place}; --resume auto continues", file=sys.stderr)
+                if rank == 0:
+                    place = f"step {step} of epoch {epoch}"
+                    print(f"stopped after {place}; --resume auto continues", file=sys.stderr)
                 return os.EX_TEMPFAIL
 
         progress.epoch = epoch + 1
@@ -761,6 +782,10 @@ def check_arguments(parser, args):
         parser.error("--mode extract: needs --weight FILE")
     if args.mode == "train" and args.start_over and args.resume == "auto":
         parser.error("--start-over: does not go with --resume auto, which continues what is there")
+    if args.rank >= args.world_size:
+        parser.error(f"--rank {args.rank}: must be below --world-size {args.world_size}")
+    if not re.fullmatch(r"(\w+://)?[^/]+:\d+", args.dist_url):
+        parser.error(f"--dist-url {args.dist_url}: must be like tcp://HOST:PORT")
 
 
 def leaves_weights_open(args):
@@ -1039,7 +1064,7 @@ def to_array(image):
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, with the same draws, within 1 of Pillow's values."""
+    """torchvision's, with the same draws, within 1 of Pillow's values (a few within 2)."""
 
     def forward(self, pixels):
         top, left, height, width = self.get_params(as_tensor(pixels), self.scale, self.ratio)
@@ -1048,9 +1073,10 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
 
 class ColorJitter(transforms.ColorJitter):
-    """torchvision's, with the same draws, by OpenCV.
+    """torchvision's, with the same draws, by OpenCV; all four ranges must be given.
 
-    Of 1,000 values one is off by 1; by a change of hue, two of 5, by up to 13.
+    Of 1,000 values one is off by 1; by a change of hue, two of 5, by up to 13, which a change of
+    contrast or saturation after it can enlarge.
     """
 
     def forward(self, pixels):
@@ -1059,13 +1085,13 @@ class ColorJitter(transforms.ColorJitter):
         )
         for operation in order.tolist():
             if operation == 0:
-                pixels = blend(pixels, np.zeros_like(pixels), brightness)
+                pixels = blend_with_constant(pixels, brightness, 0)
             elif operation == 1:
                 mean = round(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0])
-                pixels = blend(pixels, np.full_like(pixels, mean), contrast)
+                pixels = blend_with_constant(pixels, contrast, mean)
             elif operation == 2:
-                gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-                pixels = blend(pixels, cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), saturation)
+                gray = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+                pixels = cv2.addWeighted(pixels, saturation, gray, 1 - saturation, ROUND_DOWN)
             else:
                 hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
                 hsv[..., 0] += np.uint8(int(hue * 255) % 256)
@@ -1073,9 +1099,9 @@ class ColorJitter(transforms.ColorJitter):
         return pixels
 
 
-def blend(pixels, other, factor):
-    """factor * pixels + (1 - factor) * other, in 0 to 255."""
-    return cv2.addWeighted(pixels, factor, other, 1 - factor, ROUND_DOWN)
+def blend_with_constant(pixels, factor, constant):
+    """factor * pixels + (1 - factor) * constant, in 0 to 255."""
+    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * constant + ROUND_DOWN)
 
 
 def pixelize(pixels):
@@ -1622,12 +1648,13 @@ def create_model(arch, gem_p, gem_eval_p, device, pretrained=False):
 
 
 def enable_grad_checkpointing(backbone, arch):
-    """Have the backbone compute its activations again in the backward pass, in place of keeping
-    them.
-    """
-    if not hasattr(backbone, "set_grad_checkpointing"):
-        raise InputError(f"--grad-checkpointing: timm cannot do it for {arch}; leave the flag out")
-    backbone.set_grad_checkpointing(True)
+    """Have the backbone compute activations again in the backward pass, not keep them."""
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # not there, or not supported
+        raise InputError(
+            f"--grad-checkpointing: timm cannot do it for {arch}; leave the flag out"
+        ) from error
 
 
 def embed(network, images, amp):
@@ -1775,7 +1802,7 @@ def distribute(model, device):
     if device.type == "cuda":  # torch's own converter drops the activation of timm's BatchNormAct2d
         timm.layers.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -2238,14 +2265,19 @@ def to_device(values, device):
 
 # ---- main ----
 def check_gpu(args):
-    """Raise InputError where GPUs are asked for and there, but torch cannot use them.
+    """Raise InputError where the command asks for a GPU that torch cannot use.
 
-    Training would go on for weeks on the CPU. CUDA_VISIBLE_DEVICES, empty or -1, is a wish for
-    that.
+    Where there are GPUs, but the driver is too old for torch, training would go on for weeks on the
+    CPU. CUDA_VISIBLE_DEVICES, empty or -1, is a wish for that.
     """
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if args.gpu is not None and args.gpu >= count:
+            raise InputError(f"--gpu {args.gpu}: torch sees {count}, numbered from 0")
+        return
     asked = args.gpu is not None or args.multiprocessing_distributed
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not asked or hidden or torch.cuda.is_available():
+    if not asked or hidden:
         return
     if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
         raise InputError(

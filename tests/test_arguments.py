@@ -88,7 +88,8 @@ def test_wrong_values_are_refused(refuse, stage, flag, kind):
 def test_right_values_pass(stage, flag, kind):
     dest = flag.lstrip("-").replace("-", "_")
     for value, expected in KINDS[kind][1].items():
-        found = getattr(parse(stage, flag, value), SHORT.get(dest, dest))
+        nodes = ["--world-size", "1000"] if flag == "--rank" else []
+        found = getattr(parse(stage, *nodes, flag, value), SHORT.get(dest, dest))
         assert (found, type(found)) == (expected, type(expected))
 
 
@@ -106,6 +107,8 @@ def test_refusal_by_a_whole_command(tmp_path):
         (["--mode", "extract"], ["--weight"]),
         (["--start-over", "--resume", "auto"], ["--start-over", "--resume auto"]),
         (["--no-such-flag"], ["--no-such-flag"]),
+        (["--world-size", "2", "--rank", "2"], ["--rank 2", "--world-size 2"]),
+        (["--dist-url", "node0"], ["--dist-url node0", "tcp://HOST:PORT"]),
     ],
 )
 def test_flags_that_contradict_each_other(refuse, argv, words):
