@@ -150,10 +150,11 @@ def run_stage(stage, argv, environment, limits, output, hold, inject):
     try:
         code = module.main(argv)
     except (Exception, KeyboardInterrupt) as error:
-        traceback.print_exc()
         uncaught = error  # noqa: F841  as in a command, what the traceback refers to lives on
         code = 1
-    atexit._run_exitfuncs()  # multiprocessing leaves them out
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
     (output / "memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
     sys.exit(code)
 
