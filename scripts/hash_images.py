@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from postprocess import atomic
+from common.files import atomic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
 

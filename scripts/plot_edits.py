@@ -16,11 +16,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from eval_metrics import load_candidates, read_ground_truth
-from plot_log import FORMATS
-from postprocess import atomic
-from report import rank, read_edits, scores_by_edit
-from validate_submission import InputError
+from common.cli import FORMATS
+from common.errors import InputError
+from common.evaluation import load_candidates, rank, read_edits, read_ground_truth, scores_by_edit
+from common.files import atomic
 
 
 def edit_scores(submissions, ground_truth, edits):

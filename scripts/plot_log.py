@@ -25,10 +25,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from postprocess import atomic
-from validate_submission import InputError
+from common.cli import FORMATS
+from common.errors import InputError
+from common.files import atomic
 
-FORMATS = (".png", ".svg", ".pdf")
 PANELS = {  # of each value in the log: its title
     "loss": "loss",
     "pos_loss": "positive term",

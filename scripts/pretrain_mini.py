@@ -46,8 +46,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from make_dataset import parallel
-from postprocess import atomic
+from common.files import atomic
+from common.parallel import parallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
 

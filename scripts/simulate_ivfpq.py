@@ -22,8 +22,9 @@ import time
 import faiss
 import numpy as np
 
-from postprocess import at_least, nearest, normalise
-from validate_submission import InputError
+from common.cli import at_least
+from common.errors import InputError
+from common.search import nearest, normalise
 
 DIMENSIONS = 256
 BLOCK = 65536  # descriptors made at once

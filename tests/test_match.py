@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from PIL import Image
 import make_dataset
 import match
 import v107
+from common import page
 from conftest import ROOT, assert_refused, called, run
 from postprocess import database_augmentation, negative_embedding_subtraction
 
@@ -238,7 +238,7 @@ def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
     assert "200000000 pixels" in reasons["huger.png"]
     assert (
         reasons["text.jpg"] == reasons["vector.gif"]
-        and "no picture in a known format (JPEG" in reasons["text.jpg"]
+        and "no picture in a known format (AVIF" in reasons["text.jpg"]
     )
     assert reasons["pipe.jpg"] == "no file"
     code, rows, err = do(folder, "--bad-images", "error")
@@ -290,14 +290,13 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
         assert files >= {*odd, b"5.png"}
     assert err.splitlines()[-1].endswith(
         r"bad\n\udcff.png: no picture in a known format "
-        "(JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIF)"
+        "(AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, HEIF)"
     )
 
 
 def test_report(folder, do, tmp_path, monkeypatch):
     given = []
-    stub = Namespace(write_match_page=lambda *arguments: given.append(arguments))
-    monkeypatch.setitem(sys.modules, "report", stub)
+    monkeypatch.setattr(page, "write_match_page", lambda *arguments: given.append(arguments))
     (folder / "bad.jpg").write_bytes(b"")
     _, rows, _ = do(folder, "--report", tmp_path / "page.html")
     ((output, matches, bad, threshold),) = given

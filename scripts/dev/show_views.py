@@ -17,9 +17,11 @@ from pathlib import Path
 
 from torchvision.utils import save_image
 
+from common.cli import at_least
+from common.files import atomic
+
 sys.path.extend(str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts"))
 
-from postprocess import at_least, atomic
 
 STAGES = ("v83", "v86", "v98", "v107")
 FORMATS = {".png": "PNG", ".jpg": "JPEG"}
