@@ -312,12 +312,13 @@ def test_report(folder, do, tmp_path, monkeypatch):
         and matches["score"].dtype == float
     )
     assert [(Path(path).name, reason[:10]) for path, reason in bad] == [("bad.jpg", "no picture")]
-    monkeypatch.setitem(sys.modules, "report", None)
+    monkeypatch.setitem(sys.modules, "common.page", None)
+    monkeypatch.delattr(sys.modules["common"], "page")
     code, _, err = do(folder, "--report", tmp_path / "page.html")
     assert (
         code == 2
         and err.startswith("match.py: error: ")
-        and "report" in err
+        and "page" in err
         and "describing" not in err
     )
 

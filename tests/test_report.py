@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
+from common import page
 from conftest import assert_refused, called, run
 from eval_metrics import micro_metrics, read_ground_truth
 
