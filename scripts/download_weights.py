@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.files import atomic, sha256_of
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
@@ -85,17 +85,14 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     url, name = WEIGHTS[args.stage]
-    try:
-        path = args.exp / name
-        digest = download(args.url or url, path, args.sha256 and args.sha256.lower())
-        print(f"{digest}  {path}")
-    except (InputError, OSError) as error:
-        print(f"download_weights.py: error: {error}", file=sys.stderr)
-        return 2
+    path = args.exp / name
+    digest = download(args.url or url, path, args.sha256 and args.sha256.lower())
+    print(f"{digest}  {path}")
     return 0
 
 

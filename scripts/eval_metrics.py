@@ -27,7 +27,7 @@ from pathlib import Path
 
 from common.cli import at_least
 from common.descriptors import read_train
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.evaluation import (
     load_candidates,
     match,  # noqa: F401  a stable name of this command
@@ -127,27 +127,24 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        truth = read_ground_truth(args.ground_truth)
-        normalization = read_normalization(
-            args.score_normalization, args.normalization_beta, args.normalization_neighbours
-        )
-        candidates = load_candidates(
-            args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization
-        )
-        if track_of(args.submission, args.track) == "descriptor":
-            suffix = "_normalized" if normalization else ""
-            with atomic(
-                args.submission.with_name(f"{args.submission.stem}{suffix}_candidates.csv")
-            ) as file:
-                candidates.to_csv(file, index=False)
-        print(json.dumps(micro_metrics(candidates, truth)))
-    except (InputError, OSError) as error:
-        print(f"eval_metrics.py: error: {error}", file=sys.stderr)
-        return 2
+    truth = read_ground_truth(args.ground_truth)
+    normalization = read_normalization(
+        args.score_normalization, args.normalization_beta, args.normalization_neighbours
+    )
+    candidates = load_candidates(
+        args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization
+    )
+    if track_of(args.submission, args.track) == "descriptor":
+        suffix = "_normalized" if normalization else ""
+        with atomic(
+            args.submission.with_name(f"{args.submission.stem}{suffix}_candidates.csv")
+        ) as file:
+            candidates.to_csv(file, index=False)
+    print(json.dumps(micro_metrics(candidates, truth)))
     return 0
 
 

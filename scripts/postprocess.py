@@ -28,7 +28,7 @@ import pandas as pd
 
 from common.cli import at_least
 from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.search import described, nearest, normalise
 from common.submissions import (
@@ -183,15 +183,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        for path in postprocess(args):
-            print(path)
-    except (InputError, OSError) as error:
-        print(f"postprocess.py: error: {error}", file=sys.stderr)
-        return 2
+    for path in postprocess(args):
+        print(path)
     return 0
 
 

@@ -33,7 +33,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.evaluation import (
     PAIR,
     as_text,
@@ -407,18 +407,15 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        if args.ground_truth:
-            print(report_submission(args))
-        else:
-            gallery = GROUPS if args.gallery is None else args.gallery
-            print(write_match_page(args.output, read_pairs(args.submission), gallery=gallery))
-    except (InputError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.ground_truth:
+        print(report_submission(args))
+    else:
+        gallery = GROUPS if args.gallery is None else args.gallery
+        print(write_match_page(args.output, read_pairs(args.submission), gallery=gallery))
     return 0
 
 

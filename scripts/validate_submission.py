@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import one_line_errors
 from common.submissions import add_track_flags, check_matches, check_submission, track_of
 
 # ---- descriptor track ----
@@ -47,17 +47,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        if track_of(args.submission, args.track) == "matching":
-            print(check_matches(args.submission))
-        else:
-            print(check_submission(args.submission, challenge=True, partial=args.partial))
-    except (InputError, OSError) as error:
-        print(f"validate_submission.py: error: {error}", file=sys.stderr)
-        return 2
+    if track_of(args.submission, args.track) == "matching":
+        print(check_matches(args.submission))
+    else:
+        print(check_submission(args.submission, challenge=True, partial=args.partial))
     return 0
 
 

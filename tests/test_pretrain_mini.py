@@ -1,5 +1,5 @@
-"""scripts/pretrain_mini.py: pictures and views are drawn from the seed alone; a resumed run is the
-run in one piece.
+"""pretrain_mini.py: images and views are drawn from the seed alone; a resumed run is the run in one
+piece.
 """
 
 import json

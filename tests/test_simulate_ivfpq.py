@@ -1,4 +1,4 @@
-"""scripts/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
+"""scripts/dev/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
 table.
 """
 

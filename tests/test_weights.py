@@ -58,7 +58,7 @@ def test_weights_load_and_are_small(name):
 def test_make_starts_each_stage_from_the_one_before(commands):
     runs, (dash, *files) = commands
     assert [script for script, *_ in runs] == [
-        "scripts/pretrain_mini.py",
+        "weights/pretraining/pretrain_mini.py",
         *(f"exp/{stage}.py" for stage in ("v83", "v86", "v98")),
         "scripts/make_dataset.py",
         "exp/v107.py",

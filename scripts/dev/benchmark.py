@@ -1,9 +1,9 @@
 """How fast each part is, against the published way of doing it, in the same run: what `make
 benchmark` runs.
 
-    python scripts/benchmark.py  # everything, at most 10 minutes on two cores
-    python scripts/benchmark.py loss search --rounds 9  # some parts, more often
-    python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
+    python scripts/dev/benchmark.py  # everything, at most 10 minutes on two cores
+    python scripts/dev/benchmark.py loss search --rounds 9  # some parts, more often
+    python scripts/dev/benchmark.py augmentation --photos ~/Pictures --json figures.json
 
 A is the published way, written plainly, B is what this project's scripts do: see each part's
 description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's
@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+
 # Looking for a GPU must not spoil CUDA for the processes that are forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says that there is no GPU, and more
@@ -59,10 +61,6 @@ import eval_metrics
 import export
 import make_dataset
 import postprocess
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "dev"))
-
 import published_augmentation
 import v83
 
