@@ -14,7 +14,7 @@ import pytest
 import eval_metrics
 import postprocess
 import validate_submission
-from common import descriptors, submissions
+from common import descriptors, errors, submissions
 from conftest import ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "validate_submission.py"
@@ -484,7 +484,7 @@ def test_lies_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(h5py.Dataset, "__getitem__", read)
     for check in (submissions.read_submission, validate_submission.check_submission):
-        with pytest.raises(validate_submission.InputError):
+        with pytest.raises(errors.InputError):
             check(path)
 
 
@@ -604,7 +604,7 @@ def test_blocks_are_put_together(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         submissions.read_submission(path)["reference"], rows(REFERENCES, seed=1)
     )
-    with pytest.raises(validate_submission.InputError, match="first in row 28"):
+    with pytest.raises(errors.InputError, match="first in row 28"):
         submissions.read_submission(write(path, **with_values("reference", np.nan, 0)))
 
 
@@ -691,7 +691,7 @@ def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsy
     assert validate_submission.main([str(folder / "v107_iso.csv")]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(
-        postprocess, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
+        descriptors, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
     )
     monkeypatch.setattr(
         postprocess,
