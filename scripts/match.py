@@ -1,11 +1,26 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "faiss-cpu==1.15.1",
+#     "h5py==3.16.0",
+#     "jinja2==3.1.6",
+#     "matplotlib==3.11.2",
+#     "numpy==2.4.6",
+#     "onnxruntime==1.32.0",
+#     "pandas==3.1.1",
+#     "pillow==13.0.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
 r"""Find copies among pictures of one's own: cropped, recompressed, renamed, edited.
 
     python scripts/match.py FOLDER  # copies inside one folder
     # which of these are copies of those?
     python scripts/match.py uploads/ archive/ --output matches.csv
     python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
-    python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu  # without torch
+    python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu
     python scripts/match.py FOLDER --groups groups.jsonl --report page.html
+    uv run scripts/match.py FOLDER  # which installs what it needs, as requirements-match.txt does
 
 QUERIES, REFERENCES and FOLDER are each a folder, searched through: hidden files are skipped,
 symbolic links followed, a folder read once; or one picture; or a text file of paths, one a line (or
@@ -16,8 +31,9 @@ Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is ins
         picture of an animation; upright as EXIF says and viewers show it; at most 100 million
         pixels. In a folder, files are chosen by suffix, then read by content. What cannot be read
         is named at the end, on stderr.
-Needs   nothing else: it describes with the small network in weights/, unless --weight names the
-        published one, which is fetched once, or a checkpoint, or --onnx a file of export.py.
+Needs   requirements-match.txt only, not torch: descriptors are those of the small network
+        weights/v98.onnx, by ONNX Runtime. --onnx takes another file of export.py. --weight takes
+        the published network, which is fetched once, or a checkpoint; it needs requirements.txt.
 Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same
         picture. A group is all pictures that copies, and copies of copies, connect: over every pair
         at or above --threshold, reported or not. Paths keep their bytes: csv has them as they are,
@@ -67,16 +83,16 @@ from common.images import (
     upright_rgb,
 )
 from common.search import described, normalise, pair_scores
-from common.small_network import ROOT, SMALL, SMALL_ARCH, SMALL_SIZE
 
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = (
     "isc_ft_v107",
     "isc_selfsup_v98",
 )  # entry points of hubconf.py, whose weights are fetched
 THRESHOLD = 0.604169  # DataComp's for isc_ft_v107
-# precision 0.99, recall 0.71, among 450 queries and 600 references (weights/README.md, phase 1)
-SMALL_THRESHOLD = 0.75
+DEFAULT_ONNX = ROOT / "weights" / "v98.onnx"
 
+# Part of the cache's key, as it stands: other words would make every cached descriptor invalid.
 PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
 
 SIMILARITIES = 2**24  # held at once, float32
@@ -104,7 +120,10 @@ def list_pictures(place):
             Path(place).read_bytes(),
             "no picture by its suffix, and no line of it is the path of a file",
         )
-        lines = map(os.fsdecode, data.split(b"\0") if b"\0" in data else data.splitlines())
+        lines = data.split(b"\0") if b"\0" in data else data.splitlines()
+        encoding = sys.getfilesystemencoding()
+        # os.fsdecode(), which on Windows would raise for bytes that are not UTF-8
+        lines = [line.decode(encoding, "surrogateescape") for line in lines]
         paths = [line for line in lines if line.strip()]
         paths = (
             paths if any(map(os.path.isfile, paths)) else []
@@ -208,7 +227,7 @@ def why(error, path):
 @dataclass(frozen=True)
 class Network:
     """What makes descriptors: `run` takes float32 (n, 3, input_size, input_size), returns float32
-    (n, dimensions).
+    (n, dimensions). `threshold` is the least cosine of a copy, or None: it is not known.
     """
 
     run: Callable
@@ -218,6 +237,7 @@ class Network:
     mean: tuple
     std: tuple
     dimensions: int
+    threshold: float | None = None
 
     @property
     def key(self):
@@ -236,21 +256,19 @@ class Network:
 
 
 def torch_network(args):
-    """The network of --weight, or the small one, by torch. Raises InputError where it cannot be
-    had.
-    """
+    """The network of --weight, by torch. Raises InputError where it cannot be had."""
     sys.path.insert(0, str(ROOT))
     try:
         import hubconf
         import torch
     except ImportError as error:
         raise InputError(
-            f"{error.name}: is not installed; install requirements.txt, or give --onnx FILE"
+            f"{error.name}: is not installed, and --weight needs it; install requirements.txt, or "
+            f"leave out --weight"
         ) from None
-    arch, input_size = (hubconf.ARCH, 512) if args.weight else (SMALL_ARCH, SMALL_SIZE)
-    arch, input_size = args.arch or arch, args.input_size or input_size
+    arch, input_size = args.arch or hubconf.ARCH, args.input_size or 512
     published = args.weight in PUBLISHED
-    weights = None if published else args.weight or SMALL
+    weights = None if published else args.weight
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         half = args.amp == "fp16"
@@ -292,17 +310,18 @@ def torch_network(args):
     if half:
         backend += " fp16"  # whose descriptors are others, for the cache too
     weights, dimensions = digest.hexdigest(), model.fc.out_features
-    return Network(
-        run, weights, backend, input_size, tuple(config["mean"]), tuple(config["std"]), dimensions
-    )
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Network(run, weights, backend, input_size, mean, std, dimensions, THRESHOLD)
 
 
 def onnx_network(args):
-    """The network of --onnx, by onnxruntime. Raises InputError where it cannot be had."""
+    """The network of --onnx, by ONNX Runtime. Raises InputError where it cannot be had."""
     try:
         import onnxruntime
     except ImportError:
-        raise InputError("onnxruntime: is not installed; pip install onnxruntime") from None
+        raise InputError(
+            "onnxruntime: is not installed; pip install -r requirements-match.txt"
+        ) from None
     device, _, number = (args.device or "").partition(":")
     available = onnxruntime.get_available_providers()
     cuda = "CUDAExecutionProvider" in available
@@ -325,6 +344,9 @@ def onnx_network(args):
             tuple(config["std"]),
         )
         fixed, dimensions = isinstance(images.shape[2], int), int(output.shape[1])
+        threshold = config.get("threshold")
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}")
     except Exception as error:  # parser, metadata and the lack of any each fail in their own way
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
@@ -344,7 +366,8 @@ def onnx_network(args):
             ) from None
 
     backend = f"onnxruntime {session.get_providers()[0]}"
-    return Network(run, digest, backend, args.input_size or input_size, mean, std, dimensions)
+    input_size = args.input_size or input_size
+    return Network(run, digest, backend, input_size, mean, std, dimensions, threshold)
 
 
 # ---- cache ----
@@ -614,7 +637,7 @@ def find_pairs(descriptors, queries, references, threshold, top_k, quiet=True):
 def as_csv(table):
     """A table of matches as the bytes of a csv."""
     text = table.to_csv(index=False, float_format=f"%.{DECIMALS}f", lineterminator="\n")
-    return text.encode("utf-8", "surrogateescape")
+    return text.encode("utf-8", sys.getfilesystemencodeerrors())
 
 
 def as_lines(records):
@@ -700,16 +723,23 @@ def parse_args(argv=None):
     add(
         "--weight",
         metavar="FILE",
-        help=f"checkpoint to describe with, or {names} (default: {SMALL.relative_to(ROOT)})",
+        help=f"{names}, or a checkpoint; by torch, which requirements.txt installs",
     )
-    backbone = f"{SMALL_ARCH}; with --weight {PUBLISHED[0]}'s"
-    add("-a", "--arch", help=f"backbone of the weights, any name timm knows (default: {backbone})")
-    side = f"{SMALL_SIZE}; with --weight 512; with --onnx its own"
-    add("--input-size", type=count, metavar="PIXELS", help=f"side of the input (default: {side})")
+    add(
+        "-a",
+        "--arch",
+        help=f"backbone of --weight, any name timm knows (default: {PUBLISHED[0]}'s)",
+    )
+    add(
+        "--input-size",
+        type=count,
+        metavar="PIXELS",
+        help="side of the input (default: the ONNX file's own; with --weight 512)",
+    )
     add(
         "--onnx",
         metavar="FILE",
-        help="network that export.py has written, in place of a checkpoint; needs no torch",
+        help=f"network that export.py has written (default: {DEFAULT_ONNX.relative_to(ROOT)})",
     )
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add(
@@ -728,9 +758,9 @@ def parse_args(argv=None):
     add(
         "--threshold",
         type=at_least(float, -1),
-        help=f"least cosine of a match (default: {SMALL_THRESHOLD}; with --weight or --onnx "
-        f"{THRESHOLD}, which is "
-        f"DataComp's for {PUBLISHED[0]}; other networks have others)",
+        help=f"least cosine of a match (default: the one in the ONNX file's metadata; with "
+        f"--weight {THRESHOLD}, which is DataComp's for {PUBLISHED[0]}: other networks have "
+        f"others)",
     )
     add(
         "--top-k",
@@ -791,13 +821,15 @@ def parse_args(argv=None):
     )
     args = parser.parse_args(argv)
     args.output = args.output or ["-"]
-    if args.onnx and (args.weight or args.arch):
-        parser.error("--onnx: goes with neither --weight nor --arch")
-    if args.onnx and args.amp != "off":
-        parser.error(f"--amp {args.amp}: not with --onnx; use export.py --precision fp16 instead")
-    if args.threshold is None:
-        args.threshold = THRESHOLD if args.weight or args.onnx else SMALL_THRESHOLD
-    if args.threshold > 1:
+    if args.onnx and args.weight:
+        parser.error("--onnx: not with --weight; give one of them")
+    if args.arch and not args.weight:
+        parser.error("--arch: goes with --weight only; an ONNX file has its own")
+    if args.amp != "off" and not args.weight:
+        parser.error(
+            f"--amp {args.amp}: goes with --weight only; for --onnx, use export.py --precision fp16"
+        )
+    if args.threshold is not None and args.threshold > 1:
         parser.error(f"--threshold {args.threshold}: no cosine is above 1")
     if wrong := [
         path for path in args.output if path != "-" and not path.endswith((".csv", ".jsonl"))
@@ -822,12 +854,22 @@ def main(argv=None):
         paths, members, bad = collect(
             [args.queries, args.references] if args.references else [args.queries]
         )
-        network = onnx_network(args) if args.onnx else torch_network(args)
-        if not (args.weight or args.onnx or args.quiet):
-            name = SMALL.relative_to(ROOT)
-            print(
-                f"match.py: {name} describes; --weight {PUBLISHED[0]} is far larger, and published",
-                file=sys.stderr,
+        if not (args.weight or args.onnx):
+            args.onnx = str(DEFAULT_ONNX)
+            if not args.quiet:
+                name = DEFAULT_ONNX.relative_to(ROOT)
+                print(
+                    f"match.py: using the small network {name}; for the published one, which is "
+                    f"far larger, give --weight {PUBLISHED[0]}",
+                    file=sys.stderr,
+                )
+        network = torch_network(args) if args.weight else onnx_network(args)
+        if args.threshold is None:
+            args.threshold = network.threshold
+        if args.threshold is None:
+            raise InputError(
+                f"{args.onnx}: has no threshold in its metadata; give --threshold "
+                f"({THRESHOLD} for {PUBLISHED[0]})"
             )
         args.batch_size = args.batch_size or (32 if "cuda" in network.backend.lower() else 8)
         store = Cache(args.cache, network)

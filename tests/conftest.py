@@ -82,12 +82,13 @@ def copy_repository(target):
     shutil.copy(ROOT / "hubconf.py", target)
 
 
-def readme_block(heading):
-    """The first fenced block of commands below a heading of the README, as it is written."""
-    _, section = f"{(ROOT / 'README.md').read_text()}\n## ".split(f"\n## {heading}\n")
-    return re.search(
-        r"^```\w*\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL
-    )[1]
+def readme_block(heading, document="README.md", number=0):
+    """A fenced block below a heading of a document, the first if not told, as it is written."""
+    text = (ROOT / document).read_text()
+    _, section = f"{text}\n## ".split(f"\n## {heading}\n")
+    section = section.partition("\n## ")[0]
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return blocks[number]
 
 
 def run_as_written(commands, cwd, scaled, **env):

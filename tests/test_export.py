@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 import export
 import make_dataset
-import match
 import v107
 from conftest import ROOT, run
 
@@ -449,12 +448,46 @@ class Code:
 def test_the_small_network_is_the_default(tmp_path, capsys):
     assert export.main([str(tmp_path / "small.onnx")]) == 0
     captured = capsys.readouterr()
-    assert f"export.py: {match.SMALL.relative_to(ROOT)} is exported" in captured.err
-    config = json.loads(
-        session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map["config"]
-    )
-    assert (config["arch"], config["input_size"]) == (match.SMALL_ARCH, match.SMALL_SIZE)
-    assert config["weights_sha256"] == hashlib.sha256(match.SMALL.read_bytes()).hexdigest()
+    assert "export.py: weights/v98.pth.tar is exported" in captured.err
+    config = config_of(tmp_path / "small.onnx")
+    assert (config["arch"], config["input_size"]) == ("test_byobnet", 96)
+    weights = (ROOT / "weights" / "v98.pth.tar").read_bytes()
+    assert config["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert config["threshold"] == 0.75 and "precision 0.99" in config["threshold_source"]
+
+
+def test_the_threshold_is_in_the_file(checkpoint, tmp_path):
+    for suffix in FORMATS:
+        assert export_to(tmp_path / f"isc{suffix}", checkpoint, "--threshold", 0.6) == 0
+        config = config_of(tmp_path / f"isc{suffix}")
+        assert (config["threshold"], config["threshold_source"]) == (
+            0.6,
+            "--threshold of export.py",
+        )
+    assert export_to(tmp_path / "isc.onnx", checkpoint) == 0
+    assert not {"threshold", "threshold_source"} & config_of(tmp_path / "isc.onnx").keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "threshold"),
+    [
+        ([], 0.75),
+        (["--precision", "fp16"], 0.75),
+        (["--threshold", "0.8"], 0.8),
+        (["--input-size", "128"], None),
+        (["--gem-eval-p", "3"], None),
+    ],
+)
+def test_the_small_network_has_its_threshold_where_it_was_measured(flags, threshold):
+    assert export.parse_args(["small.onnx", *flags]).threshold == threshold
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_an_export_is_byte_identical(checkpoint, tmp_path, suffix):
+    files = [tmp_path / f"{number}{suffix}" for number in range(2)]
+    for file in files:
+        assert export_to(file, checkpoint) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_code_in_a_checkpoint_does_not_run(checkpoint, tmp_path, capsys):
@@ -512,6 +545,8 @@ def test_refuses_flags_in_one_line(capsys):
         "isc.pt --precision fp16": "--precision",
         "isc.onnx --input-size 8": "--input-size",
         "isc.bin": ".onnx, .pt",
+        "isc.onnx --threshold 1.5": "--threshold 1.5",
+        "isc.onnx --threshold nan": "--threshold",
     }
     for wrong, words in flags.items():
         with pytest.raises(SystemExit, match="2"):

@@ -68,7 +68,13 @@ def make_targets():
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements.txt", "requirements-gpu.txt", "requirements-dev.txt"]
+    "name",
+    [
+        "requirements.txt",
+        "requirements-gpu.txt",
+        "requirements-match.txt",
+        "requirements-dev.txt",
+    ],
 )
 def test_every_requirement_is_pinned(name):
     for distribution, specifier in requirements(name).items():
@@ -89,7 +95,7 @@ def test_conda_installs_the_same_requirements():
     python, pip, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert tuple(map(int, re.fullmatch(r"python=(\d+)\.(\d+)", python).groups())) >= (3, 11)
     assert pip == "pip"
-    assert from_pip == {"pip": ["-r requirements.txt"]}
+    assert from_pip == {"pip": ["-r requirements-gpu.txt"]}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
@@ -120,7 +126,9 @@ def test_no_command_imports_another(path):
     assert not imported_modules(path) & commands
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts/common").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts/common").glob("*.py")), ids=lambda p: p.name
+)
 def test_common_code_imports_no_command(path):
     assert not imported_modules(path) & {command.stem for command in COMMANDS}
 

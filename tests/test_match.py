@@ -1,10 +1,13 @@
 """match.py as its users run it: folders of pictures made here, a small network in ONNX or torch."""
 
+import ast
 import csv
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -41,7 +45,7 @@ SIZE, GRID = 32, 8
 THRESHOLD = "0.95"  # of the thumbnails below
 
 
-def write_onnx(path, size=SIZE, seed=0, metadata=True):
+def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
     """A network whose descriptors are random projections of an image's thumbnail without its
     mean.
     """
@@ -62,9 +66,8 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     if metadata:
-        helper.set_model_props(
-            model, {"config": json.dumps({"input_size": size, "mean": MEAN, "std": STD})}
-        )
+        config = {"input_size": size, "mean": MEAN, "std": STD, "threshold": threshold}
+        helper.set_model_props(model, {"config": json.dumps(config)})
     onnx.save(model, path)
     return str(path)
 
@@ -247,6 +250,17 @@ def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
     assert code == 2 and rows == [] and "text.jpg: not one picture of 1 can be read" in err
 
 
+def test_the_threshold_of_the_file(folder, tmp_path, capfd):
+    found = {}
+    for own in (THRESHOLD, 1):
+        file = write_onnx(tmp_path / "own.onnx", threshold=float(own))
+        for flags in ([], ["--threshold", "-1"]):
+            assert match.main([str(folder), "--onnx", file, "--no-cache", "-q", *flags]) == 0
+            found[own, bool(flags)] = len(capfd.readouterr().out.splitlines()) - 1
+    assert found[THRESHOLD, False] == 10 and found[1, False] == 1
+    assert found[THRESHOLD, True] == found[1, True] > 10
+
+
 def test_outputs(folder, do, tmp_path):
     code, rows, _ = do(folder)
     table, lines, groups = (tmp_path / name for name in ("out.csv", "out.jsonl", "groups.jsonl"))
@@ -347,19 +361,105 @@ def test_a_reader_that_has_had_enough(folder, network_file):
     assert result.stderr == ""
 
 
-def test_runs_without_torch_and_without_heif(folder, network_file, tmp_path):
-    """Neither is imported where --onnx is given, and a HEIC then says what it needs."""
+# What a light installation lacks, and what Windows lacks.
+NOT_NEEDED = ["torch", "torchvision", "timm", "cv2", "augly", "hubconf"]
+POSIX_ONLY = ["fcntl", "grp", "pwd", "resource", "termios"]
+
+
+def test_imports_neither_torch_nor_what_is_posix_only():
+    """Neither by `import match` nor by a match with the default network."""
+    code = f"import sys; import match; print(sorted({set(NOT_NEEDED)} & set(sys.modules)))"
+    result = run("-c", code, PYTHONPATH=str(COMMAND.parent))
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_runs_in_a_light_installation(folder, tmp_path):
+    """The default network needs no torch and no POSIX, and a HEIC then says what it needs."""
     picture(0).save(folder / "phone.heic")
-    blocked = ["torch", "torchvision", "timm", "augly", "pillow_heif", "hubconf"]
-    block = (
-        f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path[0] = "
-        f"{str(COMMAND.parent)!r}"
-    )
-    arguments = [str(folder), "--onnx", network_file, "--no-cache", "--threshold", THRESHOLD]
-    result = run("-c", f"{block}; import match; sys.exit(match.main({arguments!r}))", cwd=tmp_path)
+    blocked = [*NOT_NEEDED, *POSIX_ONLY, "pillow_heif"]
+    block = f"import sys; sys.modules.update(dict.fromkeys({blocked}))"
+    output = tmp_path / "copies.csv"
+    arguments = [str(folder), "--no-cache", "--output", str(output), "--threshold", THRESHOLD]
+    code = f"{block}; import match; sys.exit(match.main({arguments!r}))"
+    result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(COMMAND.parent))
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 11
+    assert len(output.read_text().splitlines()) > 1
     assert "phone.heic: HEIC needs pillow-heif: pip install pillow-heif" in result.stderr
+    arguments += ["--weight", "isc_ft_v107"]
+    code = f"{block}; import match; sys.exit(match.main({arguments!r}))"
+    result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(COMMAND.parent))
+    assert result.returncode == 2
+    assert "is not installed, and --weight needs it; install requirements.txt" in result.stderr
+
+
+def test_nothing_of_the_project_that_it_imports_is_posix_only():
+    for path in local_imports(COMMAND):
+        modules = {module.partition(".")[0] for module in imported_modules(path)}
+        assert not modules & set(POSIX_ONLY), path.name
+        text = path.read_text()
+        for name in ("os.fork", "os.sync", "os.getuid", "O_DIRECTORY", "SIGKILL", "SIGALRM"):
+            assert name not in text, f"{path.name}: {name}"
+
+
+def test_the_light_requirements_are_what_it_imports():
+    """Every package that match.py and its page import, and no other."""
+    pinned = {line.partition("==")[0] for line in pins(ROOT / "requirements-match.txt")}
+    optional = {"torch", "hubconf", "pillow_heif"}
+    own = {path.stem for path in (ROOT / "scripts").glob("**/*.py")} | {"common"}
+    distributions = importlib.metadata.packages_distributions()
+    used = set()
+    for path in local_imports(COMMAND):
+        modules = {module.partition(".")[0] for module in imported_modules(path)}
+        for module in modules - sys.stdlib_module_names - own - optional:
+            used |= {name.lower() for name in distributions[module]}
+    assert used == pinned
+
+
+def test_the_three_lists_of_pins_are_equal():
+    text = COMMAND.read_text()
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    content = "".join(
+        line.removeprefix("#").removeprefix(" ")
+        for line in block["content"].splitlines(keepends=True)
+    )
+    inline = tomllib.loads(content)
+    light = pins(ROOT / "requirements-match.txt")
+    full = pins(ROOT / "requirements-base.txt") | pins(ROOT / "requirements.txt")
+    assert inline["requires-python"] == ">=3.11"
+    assert set(inline["dependencies"]) == light
+    assert light <= full
+
+
+def pins(path):
+    """The lines of a requirements file that name a package: {"numpy==1.2.3"}."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    return {line for line in lines if line and not line.startswith("-r ")}
+
+
+def imported_modules(path):
+    """Names of the modules that a file imports, at any depth: {"common.files", "numpy"}."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def local_imports(path):
+    """The files of scripts/ that a file imports, and those that they import, and itself."""
+    found, todo = set(), [path]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for module in imported_modules(path):
+            file = ROOT / "scripts" / (module.replace(".", "/") + ".py")
+            if file.is_file():
+                todo.append(file)
+    return found
 
 
 # ---- torch ----
@@ -531,12 +631,37 @@ def test_the_small_network_is_the_default(tmp_path, capfd):
         for line in out.splitlines()[1:]
     }
     assert found == {(f"{i}", f"{i}-copy") for i in range(8)}
-    assert "match.py: weights/v98.pth.tar describes; --weight isc_ft_v107" in err
+    assert "match.py: using the small network weights/v98.onnx; for the published one" in err
     assert match.main([str(tmp_path), "--no-cache", "--quiet"]) == 0
     assert capfd.readouterr().err == ""
 
 
+def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
+    """The same descriptors as by torch, and the threshold that was measured with those."""
+    for i in range(20):
+        make_dataset.dead_leaves(np.random.default_rng(i), 130).save(tmp_path / f"{i}.png")
+    paths, _, _ = match.collect([str(tmp_path)])
+    weight = ["--weight", str(ROOT / "weights" / "v98.pth.tar"), "-a", "test_byobnet"]
+    rows, thresholds = [], []
+    for network, flags in (
+        (match.onnx_network, ["--onnx", str(match.DEFAULT_ONNX)]),
+        (match.torch_network, [*weight, "--input-size", "96", "--device", "cpu"]),
+    ):
+        args = match.parse_args([str(tmp_path), *flags, "--quiet", "--batch-size", "8"])
+        loaded = network(args)
+        rows.append(match.describe(paths, loaded, match.Cache(None, loaded), args, "")[0])
+        thresholds.append(loaded.threshold)
+    assert thresholds == [0.75, 0.604169]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=0, atol=1e-5)
+
+
 # ---- cache ----
+
+
+def test_keys_stay_as_they_were():
+    """Of the caches that users have: a change here makes all their descriptors invalid."""
+    network = match.Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, threshold=0.5)
+    assert network.key.hex() == "9390d9821e517d051978ef7a15c0e7e4e4ebf8e4f204b8f8232cb3c3f62ceefb"
 
 
 def count_calls(monkeypatch, calls, before=lambda: None):
@@ -611,6 +736,8 @@ def test_goes_on_after_kill_9(folder, do, tmp_path, network_file):
         network_file,
         "--cache",
         tmp_path / "cache.sqlite",
+        "--threshold",
+        THRESHOLD,
         "--batch-size",
         "3",
     ]
@@ -632,6 +759,8 @@ def test_two_commands_at_once(folder, network_file, tmp_path):
         network_file,
         "--cache",
         cache,
+        "--threshold",
+        THRESHOLD,
         "--batch-size",
         "1",
     ]
@@ -881,6 +1010,15 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
             "plain.onnx: is no ONNX file of export.py (KeyError: 'config')",
         ),
         (
+            ["pictures", "--onnx", "small.onnx"],
+            "small.onnx: has no threshold in its metadata; give --threshold (0.604169 for isc_ft",
+        ),
+        (
+            ["pictures", "--onnx", "odd.onnx"],
+            "odd.onnx: is no ONNX file of export.py (ValueError: threshold 7)",
+        ),
+        (["pictures", "--input-size", "64"], "v98.onnx: takes 96 pixels only"),
+        (
             ["pictures", "--onnx", "small.onnx", "--input-size", "64"],
             "small.onnx: takes 32 pixels only",
         ),
@@ -910,6 +1048,9 @@ def test_refuses_in_one_line(arguments, words, folder, tmp_path, network_file, m
     Path("text.txt").write_text("this is\nno list of paths\n")
     shutil.copy(network_file, "small.onnx")
     write_onnx("plain.onnx", metadata=False)
+    write_onnx("odd.onnx", threshold=7)
+    if "--cache" in arguments or "--negatives" in arguments:
+        arguments = [*arguments, "--threshold", THRESHOLD]
     assert match.main(["--no-cache", "-q", *arguments]) == 2
     out, err = capfd.readouterr()
     assert (
@@ -921,6 +1062,8 @@ def test_refuses_in_one_line(arguments, words, folder, tmp_path, network_file, m
     ("arguments", "words"),
     [
         (["--onnx", "x", "--weight", "y"], "--onnx"),
+        (["--arch", "test_byobnet"], "--arch: goes with --weight only"),
+        (["--amp", "fp16"], "--amp fp16: goes with --weight only"),
         (["--threshold", "1.5"], "--threshold 1.5"),
         (["--threshold", "nan"], "--threshold"),
         (["--top-k", "0"], "--top-k"),

@@ -1,4 +1,4 @@
-"""README, "Fine-tune on your own pictures": its commands, run in bash as they are written."""
+"""docs/FINE_TUNING.md: its commands, run in bash as they are written."""
 
 import json
 
@@ -9,7 +9,6 @@ import v107
 from conftest import copy_repository, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
-SECTION = "Fine-tune on your own pictures"
 SMALL = {
     "ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet",
     "SIZE=512": "SIZE=32",
@@ -39,7 +38,7 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     torch.save({"state_dict": network.state_dict(prefix="module."), "arch": "test_resnet"}, weights)
     before = files(clone)
 
-    script = readme_block(SECTION)
+    script = readme_block("Commands", "docs/FINE_TUNING.md")
     for written, replaced in SMALL.items():
         assert script.count(written) == 1
         script = script.replace(written, replaced)
@@ -65,7 +64,7 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     assert log[0]["args"]["weight"] == "exp/v107/train/checkpoint_0009.pth.tar"
     losses = [line["loss"] for line in log if "loss" in line]
     assert len(losses) == 10 and losses[-1] < losses[0]
-    # Phase 1 was learned from, phase 2 is scored, and neither has a picture of the other's.
+    # Phase 1 was learned from, phase 2 is scored, and neither has an image of the other's.
     edits = pd.read_csv(own / "input" / "query_edits.csv")
     phases = [set(edits[edits.phase == phase].source) for phase in (1, 2)]
     assert not phases[0] & phases[1]

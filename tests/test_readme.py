@@ -1,32 +1,54 @@
-"""The README's commands for a folder of one's own, thresholds and other runtimes, run in bash as
-they are written.
-"""
+"""The documents: their blocks of commands run as they are written, and what they name exists."""
 
+import hashlib
 import importlib
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from conftest import ROOT, copy_repository, readme_block, run_as_written
+import v107
+from conftest import ON_ONE_CORE, ROOT, copy_repository, readme_block, run_as_written
 from make_dataset import dead_leaves, generator
 
-README = (ROOT / "README.md").read_text()
+README = "README.md"
+MATCHING = "docs/MATCHING.md"
+SCALE = "docs/SCALE.md"
+DOCUMENTS = [
+    README,
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))),
+    "weights/README.md",
+    "input/README.md",
+    "CHANGELOG.md",
+]
 SMALL = ["-a", "test_byobnet", "--input-size", "96"]
-TESTS = {  # heading: what runs the commands below it
-    "Two commands": "test_demo.py, and the tests themselves",
-    "Find copies among your own pictures": "here",
-    "Thresholds": "here",
-    "Other runtimes": "here",
-    "Train": "test_training.py",
-    "Extract, post-process, submit": "test_training.py",
-    "Fine-tune on your own pictures": "test_own_data.py",
+BLOCKS = {  # (document, heading): what runs the blocks below it
+    (README, "Install"): "nothing: they need a package index",
+    (README, "Find copies"): "here",
+    (README, "Train"): "test_training.py",
+    (README, "Extract, post-process, submit"): "test_training.py",
+    (MATCHING, "Commands"): "here",
+    (MATCHING, "Your own threshold"): "here",
+    (MATCHING, "Other runtimes"): "here",
+    ("docs/FINE_TUNING.md", "Commands"): "test_own_data.py",
+    (SCALE, "Feed an index"): "here",
+    ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
+    ("input/README.md", "The published weights"): "nothing: they fetch; test_check_input.py",
+    ("input/README.md", "A small data set of your own"): "test_own_data.py, with other flags",
+}
+FLAGS_NOT_IN_A_SOURCE = {
+    *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun
+    *("--max-restarts", "--extra-index-url", "--signal", "--help"),  # torchrun, pip, SLURM, any
+    *("--references", "--queries", "--training"),  # of make_dataset.py, added in a loop
 }
 
 
@@ -49,36 +71,69 @@ def home(tmp_path_factory):
     return home
 
 
-def run_block(home, heading, scaled):
-    return run_as_written(
-        readme_block(heading), home / "clone", scaled, HOME=str(home), XDG_CACHE_HOME=""
-    )
+def run_block(home, heading, document, scaled):
+    commands = readme_block(heading, document)
+    return run_as_written(commands, home / "clone", scaled, HOME=str(home), XDG_CACHE_HOME="")
+
+
+def run_python(code, cwd, **env):
+    """Run a block of Python as it is written; returns what it prints."""
+    command = [sys.executable, "-c", code]
+    env = os.environ | ON_ONE_CORE | env
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def read_matches(path):
     """{(name, name): score} of a csv of match.py, the names in order."""
     matches = pd.read_csv(path)
-    names = zip(
-        matches["query"].map(os.path.basename),
-        matches["reference"].map(os.path.basename),
-        strict=True,
-    )
-    return dict(zip(map(tuple, map(sorted, names)), matches["score"], strict=True))
+    queries = matches["query"].map(os.path.basename)
+    references = matches["reference"].map(os.path.basename)
+    pairs = [tuple(sorted(pair)) for pair in zip(queries, references, strict=True)]
+    return dict(zip(pairs, matches["score"], strict=True))
 
 
-def test_copies_among_own_pictures(home):
-    run_block(home, "Find copies among your own pictures", {})
+# ---- blocks ----
+
+
+@pytest.mark.parametrize(("document", "heading"), [(README, "Find copies"), (MATCHING, "Commands")])
+def test_find_copies(home, document, heading):
+    run_block(home, heading, document, {})
     clone = home / "clone"
     found = read_matches(clone / "copies.csv")
     assert found["1.jpg", "renamed.jpg"] == 1
     assert found["3.jpg", "compressed.jpg"] > 0.9
     page = (clone / "copies.html").read_text()
     assert "renamed.jpg" in page and "broken.jpg" in page and "data:image/jpeg" in page
-    assert any(
-        "renamed.jpg" in line and "1.jpg" in line
-        for line in (clone / "groups.jsonl").read_text().splitlines()
-    )
+    groups = (clone / "groups.jsonl").read_text().splitlines()
+    assert any("renamed.jpg" in group and "1.jpg" in group for group in groups)
     assert (home / ".cache" / "isc21" / "descriptors.sqlite").exists()
+
+
+def test_the_csv_that_the_readme_shows(home):
+    """Its first line; the rest is of photographs."""
+    shown = readme_block("Find copies", README, 1)
+    run_block(home, "Find copies", README, {})
+    written = (home / "clone" / "copies.csv").read_text()
+    assert shown.partition("\n")[0] == written.partition("\n")[0]
+
+
+def test_python(home):
+    """With random weights in place of the author's."""
+    clone = home / "clone"
+    for name, source in ("a.jpg", "renamed.jpg"), ("b.jpg", "compressed.jpg"):
+        shutil.copy(home / "Pictures" / "new" / source, clone / name)
+    torch.manual_seed(0)
+    arch = "tf_efficientnetv2_m_in21ft1k"
+    network = v107.create_model(arch, 1.0, 1.0, torch.device("cpu"))
+    fetched = home / "torch" / "hub" / "checkpoints" / "isc_ft_v107.pth.tar"
+    fetched.parent.mkdir(parents=True)
+    torch.save({"state_dict": network.state_dict(prefix="module."), "arch": arch}, fetched)
+    code = readme_block("Find copies", README, 2)
+    printed = run_python(code, clone, TORCH_HOME=str(home / "torch"))
+    fetched.unlink()
+    assert -1 <= float(printed) <= 1
 
 
 def test_thresholds(home):
@@ -90,35 +145,117 @@ def test_thresholds(home):
         for name, rows in (("query", query), ("reference", reference)):
             file[name] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
             width = {"query": 5, "reference": 6}[name]
-            file[f"{name}_ids"] = np.array(
-                [f"{name[0].upper()}{i:0{width}}".encode() for i in range(len(rows))]
-            )
+            ids = [f"{name[0].upper()}{i:0{width}}".encode() for i in range(len(rows))]
+            file[f"{name}_ids"] = np.array(ids)
     (clone / "input").mkdir()
     pairs = "".join(f"Q{i:05},R{i:06}\n" for i in range(20))
     (clone / "input/public_ground_truth.csv").write_text(f"query_id,reference_id\n{pairs}")
-    printed = run_block(home, "Thresholds", {}).stdout
+    printed = run_block(home, "Your own threshold", MATCHING, {}).stdout
     assert "precision 0.99" in printed and "0.604169" in printed
     assert (clone / "exp/v107/extract/fb-isc-submission.h5.html").exists()
 
 
 def test_other_runtimes(home):
-    run_block(home, "Other runtimes", {"export.py": SMALL})
+    run_block(home, "Other runtimes", MATCHING, {"export.py": SMALL})
     clone = home / "clone"
     assert read_matches(clone / "copies.csv")["1.jpg", "renamed.jpg"] == 1
     assert [path.name for path in clone.glob("isc*")] == ["isc.onnx"]
 
 
+def test_feed_an_index(home):
+    """With fewer lists, for fewer descriptors."""
+    folder = home / "clone" / "scripts"
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((800, 256)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for part in "PART", "vNN":
+        (folder / part / "extract").mkdir(parents=True)
+    with h5py.File(folder / "PART" / "extract" / "fb-isc-submission.h5", "w") as file:
+        file["reference"] = rows
+    np.save(folder / "vNN" / "extract" / "train_feats.npy", rows[:100])
+    code = readme_block("Feed an index", SCALE)
+    assert code.count("IVF65536_HNSW32,PQ32np") == 1
+    code = code.replace("IVF65536_HNSW32,PQ32np", "IVF4_HNSW32,PQ32x4np")
+    run_python(code, folder)
+    assert (folder / "references.index").stat().st_size > 0
+
+
 def test_every_block_of_commands_is_run():
-    headings = {part.partition("\n")[0] for part in README.split("\n## ")[1:] if "\n```" in part}
-    assert headings == TESTS.keys()
+    found = set()
+    for document in DOCUMENTS:
+        for section in (ROOT / document).read_text().split("\n## ")[1:]:
+            if "\n```" in section:
+                found.add((document, section.partition("\n")[0]))
+    assert found == BLOCKS.keys()
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(torchrun [^`]+\.py[^`]*)`", README))))
+def torchrun_commands():
+    """The commands within the text, of which most need several GPUs or machines."""
+    texts = [(ROOT / document).read_text() for document in DOCUMENTS]
+    return sorted(set(re.findall(r"`(torchrun [^`]+\.py[^`]*)`", "\n".join(texts))))
+
+
+@pytest.mark.parametrize("command", torchrun_commands())
 def test_commands_in_the_text_parse(command):
-    """Those that need several GPUs or machines."""
     words = shlex.split(command)
     script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    args = importlib.import_module(words[script].removesuffix(".py")).parse_args(
-        words[script + 1 :]
-    )
+    stage = importlib.import_module(words[script].removesuffix(".py"))
+    args = stage.parse_args(words[script + 1 :])
     assert args.data == "../input/training_images/"
+
+
+# ---- names ----
+
+
+def anchors(text):
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), f"{document} links to {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{document} links to {link}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document):
+    """Not those in the folders that runs make, such as exp/v107/train/."""
+    text = (ROOT / document).read_text()
+    names = re.findall(r"(?<![\w/.-])(?:scripts|exp|weights|tests|docs)/[\w./-]+\.\w+", text)
+    names += re.findall(r"requirements[\w-]*\.txt|environment\.yml", text)
+    for name in names:
+        if not re.match(r"exp/v\d+/", name):
+            assert (ROOT / name).exists(), f"{document} names {name}"
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_named_flags_exist(document):
+    """The changelog also names removed ones."""
+    sources = [
+        *ROOT.glob("exp/v*.py"),
+        *ROOT.glob("scripts/**/*.py"),
+        *ROOT.glob("weights/**/*.py"),
+    ]
+    text = "\n".join(path.read_text() for path in sources)
+    known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', text)) | FLAGS_NOT_IN_A_SOURCE
+    text = re.sub(r"^(aws|git) .*$", "", (ROOT / document).read_text(), flags=re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    assert named - known == set()
+
+
+def test_the_model_card_has_the_checksums():
+    card = (ROOT / "weights" / "README.md").read_text()
+    listed = dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
+    files = [
+        path for path in (ROOT / "weights").iterdir() if path.suffix in {".tar", ".onnx", ".jsonl"}
+    ]
+    assert listed == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -8,9 +8,12 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
+import export
 import v98
 from conftest import ROOT
 
@@ -53,6 +56,44 @@ def test_weights_load_and_are_small(name):
     )
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert sum(path.stat().st_size for path in WEIGHTS.glob("*.pth.tar")) < 4e6
+
+
+@pytest.fixture(scope="module")
+def exported_again(tmp_path_factory):
+    """v98.pth.tar, exported as weights/README.md says."""
+    path = tmp_path_factory.mktemp("export") / "v98.onnx"
+    assert export.main([str(path)]) == 0
+    return path
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_the_onnx_file_has_the_descriptors_of_the_checkpoint(exported_again):
+    model = v98.create_model("test_byobnet", 1.0, 1.0, torch.device("cpu")).eval()
+    path = WEIGHTS / "v98.pth.tar"
+    v98.load_weights(model, v98.read_checkpoint(path), path)
+    images = torch.randn(32, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images).numpy()
+    for file in WEIGHTS / "v98.onnx", exported_again:
+        (actual,) = session(file).run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_the_onnx_file_is_that_of_export(exported_again):
+    """Byte-identical where the same versions export it."""
+    committed = WEIGHTS / "v98.onnx"
+    configs = [
+        json.loads(session(path).get_modelmeta().custom_metadata_map["config"])
+        for path in (committed, exported_again)
+    ]
+    versions = [config.pop("versions") for config in configs]
+    assert configs[0] == configs[1]
+    assert configs[0]["threshold"] == 0.75
+    if versions[0] == versions[1]:
+        assert committed.read_bytes() == exported_again.read_bytes()
 
 
 def test_make_starts_each_stage_from_the_one_before(commands):
