@@ -40,8 +40,7 @@ def commands(tmp_path_factory):
         line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()
     ]
     return [
-        (script, importlib.import_module(script.partition("/")[2][:-3]), flags)
-        for script, *flags in lines[:-1]
+        (script, importlib.import_module(Path(script).stem), flags) for script, *flags in lines[:-1]
     ], lines[-1]
 
 

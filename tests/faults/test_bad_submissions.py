@@ -14,7 +14,7 @@ import pytest
 import eval_metrics
 import postprocess
 import validate_submission
-from common import descriptors, errors, submissions
+from common import errors, submissions
 from conftest import ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "validate_submission.py"
@@ -691,14 +691,14 @@ def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsy
     assert validate_submission.main([str(folder / "v107_iso.csv")]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(
-        descriptors, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
+        postprocess, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
     )
     monkeypatch.setattr(
         postprocess,
         "nearest",
         lambda a, b, k, _: (np.ones((len(a), k)), np.zeros((len(a), k), int)),
     )
-    monkeypatch.setattr(descriptors, "database_augmentation", lambda train, *_: train)
+    monkeypatch.setattr(postprocess, "database_augmentation", lambda train, *_: train)
     capsys.readouterr()
     assert postprocess.main(["--exp", str(tmp_path)]) == 2
     assert_one_line("postprocess", capsys, "v107_iso.h5", "'query' has NaN")
