@@ -40,6 +40,7 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
     (MATCHING, "Your own threshold"): "here",
     (MATCHING, "Other runtimes"): "here",
     ("docs/FINE_TUNING.md", "Commands"): "test_own_data.py",
+    (MATCHING, "In Python"): "test_hubconf.py, with a file",
     (SCALE, "Feed an index"): "here",
     ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
     ("input/README.md", "The published weights"): "nothing: they fetch; test_check_input.py",
@@ -235,6 +236,12 @@ def test_named_files_exist(document):
     for name in names:
         if not re.match(r"exp/v\d+/", name):
             assert (ROOT / name).exists(), f"{document} names {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_make_targets_exist(document):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z]+)", (ROOT / document).read_text())) <= targets
 
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
