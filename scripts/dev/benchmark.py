@@ -550,7 +550,7 @@ def evaluation(queries, _photos):
             common_evaluation.as_text(query_ids.astype("S")), truth, "h5", "csv"
         )
         # In place of the search, its result.
-        with mock.patch.object(eval_metrics, "nearest_pairs", lambda *_: ranked):
+        with mock.patch.object(common_evaluation, "nearest_pairs", lambda *_: ranked):
             candidates = common_evaluation.match(
                 None, None, query_ids[known], reference_ids, len(ranked[0])
             )
@@ -645,7 +645,7 @@ def database_augmentation(n, _photos):
 
     def ours(_number):
         # In place of the search, its result.
-        with mock.patch.object(postprocess, "nearest", lambda *_: (similarity, indices)):
+        with mock.patch.object(common_descriptors, "nearest", lambda *_: (similarity, indices)):
             return common_descriptors.database_augmentation(train)
 
     def agreement(a, b):
