@@ -15,13 +15,13 @@ faults: .venv/ready  ## many more faults than the tests inject: kills, full disk
 	.venv/bin/python -m pytest tests/faults --long
 
 benchmark: .venv/ready  ## how fast each part is, against the published way of doing it; at most 10 minutes
-	.venv/bin/python scripts/benchmark.py
+	.venv/bin/python scripts/dev/benchmark.py
 
 gpu: .venv/ready  ## on a machine with a GPU: its tests, memory and speed, into gpu-report.md
 	@.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: error: torch sees no CUDA device")'
 	rm -f gpu-report.md
 	.venv/bin/python -m pytest -m gpu tests --gpu-report gpu-report.md
-	.venv/bin/python scripts/benchmark.py training-step search evaluation-search ranks | tee -a gpu-report.md
+	.venv/bin/python scripts/dev/benchmark.py training-step search evaluation-search ranks | tee -a gpu-report.md
 
 sync: .venv/ready  ## copy the infrastructure of exp/v83.py to the other stages
 	.venv/bin/python scripts/dev/sync_infrastructure.py

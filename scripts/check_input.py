@@ -31,9 +31,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from make_dataset import parallel
-from postprocess import atomic
-from validate_submission import InputError, read_csv
+from common.errors import InputError
+from common.files import atomic
+from common.parallel import parallel
+from common.submissions import read_csv
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
 IMAGE_SUFFIXES = (

@@ -177,7 +177,7 @@ def demo(folder):
     begin = time.time()
     run(
         [
-            "scripts/hash_images.py",
+            "scripts/dev/hash_images.py",
             f"{folder}/input",
             "--phase",
             "2",

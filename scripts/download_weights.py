@@ -10,7 +10,6 @@ left as it is.
 """
 
 import argparse
-import hashlib
 import re
 import sys
 import urllib.error
@@ -21,8 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from postprocess import atomic
-from validate_submission import InputError
+from common.errors import InputError, one_line_errors
+from common.files import atomic, sha256_of
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
 RELEASE = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1"
@@ -30,12 +29,6 @@ WEIGHTS = {
     "v107": (f"{RELEASE}/isc_ft_v107.pth.tar", "v107/train/checkpoint_0009.pth.tar"),
     "v98": (f"{RELEASE}/isc_selfsup_v98.pth.tar", "v98/train/checkpoint_0001.pth.tar"),
 }
-
-
-def sha256_of(path):
-    """SHA-256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def show(bar, blocks, size, total):
@@ -92,17 +85,14 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     url, name = WEIGHTS[args.stage]
-    try:
-        path = args.exp / name
-        digest = download(args.url or url, path, args.sha256 and args.sha256.lower())
-        print(f"{digest}  {path}")
-    except (InputError, OSError) as error:
-        print(f"download_weights.py: error: {error}", file=sys.stderr)
-        return 2
+    path = args.exp / name
+    digest = download(args.url or url, path, args.sha256 and args.sha256.lower())
+    print(f"{digest}  {path}")
     return 0
 
 

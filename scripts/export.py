@@ -45,9 +45,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
-import make_dataset
-from download_weights import sha256_of
-from postprocess import at_least, atomic
+from common.cli import at_least
+from common.files import atomic, sha256_of
+from common.sample_images import dead_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
 
@@ -252,7 +252,7 @@ def parity_images(photos, input_size):
         rng = np.random.default_rng([IMAGES, number])
         side = int(rng.integers(input_size // 2, input_size, endpoint=True)) + 16
         width, height = (side - int(cut) for cut in rng.integers(0, side // 2, size=2))
-        pictures.append(make_dataset.dead_leaves(rng, side).crop((0, 0, width, height)))
+        pictures.append(dead_leaves(rng, side).crop((0, 0, width, height)))
     return pictures
 
 

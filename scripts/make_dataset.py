@@ -38,19 +38,12 @@ import argparse
 import csv
 import functools
 import hashlib
-import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import textwrap
-import threading
-import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -64,45 +57,22 @@ from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from pictures import in_eight_bits, pixels_to_decode
+from common.errors import InputError
+from common.images import SUFFIXES
+from common.parallel import parallel
+from common.sample_images import (
+    KINDS,
+    Picture,
+    colour,
+    dead_leaves,
+    embedded_tiles,
+    generator,
+    open_embedded,
+    open_photograph,
+)
 
-try:
-    from pillow_heif import register_heif_opener
-except ImportError:
-    register_heif_opener = None
-
-# Photographs of things: no text pages, masks, logos or test patterns, no even textures (brick,
-# grass, gravel), whose tiles all look alike, and one half of the stereo pair.
-EMBEDDED = {
-    "skimage/data": "astronaut.png camera.png chelsea.png coffee.png coins.png "
-    "hubble_deep_field.jpg ihc.png moon.png "
-    "motorcycle_left.png retina.jpg rocket.jpg",
-    "sklearn/datasets/images": "china.jpg flower.jpg",
-}
-HEIC = {".heic", ".heif", ".hif"}
-SUFFIXES = {
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-} | HEIC
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 EMBEDDED_SHARES = {"references": 0.7, "distractors": 0.3}
 PHOTOS_SHARES = {"training": 0.5, "references": 0.3, "distractors": 0.2}
-KINDS = {
-    "split": 0,
-    "order": 1,
-    "training": 2,
-    "reference": 3,
-    "query": 4,
-}  # one random stream each, see `generator`
 PHASE_2_START = 50_000  # DISC21's phase 2 begins at Q50000
 PHASES = (
     ("query_images", 0, "public_ground_truth.csv"),
@@ -113,9 +83,7 @@ EMBEDDED_NUMBERS = {
     "reference": 600,
 }  # at least; more where there are more photographs
 PHOTOS_NUMBERS = {"training": 100, "reference": 100}  # enough of them for negatives
-MAX_TILES = 6  # along a photograph's shorter side: one large photograph shall not fill the data set
 MIN_SIDE, MAX_ASPECT = 16, 20  # smaller or thinner photographs vanish under the edits
-MIN_ENTROPY = 4.5  # bits per pixel: tiles of plain sky or black border all look the same
 JPEG_QUALITY = 92
 THUMBNAIL, GAP, HEADING, LINES, EXAMPLES = (
     160,
@@ -125,21 +93,9 @@ THUMBNAIL, GAP, HEADING, LINES, EXAMPLES = (
     4,
 )  # of the contact sheet; pixels but the last two
 ROW = HEADING + THUMBNAIL + 17 * LINES + GAP
-WINDOW = 8192  # pictures that wait for a worker at once
 VERSIONS = {
     name: version(name) for name in ("augly", "numpy", "pillow")
 }  # that the bytes depend on
-
-if register_heif_opener:
-    register_heif_opener()
-    FORMATS.append("HEIF")
-warnings.filterwarnings(
-    "ignore", module="PIL"
-)  # remarks on files that it reads all the same; pixels are counted here
-
-
-class InputError(ValueError):
-    """Wrong input; the message says what is wrong and what to do, in one line."""
 
 
 def say(message):
@@ -147,104 +103,7 @@ def say(message):
     tqdm.write(f"make_dataset.py: {message}".replace("\n", " "), file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """Where a picture comes from: a photograph (`path`), a tile of one (`box` too), or a generated
-    one (neither).
-    """
-
-    name: str
-    path: Path | None = None
-    box: tuple[int, int, int, int] | None = None
-
-
-def generator(seed, kind, index=0):
-    """The random generator of picture `index` of a kind: what it draws depends on nothing else."""
-    return np.random.default_rng([seed, KINDS[kind], index])
-
-
-def start_worker():
-    """In a worker process: leave Ctrl-C to the parent, and end as soon as that is gone, killed or
-    not.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def parallel(function, items, workers, title):
-    """Yields the function's value for each item, in order, computed by `workers` processes below a
-    progress bar.
-    """
-    pool = ProcessPoolExecutor(workers, initializer=start_worker)
-    try:
-        with tqdm(total=len(items), desc=title, unit="picture") as bar:
-            for start in range(0, len(items), WINDOW):
-                for value in pool.map(function, items[start : start + WINDOW], chunksize=4):
-                    bar.update()
-                    yield value
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # ---- photographs ----
-
-
-def open_photograph(path, short_side=None):
-    """The photograph as RGB, upright, scaled down to at most `short_side` pixels along its shorter
-    side.
-
-    Raises InputError, FILE: what is wrong, where it is none that can be decoded.
-    """
-    try:
-        if path.suffix.lower() in HEIC and not register_heif_opener:
-            raise ValueError("install pillow-heif for HEIC")
-        image = Image.open(path, formats=FORMATS)
-        pixels_to_decode(image)
-        ImageOps.exif_transpose(image, in_place=True)
-        image = in_eight_bits(image)
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        image.load()
-    except Exception as error:  # file system, formats and decoders each fail in their own way
-        raise InputError(
-            f"{path}: cannot be read as a photograph ({error})".replace("\n", " ")
-        ) from error
-    scale = short_side / min(image.size) if short_side else 1
-    if scale >= 1:
-        return image
-    return image.resize(
-        [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def open_embedded(path, size):
-    """An embedded photograph, kept for its next tile."""
-    return open_photograph(path, MAX_TILES * size)
-
-
-def embedded_tiles(size):
-    """All tiles of `size` x `size` pixels of the embedded photographs that show something, as a
-    list of Pictures.
-    """
-    tiles = []
-    for folder, names in EMBEDDED.items():
-        package = folder.split("/")[0]
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise InputError(
-                f"{package}: not installed, and it holds the photographs; install it or give "
-                f"--photos DIR"
-            )
-        for name in names.split():
-            path = Path(spec.submodule_search_locations[0]).parent / folder / name
-            image = open_embedded(path, size)
-            for y in range(0, image.height - size + 1, size):
-                for x in range(0, image.width - size + 1, size):
-                    box = (x, y, x + size, y + size)
-                    if image.crop(box).convert("L").entropy() >= MIN_ENTROPY:
-                        tiles.append(Picture(f"{package}/{name}@{x},{y}", path, box))
-    return tiles
 
 
 def fingerprint(path):
@@ -333,56 +192,12 @@ def read_photographs(folder, workers, journal):
 # ---- generated pictures ----
 
 
-def texture(rng, size):
-    """A coloured 1/f noise texture, an RGB image of `size` x `size` pixels."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
-    frequency[0, 0] = np.inf
-    spectrum = rng.normal(size=(2, 3, *frequency.shape)) / frequency ** rng.uniform(0.8, 1.6)
-    field = np.fft.irfft2(spectrum[0] + 1j * spectrum[1], s=(size, size)).reshape(3, -1)
-    field /= field.std(axis=1, keepdims=True)
-    mixing = rng.normal(size=(3, 3))
-    mixing *= rng.uniform(10, 60) / np.linalg.norm(mixing, axis=1, keepdims=True)
-    pixels = mixing @ field + rng.uniform(40, 215, size=(3, 1))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).T.reshape(size, size, 3))
-
-
-def dead_leaves(rng, size):
-    """Overlapping polygons, plain or textured, over a texture: an RGB image of `size` x `size`
-    pixels.
-
-    Radii follow the r**-3 law that makes dead leaves look alike at every scale, as natural images
-    do.
-    """
-    canvas, bark = texture(rng, size), texture(rng, size)
-    smallest, largest = size / 30, size / 2.5
-    for _ in range(rng.integers(15, 120)):
-        radius = (smallest**-2 + rng.uniform() * (largest**-2 - smallest**-2)) ** -0.5
-        corners = int(rng.choice([3, 4, 5, 6, 24]))
-        angles = rng.uniform(0, 2 * math.pi) + np.arange(corners) * 2 * math.pi / corners
-        outline = radius * np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.4, 1)], axis=1)
-        turn = rng.uniform(0, 2 * math.pi)
-        turn = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        points = (outline @ turn + rng.uniform(0, size, size=2)).ravel().tolist()
-        if rng.uniform() < 0.3:
-            mask = Image.new("1", (size, size))
-            ImageDraw.Draw(mask).polygon(points, fill=1)
-            canvas.paste(bark, mask=mask)
-        else:
-            ImageDraw.Draw(canvas).polygon(points, fill=tuple(colour(rng)))
-    return canvas
-
-
 # ---- query edits ----
 
 
 def uniform(rng, low, high):
     """A float with three decimals, so that the csv records exactly what was applied."""
     return round(float(rng.uniform(low, high)), 3)
-
-
-def colour(rng):
-    """A random RGB colour as a list of three ints."""
-    return rng.integers(0, 256, size=3).tolist()
 
 
 def draw_crop(rng):

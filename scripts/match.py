@@ -59,29 +59,30 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from download_weights import sha256_of
-from pictures import MAX_PIXELS, in_eight_bits, pixels_to_decode
-from postprocess import (
-    at_least,
-    atomic,
-    database_augmentation,
-    described,
-    negative_embedding_subtraction,
-    normalise,
-    pair_scores,
-    read_train,
+from common.cli import at_least
+from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
+from common.errors import InputError
+from common.files import atomic, sha256_of
+from common.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    formats,
+    needs_heif,
+    open_checked,
+    pixels_to_decode,
+    upright_rgb,
 )
-from validate_submission import InputError
+from common.search import described, normalise, pair_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = (
@@ -91,21 +92,6 @@ PUBLISHED = (
 THRESHOLD = 0.604169  # DataComp's for isc_ft_v107
 DEFAULT_ONNX = ROOT / "weights" / "v98.onnx"
 
-HEIC_SUFFIXES = (".heic", ".heif")
-SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-    *HEIC_SUFFIXES,
-)
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 # Part of the cache's key, as it stands: other words would make every cached descriptor invalid.
 PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
 
@@ -195,20 +181,6 @@ def shown(path):
 # ---- pictures ----
 
 
-@cache
-def formats():
-    """The formats that may be opened; HEIC, which Pillow lacks, is one where pillow-heif is
-    installed.
-    """
-    Image.init()  # not by several threads at once
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return FORMATS
-    register_heif_opener()
-    return (*FORMATS, "HEIF")
-
-
 class Budget:
     """Pixels that may be decoded at once: large pictures wait for each other, lest threads multiply
     memory.
@@ -235,18 +207,14 @@ def read_picture(file, prepare, budget):
     """prepare(image) of the picture in an open file, upright and RGB; raises whatever its decoder
     does.
     """
-    with Image.open(file, formats=formats()) as image, budget.take(pixels_to_decode(image)):
-        image.load()
-        with suppress(Exception):  # damaged EXIF: viewers do not turn the picture either
-            ImageOps.exif_transpose(image, in_place=True)
-        upright = in_eight_bits(image)
-        return prepare(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    with open_checked(file) as image, budget.take(pixels_to_decode(image)):
+        return prepare(upright_rgb(image))
 
 
 def why(error, path):
     """What is wrong with a bad file, in a few words."""
     if isinstance(error, UnidentifiedImageError):
-        if path.lower().endswith(HEIC_SUFFIXES) and "HEIF" not in formats():
+        if needs_heif(path):
             return "HEIC needs pillow-heif: pip install pillow-heif"
         return f"no picture in a known format ({', '.join(formats())})"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -882,7 +850,7 @@ def main(argv=None):
     store, bad, code = None, {}, 2
     try:
         if args.report:
-            import report  # now, lest it be missing after hours
+            from common import page  # now, so that a missing library shows before hours of work
         paths, members, bad = collect(
             [args.queries, args.references] if args.references else [args.queries]
         )
@@ -917,7 +885,7 @@ def main(argv=None):
                 as_lines({"group": i, "files": files} for i, files in enumerate(groups, 1)),
             )
         if args.report:
-            report.write_match_page(Path(args.report), table, list(bad.items()), args.threshold)
+            page.write_match_page(Path(args.report), table, list(bad.items()), args.threshold)
         if not args.quiet:
             counts = f"{len(paths)} pictures, {store.added} of them new"
             print(

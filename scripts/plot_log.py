@@ -25,10 +25,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from postprocess import atomic
-from validate_submission import InputError
+from common.cli import FORMATS
+from common.errors import InputError, one_line_errors
+from common.files import atomic
 
-FORMATS = (".png", ".svg", ".pdf")
 PANELS = {  # of each value in the log: its title
     "loss": "loss",
     "pos_loss": "positive term",
@@ -238,22 +238,19 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Draw the image or write event files; returns the exit code: 0, or 2 with one line on
     stderr.
     """
     args = parse_args(argv)
-    try:
-        if args.tensorboard:
-            write_boards(args.logs, args.tensorboard, args.follow)
-        else:
-            logs = {str(path): read_log(path) for path in args.logs}
-            with atomic(args.output) as path:
-                draw(logs).savefig(path, format=args.output.suffix[1:], dpi=120)
-            print(args.output)
-    except (InputError, OSError) as error:
-        print(f"plot_log.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.tensorboard:
+        write_boards(args.logs, args.tensorboard, args.follow)
+    else:
+        logs = {str(path): read_log(path) for path in args.logs}
+        with atomic(args.output) as path:
+            draw(logs).savefig(path, format=args.output.suffix[1:], dpi=120)
+        print(args.output)
     return 0
 
 

@@ -20,20 +20,20 @@ import errno
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-import faiss
 import h5py
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from validate_submission import (
+from common.cli import at_least
+from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
+from common.errors import InputError, one_line_errors
+from common.files import atomic
+from common.search import described, nearest, normalise
+from common.submissions import (
     DATASETS,
     MAX_DIMENSIONS,
-    InputError,
-    check_descriptors,
     check_submission,
     read_matches,
     read_submission,
@@ -43,195 +43,15 @@ EXP = Path(__file__).resolve().parents[1] / "exp"
 SUBMISSION = {1: "fb-isc-submission.h5", 2: "fb-isc-submission-phase2.h5"}
 SUFFIX = {1: "", 2: "_phase2"}
 MATCHES = 10  # references per query in the csv, the challenge's allowance
-BLOCK = 4096  # queries per call of faiss
-CHUNK = 256  # rows whose neighbours are held at once: (CHUNK, k, dim)
-MARGIN = (
-    6  # neighbours fetched beyond k, so that rounding inside faiss does not decide who is the k-th
-)
-GPU_MAX_K = 2048  # faiss's limit on GPUs
 
 
 # ---- search ----
 
 
-def flat_search(base, metric, num_gpus=-1):
-    """Exhaustive search in `base`, (n, dim) float32: a function (queries, k) -> (scores (q, k),
-    indices (q, k)).
-
-    `metric` is "ip" (largest inner product first) or "l2" (smallest squared distance first). It
-    runs on `num_gpus` of the GPUs that faiss sees (-1: all), else on the CPU, there without a copy
-    of `base`.
-    """
-    kind = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
-    available = faiss.get_num_gpus()
-    num_gpus = available if num_gpus < 0 else min(num_gpus, available)
-    if num_gpus:
-        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(base.shape[1], kind), ngpu=num_gpus)
-        index.add(base)
-
-    def search(queries, k):
-        if num_gpus and k <= GPU_MAX_K:
-            return index.search(queries, k)
-        return faiss.knn(queries, base, k, metric=kind)
-
-    return search
-
-
-def pair_scores(a, b, metric):
-    """Inner products or squared distances of the rows of `a` and `b`, (..., dim) float32, as (...)
-    float32.
-
-    Computed in double precision and rounded once, so that a pair's value depends on the pair alone,
-    neither on CPU or GPU nor on the block it is in, and exact copies tie.
-    """
-    if metric == "l2":
-        a = b = np.subtract(a, b, dtype=np.float64)
-    return np.einsum("...d,...d->...", a, b, dtype=np.float64).astype(np.float32)
-
-
-def nearest(queries, base, k, metric):
-    """The `k` rows of `base` nearest to each query, best first; equal scores in the order of
-    `base`.
-
-    queries (q, dim), base (n, dim); metric "ip" (inner product) or "l2". Returns scores (q, k)
-    float32, inner products or squared distances, and indices (q, k) int64; k is at most n. Raises
-    InputError where shapes or k make no sense.
-    """
-    queries, base = as_float32(queries), as_float32(base)
-    if k < 1 or not len(base) or queries.shape[1] != base.shape[1]:
-        raise InputError(
-            f"cannot find {k} neighbours of descriptors {queries.shape} among {base.shape}"
-        )
-    k = min(k, len(base))
-    search = flat_search(base, metric)
-    scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    with tqdm(total=len(queries), desc=f"search among {len(base)}", unit="query") as bar:
-        for start in range(0, len(queries), BLOCK):
-            block = queries[start : start + BLOCK]
-            _, found = search(block, min(k + MARGIN, len(base)))
-            for first in range(0, len(block), CHUNK):
-                rows, candidates = block[first : first + CHUNK], found[first : first + CHUNK]
-                score = pair_scores(rows[:, None], base[candidates], metric)
-                order = np.lexsort((candidates, -score if metric == "ip" else score))[:, :k]
-                here = slice(start + first, start + first + len(rows))
-                scores[here] = np.take_along_axis(score, order, 1)
-                indices[here] = np.take_along_axis(candidates, order, 1)
-            bar.update(len(block))
-    return scores, indices
-
-
 # ---- descriptors ----
 
 
-def as_float32(descriptors):
-    """`descriptors` as a C-contiguous (n, dim) float32 array, itself where it is one already."""
-    descriptors = np.ascontiguousarray(descriptors, dtype=np.float32)
-    if descriptors.ndim != 2:
-        raise InputError(f"descriptors must be (rows, dimensions), not {descriptors.shape}")
-    return descriptors
-
-
-def normalise(rows):
-    """L2-normalises (n, dim) float32 in place and returns it; a zero row stays zero."""
-    norm = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    rows /= np.where(norm > 0, norm, 1)[:, None]
-    return rows
-
-
-def described(descriptors):
-    """Which rows of (n, dim) are descriptors, as an index: not those of zeros, of images that could
-    not be read.
-    """
-    read = descriptors.any(axis=1)
-    return slice(None) if read.all() else np.flatnonzero(read)  # a slice copies nothing
-
-
-def neighbour_sum(base, indices, weights):
-    """sum_j weights[i, j] * base[indices[i, j]] as (n, dim) float32, in chunks: (n, k, dim) is 10
-    GB for a million.
-    """
-    result = np.empty((len(indices), base.shape[1]), np.float32)
-    for start in range(0, len(indices), CHUNK):
-        rows = slice(start, start + CHUNK)
-        result[rows] = np.einsum("nk,nkd->nd", weights[rows], base[indices[rows]])
-    return result
-
-
-def database_augmentation(train, k=10, alpha=3.0):
-    """Each training descriptor becomes the normalised sum of its k nearest (itself included),
-    weighted by similarity.
-
-    train (n, dim) -> (n, dim) float32, unit length; the weight is the inner product to the power
-    alpha, with its sign. Fewer than k descriptors: all of them are used. A zero row stays zero. The
-    input is left as it is.
-    """
-    train = as_float32(train)
-    similarity, indices = nearest(train, train, k, "ip")
-    weights = np.copysign(np.abs(similarity) ** np.float32(alpha), similarity)
-    result = normalise(neighbour_sum(train, indices, weights))
-    result[~train.any(axis=1)] = 0
-    return result
-
-
-def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, beta=0.35):
-    """Moves descriptors away from the negatives they resemble: x <- normalise(x - beta * mean of
-    its k nearest).
-
-    descriptors (n, dim), negatives (m, dim), e.g. database-augmented training descriptors -> (n,
-    dim) float32, unit length; every iteration searches with the result of the one before. Fewer
-    than k negatives: all of them are used. A zero row, an image that could not be read, stays zero.
-    The inputs are left as they are. Paper: arXiv 2112.04323.
-    """
-    result, negatives = as_float32(descriptors).copy(), as_float32(negatives)
-    unread = ~result.any(axis=1)
-    for _ in range(num_iter):
-        _, indices = nearest(result, negatives, k, "ip")
-        weights = np.full(indices.shape, beta / indices.shape[1], np.float32)
-        result -= neighbour_sum(negatives, indices, weights)
-        normalise(result)
-        result[unread] = 0
-    return result
-
-
 # ---- files ----
-
-
-@contextmanager
-def atomic(path):
-    """Gives a temporary path beside `path`, which takes its place when the block ends well and
-    vanishes otherwise.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_train(path):
-    """Reads and checks `train_feats.npy`, (n, dim) floating point -> float32. Raises InputError
-    with what is wrong.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; extract with a t in it: --mode extract --target-set qrt"
-        )
-    try:
-        train = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # mapped: a header that lies about the size is refused
-        kind = train.dtype.kind
-    except (ValueError, OSError, EOFError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not a readable .npy file ({error}); extract again".replace("\n", " ")
-        ) from None
-    if kind != "f":
-        raise InputError(f"{path}: holds {train.dtype}, not floating point numbers; extract again")
-    with np.errstate(over="ignore"):
-        train = np.array(train, dtype=np.float32, order="C")
-    check_descriptors(train, f"{path}: the array")
-    return train
 
 
 def concatenated(parts):
@@ -325,19 +145,6 @@ def postprocess(args):
     return h5_path, csv_path
 
 
-def at_least(kind, low):
-    """An argparse type: a finite number no less than `low`."""
-
-    def number(text):
-        value = kind(text)
-        if not low <= value < float("inf"):
-            raise ValueError(text)
-        return value
-
-    number.__name__ = f"{kind.__name__} >= {low}"
-    return number
-
-
 def parse_args(argv=None):
     """The command line; the defaults are the published run."""
     parser = argparse.ArgumentParser(
@@ -376,15 +183,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        for path in postprocess(args):
-            print(path)
-    except (InputError, OSError) as error:
-        print(f"postprocess.py: error: {error}", file=sys.stderr)
-        return 2
+    for path in postprocess(args):
+        print(path)
     return 0
 
 

@@ -24,123 +24,50 @@ cosines, 1 + score / 2, which is what match.py's --threshold takes; those of a .
 """
 
 import argparse
-import base64
-import html
-import io
-import json
 import math
 import os
-import re
 import sys
-import warnings
-from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 
-from eval_metrics import as_text, load_candidates, micro_metrics, read_ground_truth
-from pictures import in_eight_bits, pixels_to_decode
-from postprocess import atomic, pair_scores
-from validate_submission import InputError, add_track_flags, read_csv, read_submission, track_of
+from common.errors import InputError, one_line_errors
+from common.evaluation import (
+    PAIR,
+    as_text,
+    load_candidates,
+    micro_metrics,
+    rank,
+    read_edits,
+    read_ground_truth,
+    scores_by_edit,
+)
+from common.images import SUFFIXES
+from common.page import (
+    DASHED,
+    GROUPS,
+    MATCHES,
+    PAIRS,
+    STYLE,
+    TRUE,
+    draw_axes,
+    draw_scores,
+    embed,
+    svg,
+    write_match_page,
+    write_page,
+)
+from common.search import pair_scores
+from common.submissions import add_track_flags, read_submission, track_of
 
-try:
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-except ImportError:  # HEIC pictures then cannot be shown
-    pillow_heif = None
-
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", *(["HEIF"] if pillow_heif else [])]
-SUFFIXES = [
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".heif",
-]
 FOLDERS = {"query": ("query_images", "query_images_phase2"), "reference": ("reference_images",)}
-SIDE, QUALITY = 256, 70  # of pictures in the page: longer side in pixels, JPEG
 PRECISIONS = (0.99, 0.95, 0.9, 0.8)
-PAIRS, GROUPS, BAD = (
-    12,
-    50,
-    200,
-)  # shown: pairs of each kind, groups (--gallery changes both), unreadable files
-GROUP = 12  # pictures, and scores, shown of a group
 GRID = 400  # steps per axis that a curve is thinned to
-PAIR = ["query_id", "reference_id"]
-MATCHES = ["query", "reference", "score", "group"]  # match.py's columns
-COLOURS = {  # stand-ins in the figures for what the page's style sets, by day and by night
-    "#010101": "currentColor",
-    "#020202": "var(--true)",
-    "#030303": "var(--false)",
-    "#040404": "var(--muted)",
-    "#050505": "var(--line)",
-}
-INK, TRUE, FALSE, MUTED, LINE = COLOURS
-DASHED = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "the same each time",
-    "text.color": INK,
-    "legend.frameon": False,
-}
-STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED)
 
 
 # ---- ranking ----
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Scored pairs, best first, wrong ones first among equals, as eval_metrics.py ranks them.
-
-    pairs: `query_id`, `reference_id`, `score`, `correct` (bool); positives: number of pairs in the
-    ground truth.
-    """
-
-    pairs: pd.DataFrame
-    positives: int
-
-    def curve(self):
-        """Precision and recall after each pair, (n,) float64 each."""
-        found = self.pairs["correct"].to_numpy().cumsum()
-        return found / np.arange(1, len(found) + 1), found / self.positives
-
-    def depth(self, precision):
-        """How many pairs to accept for the largest recall at this precision or more; 0: it is never
-        reached.
-        """
-        reached = (self.curve()[0] >= precision) & self.pairs["correct"].to_numpy()
-        return int(np.flatnonzero(reached).max(initial=-1)) + 1
-
-    def average_precision(self):
-        """Micro average precision."""
-        return float(self.curve()[0][self.pairs["correct"].to_numpy()].sum() / self.positives)
-
-
-def rank(candidates, truth):
-    """The Ranking of candidates (`query_id`, `reference_id`, `score`) by a ground truth (the former
-    two).
-    """
-    positives = pd.MultiIndex.from_frame(truth[truth["reference_id"] != ""])
-    correct = pd.MultiIndex.from_frame(candidates[PAIR]).isin(positives)
-    order = np.lexsort((correct, -candidates["score"].to_numpy()))
-    return Ranking(
-        candidates.assign(correct=correct).iloc[order].reset_index(drop=True), len(positives)
-    )
 
 
 def as_cosine(score):
@@ -245,98 +172,7 @@ def is_unit(submission):
 # ---- edits ----
 
 
-def read_edits(path):
-    """{query_id: [(name, parameters as JSON), ...]} of a query_edits.csv. Raises InputError with
-    what is wrong.
-    """
-    edits = {}
-    for line, (query, text) in enumerate(
-        read_csv(path, ("query_id", "edits")).itertuples(index=False), 2
-    ):
-        try:
-            edits[query] = [
-                (str(name).replace("_", " "), json.dumps(details))
-                for name, details in json.loads(text)
-            ]
-        except (TypeError, ValueError, RecursionError):
-            raise InputError(
-                f"{path}: edits in line {line} are no JSON list of [name, parameters]; mend it"
-            ) from None
-    return edits
-
-
-def scores_by_edit(ranking, truth, edits):
-    """A row for each kind of edit that not all queries have, the hardest first, then one for all
-    queries.
-
-    (name, queries, copies, recall of each query's best candidate, recall at 90% precision over all
-    queries, average precision over these queries alone). Copies are pairs of the ground truth;
-    without any, the rest is None.
-    """
-    parts = (
-        ranking.pairs.drop_duplicates("query_id"),
-        ranking.pairs[: ranking.depth(0.9)],
-        ranking.pairs,
-    )
-    queries, kinds = set(truth["query_id"]), defaultdict(set)
-    for query in queries & edits.keys():
-        for name, _ in edits[query]:
-            kinds[name].add(query)
-
-    def row(name, members):
-        here = truth[truth["query_id"].isin(members)]
-        copies = int((here["reference_id"] != "").sum())
-        if not copies:
-            return name, len(members), 0, None, None, None
-        best, accepted, pairs = (part[part["query_id"].isin(members)] for part in parts)
-        recalls = [part["correct"].sum() / copies for part in (best, accepted)]
-        return name, len(members), copies, *recalls, Ranking(pairs, copies).average_precision()
-
-    rows = [row(name, members) for name, members in sorted(kinds.items()) if members != queries]
-    return [
-        *sorted(rows, key=lambda cells: 2 if cells[-1] is None else cells[-1]),
-        row("all queries", queries),
-    ]
-
-
 # ---- pictures ----
-
-
-def shown(name):
-    """A name as text that can be printed: bytes that are no UTF-8, and characters that would not
-    show, as escapes.
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def open_picture(path):
-    """The picture at `path`: RGB, upright, no side longer than SIDE. Raises some exception where
-    there is none.
-    """
-    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-        pixels_to_decode(image)
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))
-        image = ImageOps.exif_transpose(in_eight_bits(image)).convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    return image
-
-
-def embed(path):
-    """A picture for the page: `data` (a JPEG as URI), `width` and `height`, or why it is
-    `missing`.
-    """
-    if path is None or not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
-        return {"missing": "no such picture"}
-    try:
-        image, file = open_picture(path), io.BytesIO()
-        image.save(file, "JPEG", quality=QUALITY, optimize=True)
-    except (
-        Exception
-    ):  # file system, formats and decoders each fail in their own way, and none may cost the page
-        return {"missing": "cannot be read"}
-    data = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"missing": None, "data": data, "width": image.width, "height": image.height}
 
 
 def find_picture(folder, kind, name):
@@ -351,38 +187,6 @@ def find_picture(folder, kind, name):
 
 
 # ---- figures ----
-
-
-def draw_axes(xlabel, ylabel):
-    """A Figure of a size that a phone can show, and its axes."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def svg(figure, name, label):
-    """The figure as an SVG element in the page's font, width and colours; `name` is its own,
-    `label` is read aloud.
-    """
-    file = io.StringIO()
-    figure.savefig(
-        file,
-        format="svg",
-        transparent=True,
-        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-    )
-    text = file.getvalue()
-    text = text[text.index(">", text.index("<svg")) + 1 :]
-    text = re.sub(r"font-family: [^;]*; ", "", text)
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text)
-    for stand_in, colour in COLOURS.items():
-        text = text.replace(stand_in, colour)
-    width, height = figure.get_size_inches() * 72
-    head = f'<svg role="img" aria-label="{html.escape(label)}"'
-    return f'{head} viewBox="0 0 {width:.1f} {height:.1f}">{text}'
 
 
 @mpl.rc_context(STYLE)
@@ -406,55 +210,7 @@ def draw_curve(ranking):
     return svg(figure, "curve", f"Precision over recall. {label}")
 
 
-@mpl.rc_context(STYLE)
-def draw_scores(scores, unit, threshold=None):
-    """Histograms of {label: scores (n,)} over one axis: the share of each where there are two, else
-    the number.
-    """
-    alone = len(scores) == 1
-    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 40)
-    figure, axes = draw_axes(unit, "pairs" if alone else "share of these pairs")
-    for (label, values), colour in zip(scores.items(), (TRUE, FALSE), strict=False):
-        heights = np.histogram(values, edges)[0] / (1 if alone else max(1, len(values)))
-        axes.stairs(heights, edges, fill=True, color=colour, alpha=0.2)
-        axes.stairs(heights, edges, color=colour, linewidth=1.6, label=f"{label} ({len(values):,})")
-    if threshold is not None:
-        axes.axvline(
-            threshold,
-            **DASHED,
-            label=f"{'threshold' if alone else '90% precision'}: {threshold:.4g}",
-        )
-    axes.set_ylim(bottom=0)
-    figure.legend(
-        loc="outside upper left", ncols=2, fontsize=9, handlelength=1.4, columnspacing=1.2
-    )
-    return svg(figure, "scores", f"Histogram of the {unit} of {' and '.join(scores)}")
-
-
 # ---- pages ----
-
-
-def write_page(output, embed, **values):
-    """Fills the template, whose pictures come from `embed`, and writes the page; returns its line
-    for the user.
-    """
-    counts = Counter()
-
-    def show(*where):
-        image = embed(*where)
-        counts[image["missing"]] += 1
-        return image
-
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options
-    )
-    environment.filters["shown"] = shown
-    page = environment.get_template("report.html.jinja").render(values, show=show).encode()
-    with atomic(Path(output)) as file:
-        file.write_bytes(page)
-    pictures = ", ".join(f"{count} {reason or 'pictures'}" for reason, count in counts.items())
-    return f"{shown(output)}: {len(page) / 1e6:.1f} MB, {pictures or 'no pictures'}"
 
 
 def galleries(ranking, truth, missed, limit):
@@ -576,86 +332,6 @@ def read_pairs(path):
     return table
 
 
-def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
-    """Writes the page of copies that match.py found; returns its line for the user.
-
-    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`; bad:
-    (path, reason) of each file that could not be read; threshold: the least cosine of a match.
-    Shows at most `gallery` groups, largest first.
-    """
-    matches = matches.sort_values("score", ascending=False, kind="stable")
-    sides = [
-        matches[["group", side]].set_axis(["group", "path"], axis=1)
-        for side in ("query", "reference")
-    ]
-    members = pd.concat(sides).drop_duplicates()
-    sizes = members["group"].value_counts().reindex(matches["group"].unique())
-    apart = not set(matches["query"]) & set(matches["reference"])
-    counts = {
-        "groups of copies": sizes,
-        "pictures in these pairs": members,
-        "pairs": matches,
-        "unreadable files": bad,
-    }
-    facts = {name: f"{len(things):,}" for name, things in counts.items()}
-    if threshold is not None:
-        facts["threshold"] = f"{threshold:.6g}"
-    return write_page(
-        output,
-        embed,
-        title="Copies",
-        subtitle="",
-        facts=facts,
-        unit="cosine",
-        scale="Cosine of the descriptors of each pair.",
-        figures=[draw_scores({"pairs": matches["score"].to_numpy(float)}, "cosine", threshold)]
-        if len(matches)
-        else [],
-        groups=[
-            group_row(matches[matches["group"] == group], size, apart)
-            for group, size in sizes.sort_values(ascending=False, kind="stable")[:gallery].items()
-        ],
-        root=common_folder(members["path"]),
-        bad=bad,
-        most_bad=BAD,
-    )
-
-
-def group_row(pairs, size, apart):
-    """What the page shows of a group: its number of pictures, some of them, and the scores between
-    these, best first.
-
-    `apart`: whether queries and references are different files; then the pictures are called so.
-    """
-    role = (
-        dict.fromkeys(pairs["query"], "query ") | dict.fromkeys(pairs["reference"], "reference ")
-        if apart
-        else {}
-    )
-    paths = list(dict.fromkeys(pairs[["query", "reference"]].to_numpy().ravel()))[:GROUP]
-    number = {path: n for n, path in enumerate(paths, 1)}
-    inside = pairs[pairs["query"].isin(paths) & pairs["reference"].isin(paths)][:GROUP]
-    numbers = (
-        sorted((number[query], number[reference]))
-        for query, reference in inside[MATCHES[:2]].to_numpy()
-    )
-    return {
-        "size": size,
-        "pairs": len(pairs),
-        "best": pairs["score"].max(),
-        "pictures": [(path, f"{role.get(path, '')}{n}") for path, n in number.items()],
-        "scores": [(*pair, score) for pair, score in zip(numbers, inside["score"], strict=True)],
-    }
-
-
-def common_folder(paths):
-    """The folder that all paths are in, with a closing slash, or "" where there is none."""
-    try:
-        return os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")  # noqa: PTH118, PTH120
-    except ValueError:  # no paths, or absolute and relative ones
-        return ""
-
-
 # ---- main ----
 
 
@@ -731,18 +407,15 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        if args.ground_truth:
-            print(report_submission(args))
-        else:
-            gallery = GROUPS if args.gallery is None else args.gallery
-            print(write_match_page(args.output, read_pairs(args.submission), gallery=gallery))
-    except (InputError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.ground_truth:
+        print(report_submission(args))
+    else:
+        gallery = GROUPS if args.gallery is None else args.gallery
+        print(write_match_page(args.output, read_pairs(args.submission), gallery=gallery))
     return 0
 
 

@@ -1,5 +1,6 @@
-"""scripts/benchmark.py: A and B agree where they must, its table and JSON are well-formed. Nothing
-here is timed.
+"""scripts/dev/benchmark.py: A and B agree where they must, its table and JSON are well-formed.
+
+Nothing here is timed.
 """
 
 import json
@@ -159,7 +160,7 @@ def test_table_and_json(photos, tmp_path):
         "--json",
         figures,
     ]
-    result = run("scripts/benchmark.py", *arguments)
+    result = run("scripts/dev/benchmark.py", *arguments)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     header = next(number for number, line in enumerate(lines) if line.startswith("part "))

@@ -61,7 +61,7 @@ def test_ends_with_a_page(tmp_path, monkeypatch, capsys):
     assert script == "scripts/report.py"
     assert ["scripts/eval_metrics.py", str(args.submission), str(args.ground_truth)] in commands
     assert args.submission.name == "v98_iso_phase2.h5"
-    hashes = next(command for command in commands if command[0] == "scripts/hash_images.py")
+    hashes = next(command for command in commands if command[0] == "scripts/dev/hash_images.py")
     hashes = hash_images.parse_args(hashes[1:])
     assert hashes.phase == 2 and demo.HASHES.keys() == set(hash_images.HASHES)
     scored = [command[1] for command in commands if command[0] == "scripts/eval_metrics.py"]

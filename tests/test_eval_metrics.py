@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import eval_metrics
 import postprocess
+from common import evaluation, search
 from conftest import GOLDEN, ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "eval_metrics.py"
@@ -54,7 +55,7 @@ def brute_force(query, reference, count):
 
 
 def assert_brute_force(query, reference, count):
-    table = eval_metrics.match(
+    table = evaluation.match(
         query, reference, np.arange(len(query)), np.arange(len(reference)), count
     )
     rows, columns, scores = brute_force(query, reference, count)
@@ -145,7 +146,7 @@ def test_match_where_one_query_owns_most_pairs():
     query = 3 * points(40)
     query[17] = 0
     assert_brute_force(query, reference, 400)
-    assert np.bincount(eval_metrics.nearest_pairs(query, reference, 400)[1], minlength=40)[17] > 350
+    assert np.bincount(evaluation.nearest_pairs(query, reference, 400)[1], minlength=40)[17] > 350
 
 
 def test_match_where_distances_tie():
@@ -180,37 +181,37 @@ def test_match_is_brute_force_on_grids_full_of_ties(seed, shape, count, levels):
 def test_block_sizes_give_the_same_answer(monkeypatch):
     query, reference = points(150), points(800, seed=1)
     query[:50] *= 0.2
-    whole = eval_metrics.nearest_pairs(query, reference, 1500)
+    whole = evaluation.nearest_pairs(query, reference, 1500)
     for block, pairs in ((7, 2**20), (4096, 1), (64, 500)):
-        monkeypatch.setattr(eval_metrics, "BLOCK", block)
-        monkeypatch.setattr(eval_metrics, "PAIRS", pairs)
+        monkeypatch.setattr(evaluation, "BLOCK", block)
+        monkeypatch.setattr(evaluation, "PAIRS", pairs)
         for expected, actual in zip(
-            whole, eval_metrics.nearest_pairs(query, reference, 1500), strict=True
+            whole, evaluation.nearest_pairs(query, reference, 1500), strict=True
         ):
             np.testing.assert_array_equal(actual, expected)
 
 
 def test_search_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(eval_metrics, "PAIRS", 1000)
+    monkeypatch.setattr(evaluation, "PAIRS", 1000)
     sizes = []
-    flat_search = eval_metrics.flat_search
+    flat_search = search.flat_search
 
     def counting(*args):
-        search = flat_search(*args)
-        return lambda queries, k: sizes.append(len(queries) * k) or search(queries, k)
+        find = flat_search(*args)
+        return lambda queries, k: sizes.append(len(queries) * k) or find(queries, k)
 
-    monkeypatch.setattr(eval_metrics, "flat_search", counting)
+    monkeypatch.setattr(evaluation, "flat_search", counting)
     query = 3 * points(200)
     query[:20] = 0
-    eval_metrics.nearest_pairs(query, points(900, seed=1), 2000)
+    evaluation.nearest_pairs(query, points(900, seed=1), 2000)
     assert len(sizes) > 10 and max(sizes) <= 1000
 
 
 def test_match_leaves_its_inputs_alone_and_takes_any_ids():
     query, reference = points(5), points(8, seed=1)
     query.flags.writeable = reference.flags.writeable = False
-    text = eval_metrics.match(query, reference, list("abcde"), list("stuvwxyz"), 12)
-    raw = eval_metrics.match(
+    text = evaluation.match(query, reference, list("abcde"), list("stuvwxyz"), 12)
+    raw = evaluation.match(
         query, reference, np.array([*"abcde"], "S9"), np.array([*"stuvwxyz"], "S9"), 12
     )
     pd.testing.assert_frame_equal(text, raw)
@@ -219,7 +220,7 @@ def test_match_leaves_its_inputs_alone_and_takes_any_ids():
     )
     for bad in ((query, reference, 0), (query[:0], reference, 3), (query, reference[:, 1:], 3)):
         with pytest.raises(postprocess.InputError):
-            eval_metrics.match(*bad[:2], [], [], bad[2])
+            evaluation.match(*bad[:2], [], [], bad[2])
 
 
 # ---- properties of the metrics ----
@@ -458,7 +459,7 @@ def normalized_cosines(query, reference, train, beta, first, last):
 def test_normalized_candidates_are_the_best_of_all_pairs(beta, first, last, trains):
     query, reference, train = (unit(points(n, seed=n)) for n in (23, 57, trains))
     offset = eval_metrics.normalization_offset(query, train, beta, (first, last))
-    table = eval_metrics.match(query, reference, np.arange(23), np.arange(57), 100, offset=offset)
+    table = evaluation.match(query, reference, np.arange(23), np.arange(57), 100, offset=offset)
     expected = normalized_cosines(query, reference, train, beta, first, last)
     best = np.sort(np.argsort(-expected, axis=None)[:100])
     found = table["query_id"].astype(int) * 57 + table["reference_id"].astype(int)
@@ -472,7 +473,7 @@ def test_any_offset_is_exact_with_ties(seed, size, count):
     rng = np.random.default_rng(seed)
     query, reference = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (7, 11))
     offset = (size * rng.standard_normal(7)).astype(np.float32)
-    distance, rows, columns = eval_metrics.nearest_pairs(query, reference, count, offset=offset)
+    distance, rows, columns = evaluation.nearest_pairs(query, reference, count, offset=offset)
     every = ((query[:, None] - reference) ** 2).sum(-1) + offset[:, None]
     best = np.argsort(every, axis=None, kind="stable")[:count]
     np.testing.assert_array_equal(distance, every.ravel()[best])

@@ -107,13 +107,30 @@ def test_imports_are_required(path):
     own = set()
     if path.parent.name != "exp":
         pinned |= requirements("requirements-dev.txt")
-        own = {sibling.stem for sibling in PRODUCT}
+        own = {"common", *(sibling.stem for sibling in PRODUCT)}
     distributions = importlib.metadata.packages_distributions()
     for module in imported_modules(path) - sys.stdlib_module_names - own:
         names = {name.lower() for name in distributions.get(module, [module])}
         assert names & pinned.keys(), (
             f"{path.name} imports {module}, which no requirements file names"
         )
+
+
+COMMANDS = sorted((ROOT / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_no_command_imports_another(path):
+    """What several need is in scripts/common."""
+    commands = {command.stem for command in COMMANDS} - {path.stem}
+    assert not imported_modules(path) & commands
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts/common").glob("*.py")), ids=lambda p: p.name
+)
+def test_common_code_imports_no_command(path):
+    assert not imported_modules(path) & {command.stem for command in COMMANDS}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)

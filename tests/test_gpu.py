@@ -18,10 +18,10 @@ import pytest
 import torch
 from stage_process import free_port, load, losses
 
-import postprocess
 import v83
 import v98
 import v107
+from common import search
 from conftest import ROOT, run
 
 ARCH = "tf_efficientnetv2_m"  # the recipe's, with random weights
@@ -297,8 +297,8 @@ def test_search_on_gpus_agrees_with_the_cpu(device):
     rng = np.random.default_rng(0)
     base, queries = (rng.normal(size=(n, 256)).astype(np.float32) for n in (20_000, 500))
     for metric in ("l2", "ip"):
-        found = postprocess.flat_search(base, metric, num_gpus=-1)(queries, 10)
-        expected = postprocess.flat_search(base, metric, num_gpus=0)(queries, 10)
+        found = search.flat_search(base, metric, num_gpus=-1)(queries, 10)
+        expected = search.flat_search(base, metric, num_gpus=0)(queries, 10)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -327,7 +327,8 @@ def test_match_in_half_precision(device, data, tmp_path, figure):
     scores = []
     for amp in ("off", "fp16"):
         argv = [data / "query_images", data / "reference_images", "--threshold", -1, "--top-k", 3]
-        argv += ["--amp", amp, "--output", tmp_path / f"{amp}.csv"]
+        argv += ["--weight", ROOT / "weights" / "v98.pth.tar", "-a", "test_byobnet"]
+        argv += ["--input-size", 96, "--amp", amp, "--output", tmp_path / f"{amp}.csv"]
         command(device, "scripts/match.py", *argv, "--cache", tmp_path / f"{amp}.cache")
         rows = pd.read_csv(tmp_path / f"{amp}.csv")
         scores.append(rows.set_index(["query", "reference"])["score"])

@@ -10,7 +10,7 @@ from PIL import Image
 import hash_images
 from conftest import ROOT, assert_refused, run
 
-SCRIPT = ROOT / "scripts" / "hash_images.py"
+SCRIPT = ROOT / "scripts" / "dev" / "hash_images.py"
 
 
 def picture(seed):

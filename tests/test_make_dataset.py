@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
+from common import images
 from conftest import ROOT, assert_refused, children, run
 from make_dataset import (
     EDITS,
@@ -487,10 +488,12 @@ def test_heic_is_read(tmp_path):
 
 
 def test_without_pillow_heif_the_remedy_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("make_dataset.register_heif_opener", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images.formats.cache_clear()
     (tmp_path / "phone.heic").touch()
     with pytest.raises(InputError, match="install pillow-heif"):
         open_photograph(tmp_path / "phone.heic")
+    images.formats.cache_clear()
 
 
 def test_generated_pictures_differ_and_are_coloured():

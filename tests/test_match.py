@@ -18,7 +18,6 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from PIL import Image
 import make_dataset
 import match
 import v107
+from common import page
 from conftest import ROOT, assert_refused, called, run
 from postprocess import database_augmentation, negative_embedding_subtraction
 
@@ -241,7 +241,7 @@ def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
     assert "200000000 pixels" in reasons["huger.png"]
     assert (
         reasons["text.jpg"] == reasons["vector.gif"]
-        and "no picture in a known format (JPEG" in reasons["text.jpg"]
+        and "no picture in a known format (AVIF" in reasons["text.jpg"]
     )
     assert reasons["pipe.jpg"] == "no file"
     code, rows, err = do(folder, "--bad-images", "error")
@@ -304,14 +304,13 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
         assert files >= {*odd, b"5.png"}
     assert err.splitlines()[-1].endswith(
         r"bad\n\udcff.png: no picture in a known format "
-        "(JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIF)"
+        "(AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, HEIF)"
     )
 
 
 def test_report(folder, do, tmp_path, monkeypatch):
     given = []
-    stub = Namespace(write_match_page=lambda *arguments: given.append(arguments))
-    monkeypatch.setitem(sys.modules, "report", stub)
+    monkeypatch.setattr(page, "write_match_page", lambda *arguments: given.append(arguments))
     (folder / "bad.jpg").write_bytes(b"")
     _, rows, _ = do(folder, "--report", tmp_path / "page.html")
     ((output, matches, bad, threshold),) = given
@@ -327,12 +326,13 @@ def test_report(folder, do, tmp_path, monkeypatch):
         and matches["score"].dtype == float
     )
     assert [(Path(path).name, reason[:10]) for path, reason in bad] == [("bad.jpg", "no picture")]
-    monkeypatch.setitem(sys.modules, "report", None)
+    monkeypatch.setitem(sys.modules, "common.page", None)
+    monkeypatch.delattr(sys.modules["common"], "page")
     code, _, err = do(folder, "--report", tmp_path / "page.html")
     assert (
         code == 2
         and err.startswith("match.py: error: ")
-        and "report" in err
+        and "page" in err
         and "describing" not in err
     )
 

@@ -8,7 +8,7 @@ from PIL import Image
 import plot_edits
 from conftest import ROOT, assert_refused, called, run
 
-SCRIPT = ROOT / "scripts" / "plot_edits.py"
+SCRIPT = ROOT / "scripts" / "dev" / "plot_edits.py"
 # its reference, its edits; the first submission finds crops, the second what was not cropped
 QUERIES = {
     "Q00000": ("R000000", ["crop"]),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import postprocess
+from common import search
 from conftest import GOLDEN, ROOT, assert_refused, run
 
 CASES = ("float32", "float16", "duplicates")
@@ -88,8 +89,8 @@ def test_block_sizes_give_the_same_answer(monkeypatch, case):
         return train, query, *postprocess.nearest(query, train, 10, "l2")
 
     whole = everything()
-    monkeypatch.setattr(postprocess, "BLOCK", 17)  # faiss takes another route below 20 queries
-    monkeypatch.setattr(postprocess, "CHUNK", 5)
+    monkeypatch.setattr(search, "BLOCK", 17)  # faiss takes another route below 20 queries
+    monkeypatch.setattr(search, "CHUNK", 5)
     for expected, actual in zip(whole, everything(), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -106,7 +107,7 @@ class OneGpu:
         self.base = base
 
     def search(self, queries, k):
-        assert k <= postprocess.GPU_MAX_K
+        assert k <= search.GPU_MAX_K
         similarity = queries.astype(np.float32)[:, ::-1] @ self.base[:, ::-1].T
         index = np.argpartition(-similarity, k - 1)[:, :k]
         return np.take_along_axis(similarity, index, 1), index
@@ -116,20 +117,20 @@ def test_gpus_are_used_where_faiss_sees_some_with_the_same_answer(monkeypatch):
     query, base = unit_rows(40, 24), unit_rows(3000, 24, seed=1)
     expected = postprocess.nearest(query, base, 10, "ip")
     asked = []
-    monkeypatch.setattr(postprocess.faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(search.faiss, "get_num_gpus", lambda: 2)
     monkeypatch.setattr(
-        postprocess.faiss,
+        search.faiss,
         "index_cpu_to_all_gpus",
         lambda index, ngpu: asked.append(ngpu) or OneGpu(index),
         raising=False,
     )
     for one, other in zip(expected, postprocess.nearest(query, base, 10, "ip"), strict=True):
         np.testing.assert_array_equal(one, other)
-    postprocess.flat_search(base, "l2", num_gpus=1)
-    postprocess.flat_search(base, "l2", num_gpus=7)
-    postprocess.flat_search(base, "l2", num_gpus=0)
+    search.flat_search(base, "l2", num_gpus=1)
+    search.flat_search(base, "l2", num_gpus=7)
+    search.flat_search(base, "l2", num_gpus=0)
     assert asked == [2, 1, 2]
-    many = postprocess.flat_search(base, "ip")(query, 2500)[1]  # beyond what faiss does on GPUs
+    many = search.flat_search(base, "ip")(query, 2500)[1]  # beyond what faiss does on GPUs
     assert many.shape == (40, 2500)
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
+from common import page
 from conftest import assert_refused, called, run
 from eval_metrics import micro_metrics, read_ground_truth
 
@@ -449,9 +450,9 @@ def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
         [("x", "y")] * 900,
         gallery=2,
     )
-    page = Page(tmp_path / "m.html")
-    text = " ".join(page.text.split())
-    assert len(page.all("article")) == 2 and text.count("no such picture") == 2 * report.GROUP
+    shown = Page(tmp_path / "m.html")
+    text = " ".join(shown.text.split())
+    assert len(shown.all("article")) == 2 and text.count("no such picture") == 2 * page.GROUP
     assert "80 pictures 40 pairs" in text and "2 of 10 groups" in text and "and 700 more" in text
     assert "query 1" in text and "reference 2" in text and "more pairs of 80 pictures" in text
 

@@ -1,4 +1,4 @@
-"""scripts/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
+"""scripts/dev/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
 table.
 """
 
@@ -12,7 +12,7 @@ NOISE = 0.03  # of a share over 200 queries that the approximation of distances 
 
 
 def simulate(*flags):
-    return run(ROOT / "scripts" / "simulate_ivfpq.py", *SMALL, *flags)
+    return run(ROOT / "scripts" / "dev" / "simulate_ivfpq.py", *SMALL, *flags)
 
 
 def table(result):

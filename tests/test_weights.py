@@ -40,8 +40,7 @@ def commands(tmp_path_factory):
         line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()
     ]
     return [
-        (script, importlib.import_module(script.partition("/")[2][:-3]), flags)
-        for script, *flags in lines[:-1]
+        (script, importlib.import_module(Path(script).stem), flags) for script, *flags in lines[:-1]
     ], lines[-1]
 
 
@@ -99,7 +98,7 @@ def test_the_onnx_file_is_that_of_export(exported_again):
 def test_make_starts_each_stage_from_the_one_before(commands):
     runs, (dash, *files) = commands
     assert [script for script, *_ in runs] == [
-        "scripts/pretrain_mini.py",
+        "weights/pretraining/pretrain_mini.py",
         *(f"exp/{stage}.py" for stage in ("v83", "v86", "v98")),
         "scripts/make_dataset.py",
         "exp/v107.py",

@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 COMMON="-a test_byobnet --input-size 96 --reference-world-size 1 --log-every 10 --resume auto"
 BATCH="--batch-size 64 --memory-size 4000"
 
-python scripts/pretrain_mini.py "$OUT" --log-every 20
+python weights/pretraining/pretrain_mini.py "$OUT" --log-every 20
 IMAGES=$OUT/input/training_images/
 python exp/v83.py $COMMON $BATCH --weight "$OUT/start.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v83" "$IMAGES"
 python exp/v86.py $COMMON $BATCH --weight "$OUT/v83/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v86" "$IMAGES"

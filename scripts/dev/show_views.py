@@ -15,11 +15,13 @@ import inspect
 import sys
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+
 from torchvision.utils import save_image
 
-sys.path.extend(str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts"))
-
-from postprocess import at_least, atomic
+from common.cli import at_least
+from common.errors import one_line_errors
+from common.files import atomic
 
 STAGES = ("v83", "v86", "v98", "v107")
 FORMATS = {".png": "PNG", ".jpg": "JPEG"}
@@ -74,16 +76,13 @@ def parse_args(argv=None):
     return args, stage, stage.parse_args([args.data, *flags])
 
 
+@one_line_errors
 def main(argv=None):
     """Write the image; returns the exit code: 0, or 2 with one line on stderr."""
     args, stage, stage_args = parse_args(argv)
-    try:
-        views, columns = first_views(stage, stage_args, args.count)
-        with atomic(args.output) as path:
-            save_image(views, path, nrow=columns, format=FORMATS[args.output.suffix])
-    except (stage.InputError, OSError) as error:
-        print(f"show_views.py: error: {error}", file=sys.stderr)
-        return 2
+    views, columns = first_views(stage, stage_args, args.count)
+    with atomic(args.output) as path:
+        save_image(views, path, nrow=columns, format=FORMATS[args.output.suffix])
     print(args.output)
     return 0
 

@@ -14,6 +14,7 @@ import pytest
 import eval_metrics
 import postprocess
 import validate_submission
+from common import errors, submissions
 from conftest import ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "validate_submission.py"
@@ -482,8 +483,8 @@ def test_lies_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
         raise AssertionError("read")
 
     monkeypatch.setattr(h5py.Dataset, "__getitem__", read)
-    for check in (validate_submission.read_submission, validate_submission.check_submission):
-        with pytest.raises(validate_submission.InputError):
+    for check in (submissions.read_submission, validate_submission.check_submission):
+        with pytest.raises(errors.InputError):
             check(path)
 
 
@@ -573,7 +574,7 @@ def test_accepts_chunks_and_compression(tmp_path, options):
     path = tmp_path / "s.h5"
     created(**options)(path)
     assert validate_submission.main([str(path), "--partial"]) == 0
-    np.testing.assert_array_equal(validate_submission.read_submission(path)["query"], rows(QUERIES))
+    np.testing.assert_array_equal(submissions.read_submission(path)["query"], rows(QUERIES))
 
 
 def test_accepts_compressed_ids(tmp_path):
@@ -593,18 +594,18 @@ def test_accepts_a_user_block_and_reads_texts_behind_it(tmp_path):
         for name, value in good(query_ids=good()["query_ids"].astype(object)).items():
             file.create_dataset(name, data=value)
     np.testing.assert_array_equal(
-        validate_submission.read_submission(path)["query_ids"], good()["query_ids"]
+        submissions.read_submission(path)["query_ids"], good()["query_ids"]
     )
 
 
 def test_blocks_are_put_together(tmp_path, monkeypatch):
     path = write(tmp_path / "s.h5")
-    monkeypatch.setattr(validate_submission, "BLOCK", 7)
+    monkeypatch.setattr(submissions, "BLOCK", 7)
     np.testing.assert_array_equal(
-        validate_submission.read_submission(path)["reference"], rows(REFERENCES, seed=1)
+        submissions.read_submission(path)["reference"], rows(REFERENCES, seed=1)
     )
-    with pytest.raises(validate_submission.InputError, match="first in row 28"):
-        validate_submission.read_submission(write(path, **with_values("reference", np.nan, 0)))
+    with pytest.raises(errors.InputError, match="first in row 28"):
+        submissions.read_submission(write(path, **with_values("reference", np.nan, 0)))
 
 
 def test_accepts_matches_and_what_evaluation_warns_of(tmp_path, capsys):
@@ -656,7 +657,7 @@ def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
     assert validate_submission.main([str(path), "--partial"]) == 0
     assert postprocess.main(["--exp", str(tmp_path), "--num-iter", "2", "--alpha", "0"]) == 0
     for submission in (path, folder / "v107_iso.h5"):
-        data = validate_submission.read_submission(submission)
+        data = submissions.read_submission(submission)
         assert np.flatnonzero(~data["query"].any(axis=1)).tolist() == [0, 7]
         assert np.flatnonzero(~data["reference"].any(axis=1)).tolist() == [29]
         candidates = eval_metrics.load_candidates(
@@ -665,7 +666,7 @@ def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
         assert not {"Q00007", "R000029"} & {*candidates["query_id"], *candidates["reference_id"]}
         assert len(candidates) == 30  # the allowance of three queries, though one has no descriptor
         assert candidates.nlargest(1, "score")["reference_id"].item() == "R000003"
-    matches = validate_submission.read_matches(folder / "v107_iso.csv")
+    matches = submissions.read_matches(folder / "v107_iso.csv")
     assert matches["query_id"].value_counts().tolist() == [10] * 18
     assert not {"Q00000", "Q00007", "R000029"} & {*matches["query_id"], *matches["reference_id"]}
     augmented = postprocess.database_augmentation(train, alpha=0)

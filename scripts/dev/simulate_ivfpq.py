@@ -2,7 +2,7 @@
 synthetic descriptors.
 
     # the table of docs/SCALE.md: minutes, 3 GB of memory
-    OMP_NUM_THREADS=1 python scripts/simulate_ivfpq.py
+    OMP_NUM_THREADS=1 python scripts/dev/simulate_ivfpq.py
 
 A descriptor is normalise(R D (sqrt(0.3) t + sqrt(0.7) g)): g its own Gaussian vector and t its
 topic's, of 256 numbers; D scales axis i = 1, 2, ... by i^(-decay/2); R is one random rotation. Of
@@ -18,12 +18,16 @@ of the queries with the lowest cosines.
 import argparse
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 
 import faiss
 import numpy as np
 
-from postprocess import at_least, nearest, normalise
-from validate_submission import InputError
+from common.cli import at_least
+from common.errors import InputError
+from common.search import nearest, normalise
 
 DIMENSIONS = 256
 BLOCK = 65536  # descriptors made at once

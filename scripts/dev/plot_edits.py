@@ -1,6 +1,6 @@
 r"""How well submissions find the copies of each kind of edit: a table, and a picture of it.
 
-    python scripts/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv \
+    python scripts/dev/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv \
         dHash=dhash.csv -o edits.png
 
 Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and
@@ -12,15 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from eval_metrics import load_candidates, read_ground_truth
-from plot_log import FORMATS
-from postprocess import atomic
-from report import rank, read_edits, scores_by_edit
-from validate_submission import InputError
+from common.cli import FORMATS
+from common.errors import one_line_errors
+from common.evaluation import load_candidates, rank, read_edits, read_ground_truth, scores_by_edit
+from common.files import atomic
 
 
 def edit_scores(submissions, ground_truth, edits):
@@ -105,17 +106,14 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Print the table and draw it; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
-    try:
-        table = edit_scores(dict(args.submissions), args.ground_truth, read_edits(args.edits))
-        print(markdown(table))
-        with atomic(args.output) as path, rc_context({"text.parse_math": False}):  # a $ is a $
-            draw(table).savefig(path, format=args.output.suffix[1:], dpi=120)
-    except (InputError, OSError) as error:
-        print(f"plot_edits.py: error: {error}", file=sys.stderr)
-        return 2
+    table = edit_scores(dict(args.submissions), args.ground_truth, read_edits(args.edits))
+    print(markdown(table))
+    with atomic(args.output) as path, rc_context({"text.parse_math": False}):  # a $ is a $
+        draw(table).savefig(path, format=args.output.suffix[1:], dpi=120)
     return 0
 
 

@@ -1,7 +1,7 @@
 r"""Train the small starting point, which takes the place of ImageNet weights, from nothing but
 generated pictures.
 
-    python scripts/pretrain_mini.py mini  # an hour on two CPU cores; the same command goes on
+    python weights/pretraining/pretrain_mini.py mini  # an hour on two CPU cores; resumes
     python exp/v98.py -a test_byobnet --input-size 96 --weight mini/start.pth.tar ... \
         mini/input/training_images
 
@@ -38,6 +38,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+
 import cv2
 import numpy as np
 import torch
@@ -46,12 +48,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from make_dataset import parallel
-from postprocess import atomic
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
-
 import v98
+from common.errors import one_line_errors
+from common.files import atomic
+from common.parallel import parallel
 
 SIDE = 128  # of a generated picture, pixels
 TILE = 256  # side of a texture
@@ -1230,19 +1230,16 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     """Make the pictures and train; returns the exit code."""
     args = parse_args(argv)
-    try:
-        folder = args.out / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        make = functools.partial(write_pictures, folder=folder, seed=args.seed)
-        list(parallel(make, range(args.pictures), os.cpu_count(), "pictures"))
-        write_images(args.out)
-        train(args)
-    except (v98.InputError, OSError) as error:
-        print(f"pretrain_mini.py: error: {error}", file=sys.stderr)
-        return 2
+    folder = args.out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    make = functools.partial(write_pictures, folder=folder, seed=args.seed)
+    list(parallel(make, range(args.pictures), os.cpu_count(), "pictures"))
+    write_images(args.out)
+    train(args)
     return 0
 
 

@@ -1,9 +1,9 @@
 """How fast each part is, against the published way of doing it, in the same run: what `make
 benchmark` runs.
 
-    python scripts/benchmark.py  # everything, at most 10 minutes on two cores
-    python scripts/benchmark.py loss search --rounds 9  # some parts, more often
-    python scripts/benchmark.py augmentation --photos ~/Pictures --json figures.json
+    python scripts/dev/benchmark.py  # everything, at most 10 minutes on two cores
+    python scripts/dev/benchmark.py loss search --rounds 9  # some parts, more often
+    python scripts/dev/benchmark.py augmentation --photos ~/Pictures --json figures.json
 
 A is the published way, written plainly, B is what this project's scripts do: see each part's
 description. After a warm-up both run by turns: `ratio` is the median over the rounds of A's
@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+
 # Looking for a GPU must not spoil CUDA for the processes that are forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says that there is no GPU, and more
@@ -55,16 +57,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchvision import transforms
 
-import eval_metrics
 import export
-import make_dataset
-import postprocess
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "dev"))
-
 import published_augmentation
 import v83
+from common import descriptors as common_descriptors
+from common import evaluation as common_evaluation
+from common import sample_images
+from common import search as common_search
+from common.errors import InputError
 
 MEAN = (0.5, 0.5, 0.5)  # as timm gives them for the recipe's backbone
 STD = (0.5, 0.5, 0.5)
@@ -528,7 +528,7 @@ def evaluation(queries, _photos):
     scores.
 
     A: isin of Python objects, the table row by row, loops over a sorted list
-    B: eval_metrics.known_queries, match (without its search), micro_metrics
+    B: common_evaluation.known_queries, match (without its search), micro_metrics
     """
     rng = np.random.default_rng(0)
     query_ids = np.char.add("Q", np.char.zfill(np.arange(queries).astype(str), 5))
@@ -546,15 +546,15 @@ def evaluation(queries, _photos):
     ranked = tuple(column[np.argsort(found[0], kind="stable")] for column in found)
 
     def ours(_number):
-        known = eval_metrics.known_queries(
-            eval_metrics.as_text(query_ids.astype("S")), truth, "h5", "csv"
+        known = common_evaluation.known_queries(
+            common_evaluation.as_text(query_ids.astype("S")), truth, "h5", "csv"
         )
         # In place of the search, its result.
-        with mock.patch.object(eval_metrics, "nearest_pairs", lambda *_: ranked):
-            candidates = eval_metrics.match(
+        with mock.patch.object(common_evaluation, "nearest_pairs", lambda *_: ranked):
+            candidates = common_evaluation.match(
                 None, None, query_ids[known], reference_ids, len(ranked[0])
             )
-        metrics = eval_metrics.micro_metrics(candidates, truth)
+        metrics = common_evaluation.micro_metrics(candidates, truth)
         return candidates.to_csv(index=False), *metrics.values()
 
     def baseline(_number):
@@ -573,11 +573,11 @@ def search(n, _photos):
     """The 10 nearest of n descriptors to some of them, by inner product.
 
     A: faiss.IndexFlatIP.search
-    B: postprocess.nearest
+    B: common_search.nearest
     """
     torch.manual_seed(0)
     base = descriptors(n).numpy()
-    queries = base[: 2 * postprocess.BLOCK]
+    queries = base[: 2 * common_search.BLOCK]
     index = faiss.IndexFlatIP(base.shape[1])
     if faiss.get_num_gpus():
         index = faiss.index_cpu_to_all_gpus(index)
@@ -587,7 +587,7 @@ def search(n, _photos):
         return {"equal indices %": 100 * float((a[1] == b[1]).mean()), **compare(a[0], b[0])}
 
     def ours(_number):
-        return postprocess.nearest(queries, base, 10, "ip")
+        return common_search.nearest(queries, base, 10, "ip")
 
     return Pair(len(queries), lambda _: index.search(queries, 10), ours, agreement)
 
@@ -596,7 +596,7 @@ def evaluation_search(n, _photos):
     """The 10 q nearest pairs, over all queries together, of q = 4096 queries and n references.
 
     A: faiss's exhaustive range search, whose radius shrinks as results come in; sorted and cut
-    B: eval_metrics.nearest_pairs
+    B: common_evaluation.nearest_pairs
     """
     torch.manual_seed(0)
     rows = descriptors(n + 4096).numpy()
@@ -615,7 +615,7 @@ def evaluation_search(n, _photos):
         return distance[nearest], row[nearest], column[nearest]
 
     def ours(_number):
-        return eval_metrics.nearest_pairs(queries, references, number)
+        return common_evaluation.nearest_pairs(queries, references, number)
 
     def agreement(a, b):
         pairs = [set(zip(*found[1:], strict=True)) for found in (a, b)]
@@ -628,7 +628,7 @@ def database_augmentation(n, _photos):
     """Given each descriptor's 10 nearest: random ones, as the sum does not care.
 
     A: (train[indices] * (similarity**3)[..., None]).sum(axis=1), L2-normalized, as whole arrays
-    B: postprocess.database_augmentation (without its search)
+    B: common_descriptors.database_augmentation (without its search)
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -645,11 +645,11 @@ def database_augmentation(n, _photos):
 
     def ours(_number):
         # In place of the search, its result.
-        with mock.patch.object(postprocess, "nearest", lambda *_: (similarity, indices)):
-            return postprocess.database_augmentation(train)
+        with mock.patch.object(common_descriptors, "nearest", lambda *_: (similarity, indices)):
+            return common_descriptors.database_augmentation(train)
 
     def agreement(a, b):
-        own = postprocess.neighbour_sum(train, indices, similarity**3)
+        own = common_search.neighbour_sum(train, indices, similarity**3)
         return {"sums identical": np.array_equal(sums(), own), **compare(a, b)}
 
     return Pair(n, baseline, ours, agreement)
@@ -714,7 +714,7 @@ def ranks(counts, _photos):
     data = folder / "training_images"
     data.mkdir()
     for i in range(96):
-        image = make_dataset.dead_leaves(make_dataset.generator(0, "training", i), 96)
+        image = sample_images.dead_leaves(sample_images.generator(0, "training", i), 96)
         image.save(data / f"T{i:06}.jpg")
     flags = (
         f"-a {SMALL_ARCH} --input-size 64 --batch-size {BATCH} --memory-size 1000 -j 0 "
@@ -944,12 +944,12 @@ def make_photos(folder):
     """Photographs of 1024 x 768: mosaics of tiles of the embedded ones at their own resolution.
     Returns their paths.
     """
-    tiles = make_dataset.embedded_tiles(256)
+    tiles = sample_images.embedded_tiles(256)
     paths = []
     for number, rng in enumerate(np.random.default_rng(0).spawn(PHOTOS)):
         mosaic = Image.new("RGB", (1024, 768))
         for place, choice in enumerate(rng.choice(len(tiles), 12, replace=False).tolist()):
-            tile = make_dataset.open_embedded(tiles[choice].path, 256).crop(tiles[choice].box)
+            tile = sample_images.open_embedded(tiles[choice].path, 256).crop(tiles[choice].box)
             mosaic.paste(tile, (256 * (place % 4), 256 * (place // 4)))
         paths.append(str(folder / f"{number}.jpg"))
         mosaic.save(paths[-1], quality=90)
@@ -1042,7 +1042,7 @@ def main(argv=None):
         if args.json:
             figures = {"machine": machine, "rounds": args.rounds, "rows": rows}
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    except (v83.InputError, make_dataset.InputError, OSError) as error:
+    except (v83.InputError, InputError, OSError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ChildProcessError) else 2
     return 0

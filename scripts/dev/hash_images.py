@@ -1,6 +1,6 @@
 """Perceptual hashes, which need no network, as submissions to compare a descriptor with.
 
-    python scripts/hash_images.py input --phase 2 --output exp/hashes
+    python scripts/dev/hash_images.py input --phase 2 --output exp/hashes
     python scripts/eval_metrics.py exp/hashes/phash.csv input/private_ground_truth.csv
 
 Hashes of 256 bits of every query and reference, by imagehash (pip install imagehash). Writes
@@ -13,14 +13,13 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+
 import numpy as np
 from tqdm import tqdm
 
-from postprocess import atomic
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
-
 import v98
+from common.files import atomic
 
 HASHES = (
     "dhash",

@@ -1,0 +1,44 @@
+"""What the user gave wrong, and the wrapper of every main(): one line on stderr, exit code 2."""
+
+import functools
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message: WHERE: what is wrong; the remedy."""
+
+
+def is_input_error(error):
+    """Whether this is an InputError, of scripts/ or of a stage, which defines its own."""
+    return type(error).__name__ == "InputError"
+
+
+def one_line_errors(main):
+    """Decorate a command's main(argv): errors that the user can mend end in one line.
+
+    InputError and OSError: exit code 2. A worker process lost: 1. Ctrl-C: 130. Anything else is a
+    bug and ends in its own traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        command = Path(sys.modules[main.__module__].__file__).name
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print(f"{command}: interrupted", file=sys.stderr)
+            return 130
+        except BrokenProcessPool:
+            remedy = "rerun it, with fewer --workers if memory ran out"
+            print(f"{command}: error: lost a worker process; {remedy}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) and not is_input_error(error):
+                raise
+            message = " ".join(str(error).split())
+            print(f"{command}: error: {message}", file=sys.stderr)
+            return 2
+
+    return wrapped

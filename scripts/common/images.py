@@ -1,0 +1,93 @@
+"""Reading anybody's image files: formats, suffixes, HEIC, size limit, 16 bits, EXIF, in one place.
+
+The stages in exp/ keep a reader of their own, with the published preprocessing. Theirs knows fewer
+formats and does not look at EXIF's orientation.
+"""
+
+import warnings
+from contextlib import contextmanager, suppress
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageOps
+
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    *HEIC_SUFFIXES,
+)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000  # a file that claims more is a decompression bomb
+
+
+@cache
+def formats():
+    """The formats that may be opened: HEIC too, where pillow-heif is installed."""
+    Image.init()  # not by several threads at once
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def needs_heif(path):
+    """Whether a file is HEIC by its name, and pillow-heif is missing."""
+    return str(path).lower().endswith(HEIC_SUFFIXES) and "HEIF" not in formats()
+
+
+@contextmanager
+def open_checked(file):
+    """Open a path or file object as a PIL image that is safe to decode, for the length of a block.
+
+    Raises ValueError where it claims more than MAX_PIXELS, and what Pillow raises. Pillow's remarks
+    on files that it reads all the same are not shown.
+    """
+    with (
+        warnings.catch_warnings(action="ignore"),
+        Image.open(file, formats=formats()) as image,
+    ):
+        pixels_to_decode(image)
+        yield image
+
+
+def pixels_to_decode(image):
+    """How many pixels decoding an opened image takes; raises ValueError for over MAX_PIXELS."""
+    tags = getattr(image, "tag_v2", {})
+    tile_pixels = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF: may be larger than the image
+    pixels = max(image.width * image.height, tile_pixels)
+    if pixels > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, more than {MAX_PIXELS} to decode")
+    return pixels
+
+
+def upright_rgb(image):
+    """Decode an opened image as viewers show it: turned as EXIF says, mode RGB.
+
+    16 bits are scaled to 8, which convert() would clip. The first frame of an animation is taken.
+    """
+    image.load()
+    with suppress(Exception):  # damaged EXIF: viewers do not turn the image either
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path):
+    """The image of a file, upright and RGB. Raises whatever file system and decoder raise."""
+    with open_checked(path) as image:
+        return upright_rgb(image)
