@@ -103,7 +103,7 @@ def count_images(module, path, hold):
 
 
 def hang_workers(module):
-    """Have reading an image take for ever, and --timeout count seconds for data loader workers."""
+    """Have reading an image take two minutes, and --timeout count seconds for the workers."""
 
     def start_loader(items, load, args, device):
         args = argparse.Namespace(workers=args.workers, timeout=args.timeout / 60)
@@ -111,7 +111,7 @@ def hang_workers(module):
 
     original = module.start_loader
     module.start_loader = start_loader
-    module.read_pixels = lambda path: time.sleep(10**6)
+    module.read_pixels = lambda path: time.sleep(120)
 
 
 def restart(module):
