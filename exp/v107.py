@@ -21,12 +21,14 @@ v107/train/checkpoint_{epoch:04d}.pth.tar, of which 0009 is the result.
 """
 
 import argparse
+import atexit
 import csv
 import fcntl
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1282,6 +1284,15 @@ def start_loader(items, load, args, device):
     return iterator
 
 
+def kill_workers():
+    """At exit, end the data loader workers that an error has left behind.
+
+    multiprocessing would send them SIGTERM, which they block, and wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def seed_generators(*key, device=None):
     """Seed Python's, NumPy's and torch's generators from integers, and that of a CUDA device, if
     given.
@@ -2008,6 +2019,7 @@ def main(argv=None):
     if argv is None:
         argv = sys.argv[1:]
     args = parse_args(argv)
+    atexit.register(kill_workers)
     if args.grad_checkpointing:
         # Large blocks of CUDA memory that stay whole fragment it less: v107 needs that on 141 GB.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
