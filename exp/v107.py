@@ -827,7 +827,11 @@ def extract(args):
         )
     if get_rank_and_world_size()[0] == 0:
         write_files(folder, suffix, sets, batches, args.bad_images == "zero")
-        shutil.rmtree(unfinished)
+        for batch in batches:
+            batch.shard.unlink()
+        shutil.rmtree(
+            unfinished
+        )  # inputs.json last: without it shards would be of a former version
     return 0
 
 
