@@ -824,11 +824,7 @@ def extract(args):
         )
     if get_rank_and_world_size()[0] == 0:
         write_files(folder, suffix, sets, batches, args.bad_images == "zero")
-        for batch in batches:
-            batch.shard.unlink()
-        shutil.rmtree(
-            unfinished
-        )  # inputs.json last: without it shards would be of a former version
+        shutil.rmtree(unfinished)
     return 0
 
 
@@ -915,8 +911,9 @@ def open_unfinished(folder, inputs, start_over):
                 f"{folder}: the unfinished run has different settings: {'; '.join(changes)}; "
                 "use those again, or discard it with --start-over"
             )
-    elif any(folder.rglob("*.npz")):
-        raise InputError(f"{folder}: is of a former version; discard it with --start-over")
+    elif any(folder.rglob("*.npz")):  # of a former version, or of a run killed while removing them
+        print(f"{folder}: is of unknown settings, and computed again", file=sys.stderr)
+        shutil.rmtree(folder)
     content = json.dumps(inputs, indent=1).encode()
     save_atomically(path, lambda unfinished: unfinished.write_bytes(content), len(content))
 
