@@ -20,8 +20,10 @@ benchmark: .venv/ready  ## how fast each part is, against the published way of d
 gpu: .venv/ready  ## on a machine with a GPU: its tests, memory and speed, into gpu-report.md
 	@.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: error: torch sees no CUDA device")'
 	rm -f gpu-report.md
-	.venv/bin/python -m pytest -m gpu tests --gpu-report gpu-report.md
-	.venv/bin/python scripts/dev/benchmark.py training-step search evaluation-search ranks | tee -a gpu-report.md
+	PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512 .venv/bin/python -m pytest -m gpu tests --gpu-report gpu-report.md; \
+	tests=$$?; \
+	.venv/bin/python scripts/dev/benchmark.py training-step search evaluation-search ranks >> gpu-report.md; \
+	benchmark=$$?; cat gpu-report.md; exit $$((tests | benchmark))
 
 sync: .venv/ready  ## copy the infrastructure of exp/v83.py to the other stages
 	.venv/bin/python scripts/dev/sync_infrastructure.py

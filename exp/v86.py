@@ -379,13 +379,13 @@ def train(args):
     folder = Path(args.output, "train")
     device = init_distributed(args.gpu, args.dist_backend, timedelta(minutes=args.timeout))
     rank, world_size = get_rank_and_world_size()
-    lock = FolderLock(folder)  # noqa: F841  held until this function returns or raises
+    lock = FolderLock(folder)  # held until this function returns or raises
     seed_generators(args.seed)
     torch.backends.cudnn.benchmark = True  # the fastest kernels, which may differ between runs
 
     # Network. Without a checkpoint or --weight (so in v83 only) it starts from ImageNet weights,
     # which rank 0 fetches alone: DDP copies its weights to the others.
-    checkpoint = find_checkpoint(args.resume, folder)
+    checkpoint = find_checkpoint(args.resume, folder, lock.continues)
     from_imagenet = checkpoint is None and not args.weight and not args.no_pretrained
     pretrained = from_imagenet and rank == 0
     model = create_model(args.arch, args.gem_p, args.gem_eval_p, device, pretrained)
@@ -431,7 +431,8 @@ def train(args):
         if rank == 0:
             print(f"{folder}: nothing is left to train, --epochs is {args.epochs}", file=sys.stderr)
         return 0
-    refuse_to_overwrite(folder, args, checkpoint)
+    refuse_to_overwrite(folder, args, checkpoint, lock.continues)
+    lock.claim()
     del checkpoint  # frees its memory
     initialize_momentum(optimizer, model)
     network = distribute(model, device)  # DDP and SyncBN, if there are several ranks
@@ -459,9 +460,7 @@ def train(args):
             "bad_images": progress.bad_images,
             "log": logger.lines,
         }
-        if rank == 0:
-            write_checkpoint(content, [folder / name for name in names])
-        barrier()
+        on_rank_0(write_checkpoint, content, [folder / name for name in names])
 
     save("last.pth.tar")  # so that a full disk shows now, and an early crash can be resumed
     logger.open(folder / "log.jsonl")
@@ -822,8 +821,8 @@ def extract(args):
     unreadable = compute_missing(batches, model, preprocess, args, device)
     if unreadable and args.bad_images == "error":
         raise InputError(
-            f"{len(unreadable)} bad images; replace them and run the command again, or use "
-            f"--bad-images zero: {'; '.join(unreadable)}"
+            f"{len(unreadable)} unreadable images; replace them and run the command again, or "
+            f"use --bad-images zero: {'; '.join(unreadable)}"
         )
     if get_rank_and_world_size()[0] == 0:
         write_files(folder, suffix, sets, batches, args.bad_images == "zero")
@@ -889,6 +888,10 @@ def describe_inputs(args, sets, device):
         "DATA": os.path.realpath(args.data),
         "the number of images": ", ".join(counts),
         "SHA-256 of their names": hash_file_names(sets.values()),
+        "--target-set": args.target_set,
+        "--phase": args.phase,
+        "--eval-subset": args.eval_subset,
+        "--dryrun": args.dryrun,
         "--arch": args.arch,
         "--input-size": args.input_size,
         "--gem-eval-p": args.gem_eval_p,
@@ -905,8 +908,8 @@ def open_unfinished(folder, inputs, start_over):
     path = folder / "inputs.json"
     if start_over:
         shutil.rmtree(folder, ignore_errors=True)
-    if path.exists():
-        former = json.loads(path.read_text())
+    former = read_inputs(path)
+    if former:
         changed = [name for name in inputs if inputs[name] != former.get(name)]
         if changed:
             changes = [f"{name} is {inputs[name]}, was {former.get(name)}" for name in changed]
@@ -919,6 +922,14 @@ def open_unfinished(folder, inputs, start_over):
         shutil.rmtree(folder)
     content = json.dumps(inputs, indent=1).encode()
     save_atomically(path, lambda unfinished: unfinished.write_bytes(content), len(content))
+
+
+def read_inputs(path):
+    """The inputs of an unfinished extraction, or {} where the file is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def plan_batches(sets, batch_size, unfinished):
@@ -1608,6 +1619,7 @@ def kill_workers():
 
     multiprocessing would send them SIGTERM, which they block, and wait for them for ever.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -1636,7 +1648,8 @@ def count_allowed(policy, share, file_lists):
 def check_bad_images(messages, allowed):
     """Raise InputError where more images are unreadable than allowed."""
     if len(messages) > allowed:
-        raise InputError(f"{len(messages)} bad images, --max-bad: {'; '.join(messages[:10])}")
+        listed = "; ".join(messages[:10])
+        raise InputError(f"{len(messages)} unreadable images, --max-bad: {listed}")
 
 
 # ---- network ----
@@ -1833,12 +1846,12 @@ def barrier():
 
 
 def on_rank_0(function, *arguments):
-    """Call a function on rank 0 alone; every rank gets its result, or raises its InputError."""
+    """Call a function on rank 0 alone; every rank gets its result, or its error as InputError."""
     result, message = None, None
     if get_rank_and_world_size()[0] == 0:
         try:
             result = function(*arguments)
-        except InputError as error:
+        except (InputError, OSError) as error:
             message = str(error)
     result, message = all_gather_objects((result, message))[0]
     if message is not None:
@@ -1881,37 +1894,56 @@ class StopRequest:
 
 
 class FolderLock:
-    """Lets one run at a time train in a folder.
+    """Lets one run at a time train in a folder, by a lock on its file `lock` that rank 0 holds.
 
-    Rank 0 holds a lock on the file `lock` until this object is gone; the kernel releases it at any
-    death. lockf, not flock: data loader workers would inherit that. Raises InputError where another
-    process holds it. On a file system without locks there is a warning.
+    The lock ends with this object; the kernel releases it at any death. (lockf, not flock: data
+    loader workers would inherit that.) `continues`: whether torchrun has restarted this run after a
+    failure, so that the checkpoints in the folder are its own. Raises InputError where another
+    process holds the lock; a file system without locks is a warning.
     """
 
     def __init__(self, folder):
-        on_rank_0(self.acquire, folder)
+        self.continues = on_rank_0(self.acquire, folder)
 
     def acquire(self, folder):
-        """Take the lock."""
+        """Take the lock; returns whether this launch of torchrun had claimed the folder before."""
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "lock").open("a+")
+        self.file.seek(0)
+        former = self.file.read().strip()
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            self.file.seek(0)
-            holder = self.file.read().strip()
             raise InputError(
-                f"{folder}: another run is training there ({holder}); wait for it, or give "
-                f"another --output"
+                f"{folder}: another run is training there ({former}); wait for it, or give another "
+                "--output"
             ) from error
         except OSError as error:
-            print(
-                f"warning: {folder}: cannot be locked against a second run ({error})",
-                file=sys.stderr,
-            )
+            message = f"cannot be locked against a second run ({error})"
+            print(f"warning: {folder}: {message}", file=sys.stderr)
+        continues = is_restarted() and former.endswith(launch_name())
         self.file.truncate(0)
-        self.file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        self.file.write(f"{socket.gethostname()}, process {os.getpid()}")
+        self.file.write(f", {launch_name()}\n" if continues else "\n")
         self.file.flush()
+        return continues
+
+    def claim(self):
+        """Note that this launch may continue what is in the folder, if torchrun restarts it."""
+        if get_rank_and_world_size()[0] == 0:
+            self.file.truncate(0)
+            self.file.write(f"{socket.gethostname()}, process {os.getpid()}, {launch_name()}\n")
+            self.file.flush()
+
+
+def is_restarted():
+    """Whether torchrun has restarted the processes after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launch_name():
+    """What stays the same when torchrun restarts the processes: its run id and its process."""
+    return f"launch {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {os.getppid()}"
 
 
 # ---- checkpoints ----
@@ -2038,22 +2070,17 @@ def load_states(checkpoint, optimizer, loss_function, scaler, fp16):
         raise InputError(f"{checkpoint['path']}: {problem}") from error
 
 
-def is_restarted():
-    """Whether torchrun has restarted the processes after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def own_checkpoints(folder):
     """The checkpoints of the runs in a folder, the latest first."""
     epochs = sorted(folder.glob("checkpoint_[0-9][0-9][0-9][0-9].pth.tar"), reverse=True)
     return [path for path in [folder / "last.pth.tar", *epochs] if path.exists()]
 
 
-def find_checkpoint(resume, folder):
+def find_checkpoint(resume, folder, continues):
     """The checkpoint to continue, as --resume says, or None. Restarted by torchrun, a run continues
     its own. Raises InputError where there are checkpoints but none can be read."""
     paths = []
-    if resume == "auto" or is_restarted():
+    if resume == "auto" or continues:
         paths += own_checkpoints(folder)
     if resume not in (None, "auto"):
         paths.append(resume)
@@ -2075,7 +2102,10 @@ def check_same_run(checkpoint, args, files):
     """Raise InputError where a checkpoint is not of this run."""
     path = checkpoint["path"]
     if "memory_bank" in checkpoint:
-        size = len(checkpoint["memory_bank"]["bank"])
+        try:
+            size = len(checkpoint["memory_bank"]["bank"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: is no checkpoint: its memory bank has no rows") from error
         if size != args.memory_size:
             raise InputError(
                 f"{path}: was written with --memory-size {size}, not {args.memory_size}"
@@ -2099,14 +2129,14 @@ def check_equal_on_all_ranks(position):
         )
 
 
-def refuse_to_overwrite(folder, args, checkpoint):
+def refuse_to_overwrite(folder, args, checkpoint, continues):
     """Raise InputError where `folder` holds a checkpoint further on than where this run starts.
 
     One that is unreadable, or of another --arch, counts as further on. With --start-over they are
     moved to replaced-N instead. With --resume auto, or restarted by torchrun, the run continues
     what is there.
     """
-    if args.resume == "auto" or is_restarted():
+    if args.resume == "auto" or continues:
         return
     start = (0, 0)
     if checkpoint is not None:
@@ -2123,14 +2153,13 @@ def raise_if_ahead(folder, arch, start):
         try:
             checkpoint = read_checkpoint(path)
             foreign = checkpoint["arch"] != arch
-            position = (checkpoint["epoch"], checkpoint.get("step", 0))
-        except (InputError, KeyError):
+            ahead = (checkpoint["epoch"], checkpoint.get("step", 0)) > start
+        except (InputError, KeyError, TypeError):
             foreign = True
-        if foreign or position > start:
+        if foreign or ahead:
             raise InputError(
-                f"{path}: a run that is further on would be overwritten; continue it with "
-                f"--resume auto, "
-                "give another --output, or move it away with --start-over"
+                f"{path}: a run that is further on would be overwritten; continue it with --resume "
+                "auto, give another --output, or move it away with --start-over"
             )
 
 
@@ -2146,6 +2175,7 @@ def move_aside(folder):
         replaced.mkdir()
         for path in paths:
             path.rename(replaced / path.name)
+        print(f"{replaced}: holds the run that was here", file=sys.stderr)
 
 
 def check_batch_size(args, samples, images_per_step, world_size):
@@ -2292,6 +2322,11 @@ def check_gpu(args):
     if not asked or hidden:
         return
     if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
+        if torch.version.cuda is None:
+            raise InputError(
+                f"torch {torch.__version__} is built without CUDA, and this machine has a GPU: "
+                "install a build with it; CUDA_VISIBLE_DEVICES= trains on the CPU"
+            )
         raise InputError(
             f"torch {torch.__version__} cannot use this machine's GPU: the NVIDIA driver must be "
             f"one for CUDA {torch.version.cuda} or newer; CUDA_VISIBLE_DEVICES= trains on the CPU"
@@ -2319,6 +2354,16 @@ def launch(args, argv, processes):
         return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
 
 
+def is_mendable(error):
+    """Whether the user can mend an error, so that it ends in one line.
+
+    Of OSError only those of a file: a lost connection is one too.
+    """
+    if isinstance(error, OSError):
+        return error.filename is not None
+    return isinstance(error, InputError | torch.OutOfMemoryError)
+
+
 def describe_error(error, args):
     """The line about an error that the user can mend."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -2339,9 +2384,10 @@ def main(argv=None):
         argv = sys.argv[1:]
     args = parse_args(argv)
     atexit.register(kill_workers)
-    if args.grad_checkpointing:
+    configured = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if args.grad_checkpointing and not configured:
         # Large blocks of CUDA memory that stay whole fragment it less: v107 needs that on 141 GB.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:512"
     try:
         check_gpu(args)
         processes = 1
@@ -2350,9 +2396,11 @@ def main(argv=None):
         if "RANK" not in os.environ and args.world_size * processes > 1:
             return launch(args, argv, processes)
         code = train(args) if args.mode == "train" else extract(args)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # a lost connection, say
+    except Exception as error:
+        # torch's handler would raise the loss of a worker once more, while the error is printed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not is_mendable(error):
+            raise
         print(f"{Path(__file__).name}: error: {describe_error(error, args)}", file=sys.stderr)
         return 2
     if dist.is_initialized():

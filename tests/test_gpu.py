@@ -5,6 +5,7 @@ to work.
 """
 
 import functools
+import gc
 import json
 import sys
 import time
@@ -347,6 +348,7 @@ def measured_step(stage, amp, grad_checkpointing):
     images_per_step = 512 if stage == "v107" else 256
     size = {"v83": 256, "v86": 384, "v98": 512, "v107": 512}[stage]
     device = torch.device("cuda")
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = True

@@ -744,7 +744,7 @@ def test_an_image_that_is_not_one(tmp_path, training_images, call, workers):
     (folder / "T000002.jpg").write_text("this is no image")
     flags = training(tmp_path / "out", "-j", workers, "--bad-images", "error")
     result = call("v83", *flags, folder)
-    assert_refused(result, "v83.py: error: 1 bad images", folder / "T000002.jpg")
+    assert_refused(result, "v83.py: error: 1 unreadable images", folder / "T000002.jpg")
 
 
 def test_refusal_by_a_whole_command(tmp_path):

@@ -402,7 +402,7 @@ def test_extraction_ends_with_the_list_and_goes_on(start, data, odd, weight, tmp
     run = extract(start, root, tmp_path, weight, world_size=world_size)
     assert run.wait() == [2] * world_size
     for line in [line for line in run.errors().splitlines() if "error:" in line]:
-        assert f"{3 * len(BAD)} bad images" in line and "--bad-images zero" in line
+        assert f"{3 * len(BAD)} unreadable images" in line and "--bad-images zero" in line
         for folder in ("query_images", "reference_images", "training_images"):
             for name in BAD:
                 assert f"{printed(root / folder / name)}: cannot be read" in line
@@ -461,7 +461,7 @@ def test_all_images_of_a_set_are_bad(start, data, weight, tmp_path):
         path.write_text("this is no image")
     run = extract(start, root, tmp_path, weight)
     assert run.wait() == [2]
-    assert "9 bad images" in run.errors() and run.images() == 71
+    assert "9 unreadable images" in run.errors() and run.images() == 71
     run = extract(start, root, tmp_path, weight, "--bad-images", "zero")
     assert run.wait() == [0], run.errors()
     with h5py.File(tmp_path / "extract" / "fb-isc-submission.h5") as file:
