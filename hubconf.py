@@ -40,10 +40,11 @@ def isc_ft_v107(
 
     pretrained: the author's weights, of the release, or random ones; weights: a checkpoint of this
     arch in their place; sha256: refuse any other file (the author published none); input_size: side
-    of the input, pixels; half: compute in fp16 by autocast (its error is not measured yet); for CUDA
-    devices only. model takes float32 (n, 3, input_size, input_size) and returns float32 descriptors
-    (n, 256) of length 1, also with half; preprocess takes a PIL image of any mode and returns
-    float32 (3, input_size, input_size). Files are loaded as tensors only, never as code.
+    of the input, pixels; half: compute in fp16 by autocast, for CUDA devices
+    only; its error is not measured yet. model takes float32 (n, 3, input_size, input_size) and
+    returns float32 descriptors (n, 256) of length 1, also with half; preprocess takes a PIL image
+    of any mode and returns float32 (3, input_size, input_size). Files are loaded as tensors only,
+    never as code.
 
     Raises ValueError, which names the file, where it is not the one wanted or not a checkpoint of
     this network; where half is asked for on another device; and where torch is older than 2.10,

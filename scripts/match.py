@@ -746,7 +746,8 @@ def parse_args(argv=None):
         "--amp",
         choices=("off", "fp16"),
         default="off",
-        help="precision of the network; fp16, whose error is not measured yet, on CUDA only (default: %(default)s)",
+        help="precision of the network; fp16 on CUDA only, its error is not measured yet "
+        "(default: %(default)s)",
     )
     add("--batch-size", type=count, help="pictures described at once (default: 8, by CUDA 32)")
     add(
