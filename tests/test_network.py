@@ -221,3 +221,10 @@ def test_sync_batchnorm_keeps_the_activation(values):
     for feature, reference in zip(converted.backbone(x), expected, strict=True):
         assert_close(feature, reference.numpy(), atol=1e-5, rtol=1e-5)
     assert_close(converted(x), values["eval_p1_0"], atol=2e-5)
+
+
+def test_activations_are_not_computed_in_place():
+    """Autograd would copy their inputs."""
+    model = v83.create_model("test_efficientnet", 1.0, 1.0, torch.device("cpu"))
+    activations = [module for module in model.modules() if isinstance(module, torch.nn.SiLU)]
+    assert activations and not any(module.inplace for module in activations)
