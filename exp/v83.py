@@ -1608,6 +1608,8 @@ def start_loader(items, load, args, device):
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if len(multiprocessing.active_children()) < workers:  # torch would notice after the timeout
+        raise RuntimeError("a data loader worker was lost when it started")
     return iterator
 
 
