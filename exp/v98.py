@@ -522,7 +522,7 @@ def train(args):
                 loss_scale=loss_scale,
                 amp=args.amp,
             )
-            # counts from 1 over the run, step in the epoch
+            # Over the whole run; `step` counts within the epoch. Both begin at 1.
             run_step = epoch * steps_per_epoch + step
             progress.step = step
             progress.unlogged.append(values)
