@@ -1449,6 +1449,8 @@ def open_checked(path):
     if max(image.width * image.height, tile_pixels) > MAX_PIXELS:
         size = f"{image.width} x {image.height} pixels"
         raise ValueError(f"{size}, more than {MAX_PIXELS} to decode")
+    if image.mode in ("I", "F"):  # convert() would make most of them black or white
+        raise ValueError("32 bits a pixel, of which no range is given; convert it to 8 or 16")
     if image.mode.startswith("I;16"):  # convert() would clip to 8 bits
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image

@@ -203,6 +203,15 @@ def test_what_follows_an_image_takes_no_memory(tmp_path, read):
     assert np.array_equal(image, expected)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_32_bits_are_unreadable(tmp_path, mode):
+    """Pillow would clip them to 0 and 255: black or white, silently."""
+    Image.fromarray(pixels(45, 60)[..., 0]).convert(mode).save(tmp_path / "deep.tif")
+    for read in (v83.open_image, v83.read_pixels):
+        with pytest.raises(v83.InputError, match=r"deep\.tif.*32 bits"):
+            read(tmp_path / "deep.tif")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(v83.InputError, match="no such file"):
