@@ -1526,11 +1526,6 @@ def all_gather_objects(value):
     return values
 
 
-def barrier():
-    """Wait for all ranks. (Not for their GPUs, as dist.barrier would.)"""
-    all_gather_objects(None)
-
-
 def on_rank_0(function, *arguments):
     """Call a function on rank 0 alone; every rank gets its result, or its error as InputError."""
     result, message = None, None
@@ -1608,18 +1603,20 @@ class FolderLock:
             message = f"cannot be locked against a second run ({error})"
             print(f"warning: {folder}: {message}", file=sys.stderr)
         continues = is_restarted() and former.endswith(launch_name())
-        self.file.truncate(0)
-        self.file.write(f"{socket.gethostname()}, process {os.getpid()}")
-        self.file.write(f", {launch_name()}\n" if continues else "\n")
-        self.file.flush()
+        owner = f"{socket.gethostname()}, process {os.getpid()}"
+        self.write(f"{owner}, {launch_name()}" if continues else owner)
         return continues
 
     def claim(self):
         """Note that this launch may continue what is in the folder, if torchrun restarts it."""
         if get_rank_and_world_size()[0] == 0:
-            self.file.truncate(0)
-            self.file.write(f"{socket.gethostname()}, process {os.getpid()}, {launch_name()}\n")
-            self.file.flush()
+            self.write(f"{socket.gethostname()}, process {os.getpid()}, {launch_name()}")
+
+    def write(self, line):
+        """Replace what the lock file says of its holder."""
+        self.file.truncate(0)
+        self.file.write(f"{line}\n")
+        self.file.flush()
 
 
 def is_restarted():

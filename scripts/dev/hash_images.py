@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import v98
+from common.errors import one_line_errors
 from common.files import atomic
 
 HASHES = (
@@ -30,9 +31,14 @@ HASHES = (
 def hash_folder(folder):
     """(ids, {name of the hash: bool (n, 256)}) of the images in a folder, as the stages read them.
 
-    Raises v98.InputError where there is none, one cannot be read, or two have one id.
+    Raises v98.InputError where there is none, one cannot be read, two have one id, or imagehash is
+    not installed.
     """
-    import imagehash  # which only this needs, and only the demo's requirements have
+    try:
+        import imagehash  # which only this needs, and only the demo's requirements have
+    except ImportError as error:
+        message = f"{error.name}: is not installed; pip install imagehash"
+        raise v98.InputError(message) from error
 
     paths, bits = v98.list_images(folder), {name: [] for name in HASHES}
     ids = [Path(path).stem for path in paths]
@@ -92,32 +98,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
-    """Write the submissions; returns the exit code: 0, or 2 with one line on stderr."""
+    """Write the submissions; returns the exit code."""
     args = parse_args(argv)
-    try:
-        if args.output.exists() and not args.output.is_dir():
-            raise v98.InputError(f"{args.output}: is no folder; choose another --output")
-        query_ids, queries = hash_folder(
-            args.data / ("query_images" if args.phase == 1 else "query_images_phase2")
-        )
-        reference_ids, references = hash_folder(args.data / "reference_images")
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name in HASHES:
-            pairs = match_hashes(queries[name], references[name])
-            with atomic(args.output / f"{name}.csv") as path, path.open("w", newline="") as file:
-                rows = [(query_ids[q], reference_ids[r], score) for q, r, score in pairs]
-                csv.writer(file).writerows([("query_id", "reference_id", "score"), *rows])
-            print(args.output / f"{name}.csv")
-    except ImportError as error:
-        print(
-            f"hash_images.py: error: {error.name}: is not installed; pip install imagehash",
-            file=sys.stderr,
-        )
-        return 2
-    except (v98.InputError, OSError) as error:
-        print(f"hash_images.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.output.exists() and not args.output.is_dir():
+        raise v98.InputError(f"{args.output}: is no folder; choose another --output")
+    query_ids, queries = hash_folder(
+        args.data / ("query_images" if args.phase == 1 else "query_images_phase2")
+    )
+    reference_ids, references = hash_folder(args.data / "reference_images")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in HASHES:
+        pairs = match_hashes(queries[name], references[name])
+        with atomic(args.output / f"{name}.csv") as path, path.open("w", newline="") as file:
+            rows = [(query_ids[q], reference_ids[r], score) for q, r, score in pairs]
+            csv.writer(file).writerows([("query_id", "reference_id", "score"), *rows])
+        print(args.output / f"{name}.csv")
     return 0
 
 

@@ -285,6 +285,22 @@ def train(start, data, output, *flags, name="ranks", **options):
     return start("v83", *argv, folder=output / name, **options)
 
 
+def extract(start, data, output, weight, *flags, stage="v83", **options):
+    """Start a stage's extraction of all sets in batches of five."""
+    argv = [
+        *NETWORK,
+        "--mode",
+        "extract",
+        "--weight",
+        weight,
+        "--batch-size",
+        5,
+        "--target-set",
+        "qrt",
+    ]
+    return start(stage, *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
+
+
 def load(path):
     """A checkpoint, safely."""
     with torch.serialization.safe_globals([argparse.Namespace]):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_process import NETWORK, TRAINING, assert_same, load, log_lines, make_images
+from stage_process import TRAINING, assert_same, extract, load, log_lines, make_images
 
 import postprocess
 import v83
@@ -375,21 +375,6 @@ def weight(undisturbed):
 def printed(name):
     """A file's name as a terminal and an id show it: bytes that are no text are escaped."""
     return str(name).encode(errors="backslashreplace").decode()
-
-
-def extract(start, data, output, weight, *flags, **options):
-    argv = [
-        *NETWORK,
-        "--mode",
-        "extract",
-        "--weight",
-        weight,
-        "--batch-size",
-        7,
-        "--target-set",
-        "qrt",
-    ]
-    return start("v83", *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
 
 
 @pytest.fixture(scope="module")

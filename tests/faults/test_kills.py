@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 import pytest
 from stage_process import (
-    NETWORK,
     ROOT,
     SETS,
     TRAINING,
     assert_same_run,
+    extract,
     hang_workers,
     load,
     log_lines,
@@ -320,22 +320,6 @@ def test_torchrun_is_told_to_stop(start, data, undisturbed, tmp_path, pytestconf
 
 
 # ---- extraction ----
-
-
-def extract(start, data, output, weight, *flags, stage="v83", **options):
-    """Start a stage's extraction of all sets in batches of five."""
-    argv = [
-        *NETWORK,
-        "--mode",
-        "extract",
-        "--weight",
-        weight,
-        "--batch-size",
-        5,
-        "--target-set",
-        "qrt",
-    ]
-    return start(stage, *argv, "--output", output, *flags, data, folder=output / "ranks", **options)
 
 
 @pytest.fixture(scope="module")
