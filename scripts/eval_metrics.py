@@ -36,7 +36,7 @@ from common.evaluation import (
     read_ground_truth,
 )
 from common.files import atomic
-from common.search import described, normalise
+from common.search import described, normalize
 from common.submissions import add_track_flags, track_of
 
 # ---- candidates ----
@@ -45,20 +45,20 @@ from common.submissions import add_track_flags, track_of
 # ---- files ----
 
 
-def read_normalization(path, beta, neighbours):
+def read_normalization(path, beta, neighbors):
     """The normalization by the training descriptors at `path`, for `load_candidates`; None without
     a path.
     """
     if path is None:
         return None
     train = read_train(path)
-    train = normalise(train[described(train)])
+    train = normalize(train[described(train)])
 
     def normalization(query):
         if query.shape[1] != train.shape[1]:
             dims = f"{train.shape[1]}, those of the submission {query.shape[1]}"
             raise InputError(f"{path}: its dimensions are {dims}; extract both with one model")
-        return normalization_offset(query, train, beta, neighbours)
+        return normalization_offset(query, train, beta, neighbors)
 
     return normalization
 
@@ -114,7 +114,8 @@ def parse_args(argv=None):
         help="share taken (default: 1)",
     )
     parser.add_argument(
-        "--normalization-neighbours",
+        "--normalization-neighbors",
+        "--normalization-neighbours",  # as it was spelled before
         type=at_least(int, 0),
         nargs=2,
         default=(0, 2),
@@ -122,8 +123,8 @@ def parse_args(argv=None):
         help="which of the nearest, counted from 0 (default: 0 2, as SSCD)",
     )
     args = parser.parse_args(argv)
-    if args.normalization_neighbours[0] > args.normalization_neighbours[1]:
-        parser.error("--normalization-neighbours: FIRST must not be greater than LAST")
+    if args.normalization_neighbors[0] > args.normalization_neighbors[1]:
+        parser.error("--normalization-neighbors: FIRST must not be greater than LAST")
     return args
 
 
@@ -133,7 +134,7 @@ def main(argv=None):
     args = parse_args(argv)
     truth = read_ground_truth(args.ground_truth)
     normalization = read_normalization(
-        args.score_normalization, args.normalization_beta, args.normalization_neighbours
+        args.score_normalization, args.normalization_beta, args.normalization_neighbors
     )
     candidates = load_candidates(
         args.submission, truth, args.ground_truth, args.track, args.ngpu, normalization

@@ -21,7 +21,7 @@ Writes OUT/
     contact_sheet.jpg                    a row of examples, original beside edited, for each kind of
                                          edit
 
-Killed or interrupted, the same command goes on from what OUT's neighbour `.OUT.unfinished` holds,
+Killed or interrupted, the same command goes on from what OUT's neighbor `.OUT.unfinished` holds,
 to the same bytes. A file that is no photograph is named and left out; so is one with the same
 pixels as another. Copies that differ in a pixel are not noticed, and would make the ground truth
 wrong: sort them out first. HEIC needs the package pillow-heif. Exit code: 0, 2 for what cannot be
@@ -63,7 +63,7 @@ from common.parallel import parallel
 from common.sample_images import (
     KINDS,
     Picture,
-    colour,
+    color,
     dead_leaves,
     embedded_tiles,
     generator,
@@ -218,7 +218,7 @@ EDITS = {
     },
     "overlay_stripes": lambda rng: {
         "line_width": uniform(rng, 0.1, 0.5),
-        "line_color": colour(rng),
+        "line_color": color(rng),
         "line_angle": uniform(rng, -90, 90),
         "line_density": uniform(rng, 0.2, 0.6),
         "line_type": str(rng.choice(["solid", "dotted", "dashed"])),
@@ -227,13 +227,13 @@ EDITS = {
     "pad": lambda rng: {
         "w_factor": uniform(rng, 0.05, 0.25),
         "h_factor": uniform(rng, 0.05, 0.25),
-        "color": colour(rng),
+        "color": color(rng),
     },
     "crop": draw_crop,
     "skew": lambda rng: {"skew_factor": uniform(rng, -0.4, 0.4), "axis": int(rng.integers(2))},
     "saturation": lambda rng: {"factor": uniform(rng, 2, 3)},
     "change_aspect_ratio": lambda rng: {"ratio": round(2 ** uniform(rng, -1.3, 1.3), 3)},
-    "pad_square": lambda rng: {"color": colour(rng)},
+    "pad_square": lambda rng: {"color": color(rng)},
     "opacity": lambda rng: {"level": uniform(rng, 0.5, 0.8)},
 }
 

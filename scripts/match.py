@@ -82,7 +82,7 @@ from common.images import (
     pixels_to_decode,
     upright_rgb,
 )
-from common.search import described, normalise, pair_scores
+from common.search import described, normalize, pair_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = (
@@ -93,7 +93,7 @@ THRESHOLD = 0.604169  # DataComp's for isc_ft_v107
 DEFAULT_ONNX = ROOT / "weights" / "v98.onnx"
 
 # Part of the cache's key, as it stands: other words would make every cached descriptor invalid.
-PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalised"
+PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalized"
 
 SIMILARITIES = 2**24  # held at once, float32
 DECIMALS = 6  # of a score, which is rounded before it is compared with the threshold
@@ -484,7 +484,7 @@ def describe(paths, network, store, args, title):
         todo.clear()
         found = network.run(np.stack(images))
         good = np.isfinite(found).all(axis=1) & found.any(axis=1)
-        rows[indices] = found = normalise(np.where(good[:, None], found, np.float32(0)))
+        rows[indices] = found = normalize(np.where(good[:, None], found, np.float32(0)))
         store.put(
             [picture for picture, fine in zip(pictures, good, strict=True) if fine], found[good]
         )

@@ -30,7 +30,7 @@ from common.cli import at_least
 from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from common.search import described, nearest, normalise
+from common.search import described, nearest, normalize
 from common.submissions import (
     DATASETS,
     MAX_DIMENSIONS,
@@ -58,7 +58,7 @@ def concatenated(parts):
     """Descriptors of several stages side by side, at unit length so that beta keeps its meaning;
     one stage as it is.
     """
-    return parts[0] if len(parts) == 1 else normalise(np.concatenate(parts, axis=1))
+    return parts[0] if len(parts) == 1 else normalize(np.concatenate(parts, axis=1))
 
 
 def find_matches(data):
@@ -169,7 +169,7 @@ def parse_args(argv=None):
         "--phase", type=int, choices=(1, 2), default=1, help="query set (default: 1)"
     )
     parser.add_argument(
-        "--k", type=at_least(int, 1), default=10, help="neighbours in both steps (default: 10)"
+        "--k", type=at_least(int, 1), default=10, help="neighbors in both steps (default: 10)"
     )
     parser.add_argument(
         "--alpha", type=at_least(float, 0), default=3.0, help="power of the similarity (default: 3)"

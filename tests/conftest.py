@@ -151,7 +151,7 @@ def pytest_collection_modifyitems(items):
         "test_bad_images",
         "test_grad_checkpointing",
     ]
-    longest += ["test_loss", "test_readme", "test_own_data"]
+    longest += ["test_loss", "test_readme", "test_fine_tuning"]
     items.sort(
         key=lambda item: (
             longest.index(item.path.stem) if item.path.stem in longest else len(longest)

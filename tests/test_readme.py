@@ -39,12 +39,12 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
     (MATCHING, "Commands"): "here",
     (MATCHING, "Your own threshold"): "here",
     (MATCHING, "Other runtimes"): "here",
-    ("docs/FINE_TUNING.md", "Commands"): "test_own_data.py",
+    ("docs/FINE_TUNING.md", "Commands"): "test_fine_tuning.py",
     (MATCHING, "In Python"): "test_hubconf.py, with a file",
     (SCALE, "Feed an index"): "here",
     ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
     ("input/README.md", "The published weights"): "nothing: they fetch; test_check_input.py",
-    ("input/README.md", "A small data set of your own"): "test_own_data.py, with other flags",
+    ("input/README.md", "A small data set of your own"): "test_fine_tuning.py, with other flags",
 }
 FLAGS_NOT_IN_A_SOURCE = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun

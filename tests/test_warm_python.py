@@ -11,7 +11,7 @@ from conftest import run, warm_python
 
 PIPES = {"capture_output": True, "text": True, "timeout": 60}
 PROGRAMS = {
-    "output": "import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['COLOUR'], "
+    "output": "import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['COLOR'], "
     "sys.path[0], __name__)",
     "input": "import sys\nprint(sys.stdin.read().upper(), file=sys.stderr)",
     "at exit": "import atexit, threading\natexit.register(print, 'end')\nthreading.Timer(0.1, "
@@ -33,7 +33,7 @@ def test_does_what_python_does(tmp_path, name):
         subprocess.run(
             [*python, script, "a b", "--flag"],
             cwd=tmp_path,
-            env={"COLOUR": "red"},
+            env={"COLOR": "red"},
             input="words",
             **PIPES,
         )
@@ -46,7 +46,7 @@ def test_does_what_python_does(tmp_path, name):
 
 
 def test_leaves_nothing_to_the_next_command(tmp_path):
-    (tmp_path / "set.py").write_text("import os, numpy\nos.environ['COLOUR'] = 'red'\nnumpy.pi = 3")
-    (tmp_path / "get.py").write_text("import os, numpy\nprint(os.environ.get('COLOUR'), numpy.pi)")
+    (tmp_path / "set.py").write_text("import os, numpy\nos.environ['COLOR'] = 'red'\nnumpy.pi = 3")
+    (tmp_path / "get.py").write_text("import os, numpy\nprint(os.environ.get('COLOR'), numpy.pi)")
     assert run(tmp_path / "set.py").returncode == 0
     assert run(tmp_path / "get.py").stdout == "None 3.141592653589793\n"

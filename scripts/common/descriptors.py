@@ -3,12 +3,12 @@
 import numpy as np
 
 from common.errors import InputError
-from common.search import as_float32, nearest, neighbour_sum, normalise
+from common.search import as_float32, nearest, neighbor_sum, normalize
 from common.submissions import check_descriptors
 
 
 def database_augmentation(train, k=10, alpha=3.0):
-    """Each training descriptor becomes the normalised sum of its k nearest (itself included),
+    """Each training descriptor becomes the normalized sum of its k nearest (itself included),
     weighted by similarity.
 
     train (n, dim) -> (n, dim) float32, unit length; the weight is the inner product to the power
@@ -18,13 +18,13 @@ def database_augmentation(train, k=10, alpha=3.0):
     train = as_float32(train)
     similarity, indices = nearest(train, train, k, "ip")
     weights = np.copysign(np.abs(similarity) ** np.float32(alpha), similarity)
-    result = normalise(neighbour_sum(train, indices, weights))
+    result = normalize(neighbor_sum(train, indices, weights))
     result[~train.any(axis=1)] = 0
     return result
 
 
 def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, beta=0.35):
-    """Moves descriptors away from the negatives they resemble: x <- normalise(x - beta * mean of
+    """Moves descriptors away from the negatives they resemble: x <- normalize(x - beta * mean of
     its k nearest).
 
     descriptors (n, dim), negatives (m, dim), e.g. database-augmented training descriptors -> (n,
@@ -37,8 +37,8 @@ def negative_embedding_subtraction(descriptors, negatives, num_iter=1, k=10, bet
     for _ in range(num_iter):
         _, indices = nearest(result, negatives, k, "ip")
         weights = np.full(indices.shape, beta / indices.shape[1], np.float32)
-        result -= neighbour_sum(negatives, indices, weights)
-        normalise(result)
+        result -= neighbor_sum(negatives, indices, weights)
+        normalize(result)
         result[unread] = 0
     return result
 

@@ -10,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.search import BLOCK, as_float32, described, flat_search, nearest, normalise, pair_scores
+from common.search import BLOCK, as_float32, described, flat_search, nearest, normalize, pair_scores
 from common.submissions import MAX_DIMENSIONS, read_csv, read_matches, read_submission, track_of
 
 CANDIDATES = 10  # per query of the ground truth, the challenge's allowance
@@ -29,7 +29,7 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
     fewer pairs.
 
     Every query gets its k nearest references. The distance of the max_results-th best pair so far
-    is a radius that can only shrink; a query whose k-th neighbour is still inside may own more
+    is a radius that can only shrink; a query whose k-th neighbor is still inside may own more
     pairs and is searched again with a larger k. Fewer than max_results / k queries can be, ties
     aside, so that no round is much larger than the first.
     """
@@ -104,20 +104,20 @@ def merge(best, found, count):
     return distance[order], query[order], reference[order]
 
 
-def normalization_offset(query, train, beta=1.0, neighbours=(0, 2)):
+def normalization_offset(query, train, beta=1.0, neighbors=(0, 2)):
     """What score normalization adds to the squared distances of each query's pairs, (q,) float32.
 
-    query (q, dim), train (n, dim), all of unit length; neighbours: the first and the last of a
+    query (q, dim), train (n, dim), all of unit length; neighbors: the first and the last of a
     query's nearest training descriptors, counted from 0, that enter; fewer where there are not so
     many. In cosines it takes away beta x their mean, so 2 x beta x their mean is added here. Raises
-    InputError where no neighbour is left. SSCD (arXiv 2202.10261) evaluates with beta 1 and its
-    neighbours 0 to 2.
+    InputError where no neighbor is left. SSCD (arXiv 2202.10261) evaluates with beta 1 and its
+    neighbors 0 to 2.
     """
-    first, last = neighbours
+    first, last = neighbors
     similarity, _ = nearest(query, train, last + 1, "ip")
     if first >= similarity.shape[1]:
         raise InputError(
-            f"--normalization-neighbours {first} {last}: there are {len(train)} training "
+            f"--normalization-neighbors {first} {last}: there are {len(train)} training "
             f"descriptors only"
         )
     return np.float32(2 * beta) * similarity[:, first:].mean(axis=1)
@@ -164,7 +164,7 @@ def read_ground_truth(path):
     truth = read_csv(path, ("query_id", "reference_id")).drop_duplicates(ignore_index=True)
     if (truth["reference_id"] == "").all():
         raise InputError(
-            f"{path}: no query has a reference, so there is nothing to find; use the labelled "
+            f"{path}: no query has a reference, so there is nothing to find; use the labeled "
             f"ground truth"
         )
     return truth
@@ -237,7 +237,7 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, nor
     read = described(submission["reference"])
     query, reference, offset = submission["query"][known], submission["reference"][read], None
     if normalization:
-        query, reference = (normalise(np.array(rows, np.float32)) for rows in (query, reference))
+        query, reference = (normalize(np.array(rows, np.float32)) for rows in (query, reference))
         offset = normalization(query)
     ids = submission["query_ids"][known], submission["reference_ids"][read]
     return match(query, reference, *ids, max_results, num_gpus, offset)

@@ -33,7 +33,7 @@ GROUP = 12  # pictures, and scores, shown of a group
 MATCHES = ["query", "reference", "score", "group"]  # match.py's columns
 
 
-COLOURS = {  # stand-ins in the figures for what the page's style sets, by day and by night
+COLORS = {  # stand-ins in the figures for what the page's style sets, by day and by night
     "#010101": "currentColor",
     "#020202": "var(--true)",
     "#030303": "var(--false)",
@@ -42,7 +42,7 @@ COLOURS = {  # stand-ins in the figures for what the page's style sets, by day a
 }
 
 
-INK, TRUE, FALSE, MUTED, LINE = COLOURS
+INK, TRUE, FALSE, MUTED, LINE = COLORS
 
 
 DASHED = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
@@ -106,7 +106,7 @@ def draw_axes(xlabel, ylabel):
 
 
 def svg(figure, name, label):
-    """The figure as an SVG element in the page's font, width and colours; `name` is its own,
+    """The figure as an SVG element in the page's font, width and colors; `name` is its own,
     `label` is read aloud.
     """
     file = io.StringIO()
@@ -120,8 +120,8 @@ def svg(figure, name, label):
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"font-family: [^;]*; ", "", text)
     text = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text)
-    for stand_in, colour in COLOURS.items():
-        text = text.replace(stand_in, colour)
+    for stand_in, color in COLORS.items():
+        text = text.replace(stand_in, color)
     width, height = figure.get_size_inches() * 72
     head = f'<svg role="img" aria-label="{html.escape(label)}"'
     return f'{head} viewBox="0 0 {width:.1f} {height:.1f}">{text}'
@@ -135,10 +135,10 @@ def draw_scores(scores, unit, threshold=None):
     alone = len(scores) == 1
     edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 40)
     figure, axes = draw_axes(unit, "pairs" if alone else "share of these pairs")
-    for (label, values), colour in zip(scores.items(), (TRUE, FALSE), strict=False):
+    for (label, values), color in zip(scores.items(), (TRUE, FALSE), strict=False):
         heights = np.histogram(values, edges)[0] / (1 if alone else max(1, len(values)))
-        axes.stairs(heights, edges, fill=True, color=colour, alpha=0.2)
-        axes.stairs(heights, edges, color=colour, linewidth=1.6, label=f"{label} ({len(values):,})")
+        axes.stairs(heights, edges, fill=True, color=color, alpha=0.2)
+        axes.stairs(heights, edges, color=color, linewidth=1.6, label=f"{label} ({len(values):,})")
     if threshold is not None:
         axes.axvline(
             threshold,

@@ -109,7 +109,7 @@ def embedded_tiles(size):
 
 
 def texture(rng, size):
-    """A coloured 1/f noise texture, an RGB image of `size` x `size` pixels."""
+    """A colored 1/f noise texture, an RGB image of `size` x `size` pixels."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     frequency[0, 0] = np.inf
     spectrum = rng.normal(size=(2, 3, *frequency.shape)) / frequency ** rng.uniform(0.8, 1.6)
@@ -143,10 +143,10 @@ def dead_leaves(rng, size):
             ImageDraw.Draw(mask).polygon(points, fill=1)
             canvas.paste(bark, mask=mask)
         else:
-            ImageDraw.Draw(canvas).polygon(points, fill=tuple(colour(rng)))
+            ImageDraw.Draw(canvas).polygon(points, fill=tuple(color(rng)))
     return canvas
 
 
-def colour(rng):
-    """A random RGB colour as a list of three ints."""
+def color(rng):
+    """A random RGB color as a list of three ints."""
     return rng.integers(0, 256, size=3).tolist()

@@ -9,11 +9,11 @@ from common.errors import InputError
 BLOCK = 4096  # queries per call of faiss
 
 
-CHUNK = 256  # rows whose neighbours are held at once: (CHUNK, k, dim)
+CHUNK = 256  # rows whose neighbors are held at once: (CHUNK, k, dim)
 
 
 MARGIN = (
-    6  # neighbours fetched beyond k, so that rounding inside faiss does not decide who is the k-th
+    6  # neighbors fetched beyond k, so that rounding inside faiss does not decide who is the k-th
 )
 
 
@@ -66,7 +66,7 @@ def nearest(queries, base, k, metric):
     queries, base = as_float32(queries), as_float32(base)
     if k < 1 or not len(base) or queries.shape[1] != base.shape[1]:
         raise InputError(
-            f"cannot find {k} neighbours of descriptors {queries.shape} among {base.shape}"
+            f"cannot find {k} neighbors of descriptors {queries.shape} among {base.shape}"
         )
     k = min(k, len(base))
     search = flat_search(base, metric)
@@ -94,8 +94,8 @@ def as_float32(descriptors):
     return descriptors
 
 
-def normalise(rows):
-    """L2-normalises (n, dim) float32 in place and returns it; a zero row stays zero."""
+def normalize(rows):
+    """L2-normalizes (n, dim) float32 in place and returns it; a zero row stays zero."""
     norm = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     rows /= np.where(norm > 0, norm, 1)[:, None]
     return rows
@@ -109,7 +109,7 @@ def described(descriptors):
     return slice(None) if read.all() else np.flatnonzero(read)  # a slice copies nothing
 
 
-def neighbour_sum(base, indices, weights):
+def neighbor_sum(base, indices, weights):
     """sum_j weights[i, j] * base[indices[i, j]] as (n, dim) float32, in chunks: (n, k, dim) is 10
     GB for a million.
     """

@@ -649,7 +649,7 @@ def database_augmentation(n, _photos):
             return common_descriptors.database_augmentation(train)
 
     def agreement(a, b):
-        own = common_search.neighbour_sum(train, indices, similarity**3)
+        own = common_search.neighbor_sum(train, indices, similarity**3)
         return {"sums identical": np.array_equal(sums(), own), **compare(a, b)}
 
     return Pair(n, baseline, ours, agreement)

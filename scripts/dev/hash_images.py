@@ -25,7 +25,7 @@ from common.files import atomic
 HASHES = (
     "dhash",
     "phash",
-)  # imagehash's: signs of differences of neighbours, of cosine coefficients
+)  # imagehash's: signs of differences of neighbors, of cosine coefficients
 
 
 def hash_folder(folder):

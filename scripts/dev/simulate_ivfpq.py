@@ -4,7 +4,7 @@ synthetic descriptors.
     # the table of docs/SCALE.md: minutes, 3 GB of memory
     OMP_NUM_THREADS=1 python scripts/dev/simulate_ivfpq.py
 
-A descriptor is normalise(R D (sqrt(0.3) t + sqrt(0.7) g)): g its own Gaussian vector and t its
+A descriptor is normalize(R D (sqrt(0.3) t + sqrt(0.7) g)): g its own Gaussian vector and t its
 topic's, of 256 numbers; D scales axis i = 1, 2, ... by i^(-decay/2); R is one random rotation. Of
 size / 50 topics, each takes number floor(topics u^2), u uniform, so that few are large. A query is
 a copy of one descriptor x: c x + sqrt(1 - c^2) n, its cosine c uniform in `--cosines`, n a random
@@ -27,7 +27,7 @@ import numpy as np
 
 from common.cli import at_least
 from common.errors import InputError
-from common.search import nearest, normalise
+from common.search import nearest, normalize
 
 DIMENSIONS = 256
 BLOCK = 65536  # descriptors made at once
@@ -35,7 +35,7 @@ PER_TOPIC, SHARE = (
     50,
     0.3,
 )  # descriptors of a topic on average, and how much of their variance is the topic's
-SHORTLIST = 100  # neighbours asked for
+SHORTLIST = 100  # neighbors asked for
 INDEXES = (
     "IVF1024,Flat",
     "IVF1024,PQ16np",
@@ -61,13 +61,13 @@ def make_data(args):
     for start in range(0, args.size, BLOCK):
         rows = base[start : start + BLOCK]
         topic = topics[(len(topics) * rng.random(len(rows)) ** 2).astype(int)]
-        rows[:] = normalise(
+        rows[:] = normalize(
             np.float32(SHARE**0.5) * topic + np.float32((1 - SHARE) ** 0.5) * gauss(len(rows))
         )
     original = rng.choice(args.size, args.queries, replace=False)
     cosine = rng.uniform(*args.cosines, (args.queries, 1)).astype(np.float32)
     x, noise = base[original], gauss(args.queries)
-    noise = normalise(noise - np.einsum("nd,nd->n", noise, x)[:, None] * x)
+    noise = normalize(noise - np.einsum("nd,nd->n", noise, x)[:, None] * x)
     return base, cosine * x + np.sqrt(1 - cosine**2) * noise, original, cosine[:, 0]
 
 

@@ -636,7 +636,7 @@ def test_one_and_two_processes_learn_the_same(training_images, tmp_path, succeed
     outputs = [tmp_path / "one", tmp_path / "two"]
     flags = ["--no-pretrained", "--epochs", 1, "--batch-size", 8, "--memory-size", 48]
     flags = [*TINY, *flags, training_images]
-    script = ROOT / "tests" / "frozen_batchnorm.py"
+    script = ROOT / "tests" / "exp" / "frozen_batchnorm.py"
     results = in_two_processes(script, "v83", "--output", outputs[1], *flags)
     for result in results:
         assert result.returncode == 0, result.stderr

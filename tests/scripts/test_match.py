@@ -54,8 +54,8 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
     nodes = [
         helper.make_node("AveragePool", ["images"], ["pooled"], kernel_shape=step, strides=step),
         helper.make_node("ReduceMean", ["pooled"], ["mean"], axes=[1, 2, 3]),
-        helper.make_node("Sub", ["pooled", "mean"], ["centred"]),
-        helper.make_node("Flatten", ["centred"], ["flat"]),
+        helper.make_node("Sub", ["pooled", "mean"], ["centered"]),
+        helper.make_node("Flatten", ["centered"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weights"], ["projected"]),
         helper.make_node("LpNormalization", ["projected"], ["descriptors"], axis=1, p=2),
     ]
@@ -73,9 +73,9 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
 
 
 def picture(seed, size=(90, 60)):
-    """A picture like no other: a few random colours, enlarged."""
-    colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+    """A picture like no other: a few random colors, enlarged."""
+    colors = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -942,7 +942,7 @@ def test_the_threshold_is_met_exactly():
 def test_masses_of_copies_stay_few_pairs():
     """Of the same picture, and of pictures that are nearly the same."""
     rows = rows_of(*np.random.default_rng(0).standard_normal((1000, 256)))
-    same, near = rows[:2].repeat(5000, axis=0), match.normalise(rows[:1] + 0.5 * rows[1:])
+    same, near = rows[:2].repeat(5000, axis=0), match.normalize(rows[:1] + 0.5 * rows[1:])
     files = np.arange(10_000)
     query, _, score, group = match.find_pairs(same, files, files, 0.9, 2)
     assert 10_000 <= len(query) <= 20_000 and (score == 1).all()

@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from conftest import ROOT, assert_refused, run
-from test_frame import imported_modules
+from test_repository import imported_modules
 
 STAGES = ["v83", "v86", "v98", "v107"]
 SYNC = ROOT / "scripts" / "dev" / "sync_infrastructure.py"

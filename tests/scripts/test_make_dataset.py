@@ -59,7 +59,7 @@ def contents(folder):
 
 
 def thumbnail(path):
-    """A picture as 768 floats, enough to recognise it after scaling and JPEG."""
+    """A picture as 768 floats, enough to recognize it after scaling and JPEG."""
     return np.asarray(Image.open(path).convert("RGB").resize((16, 16)), float).ravel()
 
 
@@ -139,7 +139,7 @@ def test_copies_are_of_the_reference_in_the_ground_truth(dataset, tables):
             Image.open(dataset / "reference_images" / f"{row.reference_id}.jpg"), float
         )
         source = np.asarray(open_embedded(tile.path, 128).crop(tile.box), float)
-        assert np.abs(reference - source).mean() < 5  # JPEG artefacts only
+        assert np.abs(reference - source).mean() < 5  # JPEG artifacts only
 
 
 def test_tiles_are_disjoint():
@@ -481,7 +481,7 @@ def test_photographs_are_upright_and_of_8_bits(tmp_path):
 def test_heic_is_read(tmp_path):
     picture = dead_leaves(generator(7, "training", 0), 64).resize(
         (256, 256)
-    )  # smooth: HEIC halves the colours
+    )  # smooth: HEIC halves the colors
     picture.save(tmp_path / "phone.HEIC", format="HEIF", quality=95)
     opened = np.asarray(open_photograph(tmp_path / "phone.HEIC"), float)
     assert np.abs(opened - np.asarray(picture, float)).mean() < 8
@@ -496,7 +496,7 @@ def test_without_pillow_heif_the_remedy_is_named(tmp_path, monkeypatch):
     images.formats.cache_clear()
 
 
-def test_generated_pictures_differ_and_are_coloured():
+def test_generated_pictures_differ_and_are_colored():
     pictures = [np.asarray(dead_leaves(generator(0, "training", i), 64), float) for i in range(8)]
     assert all(picture.shape == (64, 64, 3) and picture.std() > 20 for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) == 8

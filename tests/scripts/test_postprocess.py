@@ -1,4 +1,4 @@
-"""Database augmentation, negative embedding subtraction, nearest neighbours, and the whole
+"""Database augmentation, negative embedding subtraction, nearest neighbors, and the whole
 command.
 """
 
@@ -96,7 +96,7 @@ def test_block_sizes_give_the_same_answer(monkeypatch, case):
 
 
 class OneGpu:
-    """Stands in for faiss's GPU build: another order of summation, and neighbours in no particular
+    """Stands in for faiss's GPU build: another order of summation, and neighbors in no particular
     order.
     """
 

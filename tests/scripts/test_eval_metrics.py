@@ -518,11 +518,11 @@ def test_wrong_score_normalization(tmp_path):
     assert_refused(run(COMMAND, flag, tmp_path / "none.npy", path, truth), "none.npy")
     assert_refused(run(COMMAND, flag, tmp_path / "other.npy", path, truth), "other.npy", "8", "16")
     assert_refused(
-        run(COMMAND, flag, train, "--normalization-neighbours", 3, 4, path, truth),
+        run(COMMAND, flag, train, "--normalization-neighbors", 3, 4, path, truth),
         "3 4",
         "3 training",
     )
     assert_refused(
-        run(COMMAND, flag, train, "--normalization-neighbours", 2, 1, path, truth), "FIRST"
+        run(COMMAND, flag, train, "--normalization-neighbors", 2, 1, path, truth), "FIRST"
     )
     assert not list(tmp_path.glob("*candidates.csv"))
