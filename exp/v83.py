@@ -1612,7 +1612,19 @@ def start_loader(items, load, args, device):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if len(multiprocessing.active_children()) < workers:  # torch would notice after the timeout
         raise RuntimeError("a data loader worker was lost when it started")
-    return iterator
+    return receive_batches(iterator)
+
+
+def receive_batches(iterator):
+    """Iterate over the batches of a DataLoader's iterator, and name a worker that is lost.
+
+    torch does so itself, unless the worker is killed while it hands over a tensor and the system
+    does not count it as ended yet.
+    """
+    try:
+        yield from iterator
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError("a DataLoader worker was lost while it handed over a batch") from error
 
 
 def kill_workers():

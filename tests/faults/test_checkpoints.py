@@ -12,6 +12,8 @@ import shutil
 import h5py
 import pytest
 import torch
+
+import v83
 from stage_process import (
     NETWORK,
     assert_same,
@@ -22,8 +24,6 @@ from stage_process import (
     log_lines,
     train,
 )
-
-import v83
 
 
 @pytest.fixture

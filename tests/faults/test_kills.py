@@ -13,6 +13,9 @@ import time
 import h5py
 import numpy as np
 import pytest
+
+import v83
+from conftest import children
 from stage_process import (
     ROOT,
     SETS,
@@ -26,9 +29,6 @@ from stage_process import (
     save_forever,
     train,
 )
-
-import v83
-from conftest import children
 
 STEP = 8  # images that the network sees in a step of all processes
 

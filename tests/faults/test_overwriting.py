@@ -5,8 +5,11 @@ import shutil
 import socket
 
 import pytest
-import stage_process
 import torch
+
+import stage_process
+import v83
+from conftest import children
 from stage_process import (
     assert_same_run,
     digests,
@@ -16,9 +19,6 @@ from stage_process import (
     refuse_locks,
     restart,
 )
-
-import v83
-from conftest import children
 
 EPOCH = 16  # images that the network sees in two steps
 

@@ -1,5 +1,6 @@
 """Whole commands in processes of their own, as a user starts them: how they end, what is left."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -9,10 +10,10 @@ import time
 
 import pytest
 import torch
-from stage_process import ROOT, TRAINING, train
 
 import v83
 from conftest import ON_ONE_CORE, assert_refused, called, children
+from stage_process import ROOT, TRAINING, train
 
 SCRIPT = ROOT / "exp" / "v83.py"
 
@@ -22,24 +23,28 @@ def digests(folder):
 
 
 def test_a_killed_worker_of_several_ends_the_command(data, tmp_path, figure):
-    """The others block SIGTERM; the command must not wait for them."""
+    """The others block SIGTERM; the command must not wait for them.
+
+    One that has handed over its last batch of the epoch is not missed: then the next is killed.
+    """
     flags = [*TRAINING, "-j", 2, "--epochs", 1000, "--output", tmp_path, data / "training_images"]
     command = [sys.executable, SCRIPT, *flags]
     with (tmp_path / "stderr").open("w") as errors:
         process = subprocess.Popen(
             list(map(str, command)), env=os.environ | ON_ONE_CORE, stderr=errors
         )
-    log, end = tmp_path / "train" / "log.jsonl", time.monotonic() + 60
+    log, end = tmp_path / "train" / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and '"loss"' in log.read_text()):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    killed = []
-    while not killed:  # between two epochs there is none
-        for child in children(process.pid)[:1]:
+    while process.poll() is None:
+        assert time.monotonic() < end
+        for child in children(process.pid)[:1]:  # between two epochs there is none
             os.kill(child, signal.SIGKILL)
-            killed.append(child)
-    begin = time.monotonic()
-    assert process.wait(timeout=60) == 1
+            begin = time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+    assert process.returncode == 1
     assert "Traceback" in (tmp_path / "stderr").read_text()
     figure(f"a killed worker of two: the command ended after {time.monotonic() - begin:.1f} s")
 
