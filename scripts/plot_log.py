@@ -5,14 +5,13 @@
     python scripts/plot_log.py exp/v83/train/log.jsonl --tensorboard board --follow
     tensorboard --logdir board  # in another terminal
 
-The image shows losses, active pairs, learning rate, speed, and the steps without an update. Several
-runs share the axes, in colors of their own. The suffix of --output chooses the format (png, svg,
-pdf).
+The image shows losses, active pairs, learning rate, speed, and skipped steps. Several runs share
+the axes, each in its own color. The suffix of --output chooses the format (png, svg, pdf).
 
---tensorboard writes event files in place of the image, each log into a folder of its own: the
-folder that holds train/log.jsonl, such as exp/v83, names the run. Run again, it replaces what it
-has written before. A log has no times, so look at its curves by step. With --follow the command
-goes on as lines are added, until Ctrl-C. Needs `pip install tensorboard`.
+--tensorboard writes event files instead of the image, one folder for each log. The folder that
+holds train/log.jsonl, such as exp/v83, names the run. A second run of this command replaces the
+files of the first. A log has no times, so choose "step" as the horizontal axis. With --follow the
+command continues as lines are added, until Ctrl-C. Needs `pip install tensorboard`.
 """
 
 import argparse
@@ -25,11 +24,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.cli import FORMATS
+from common.cli import PLOT_FORMATS
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 
-PANELS = {  # of each value in the log: its title
+PANELS = {  # value in the log: its title
     "loss": "loss",
     "pos_loss": "positive term",
     "neg_loss": "negative term",
@@ -41,16 +40,18 @@ PANELS = {  # of each value in the log: its title
     "overflows": "fp16 overflows since the line before",
 }
 COUNTS = ("skipped", "overflows")
-EVENT_SUFFIX = ".plot_log"  # of the event files that are this command's to replace
-SECONDS = 1  # between two looks at a log that is followed
+EVENT_SUFFIX = ".plot_log"  # this command replaces event files of this name and no others
+FOLLOW_INTERVAL = 1  # seconds between two readings of a log that --follow watches
 
 
 # ---- logs ----
-def read_steps(path):
-    """The lines of a log that tell of steps: dicts with "step", "loss" and others.
 
-    Of a step that was logged again after a resume, the last line counts. A last line that is
-    unfinished is left out. Raises InputError where a line is not JSON.
+
+def read_steps(path):
+    """The lines of a log that report a step: dicts with "step", "loss" and others.
+
+    Where a step was logged again after a resume, its last line counts. An unfinished last line is
+    left out. Raises InputError where a line is not JSON.
     """
     lines = path.read_text(errors="replace").splitlines()
     steps = {}
@@ -69,20 +70,22 @@ def read_steps(path):
 
 
 def check_has_steps(path, steps):
-    """Raise InputError where a log tells of no step."""
+    """Raise InputError where a log reports no step."""
     if not steps:
         raise InputError(
-            f"{path}: tells of no step yet; give the log.jsonl of a training run past --log-every "
-            f"steps"
+            f"{path}: reports no step yet; give the log.jsonl of a training run past its first "
+            f"--log-every steps"
         )
 
 
 # ---- image ----
+
+
 def read_log(path):
     """The steps of a log as a table, float64 (n, epoch and PANELS), indexed by step.
 
-    Values that the log lacks, as former versions' do overflows, are NaN. Raises InputError where
-    `path` is no log, or tells of no step.
+    Values that the log lacks are NaN: former versions did not write overflows. Raises InputError
+    where `path` is not a log, or reports no step.
     """
     steps = read_steps(path)
     check_has_steps(path, steps)
@@ -93,7 +96,7 @@ def read_log(path):
 def draw(logs):
     """A Figure of the logs, {title: table of read_log}.
 
-    Where one run is drawn, the borders of its epochs are too.
+    A single run gets vertical lines where its epochs begin.
     """
     figure = Figure(figsize=(13, 11), layout="constrained")
     axes = figure.subplots(3, 3, sharex=True).ravel()
@@ -106,8 +109,11 @@ def draw(logs):
         axis.spines[["top", "right"]].set_visible(False)
         if name in COUNTS:
             axis.set_ylim(0, max(1, *axis.get_ylim()))
-        if len(logs) == 1:
-            for step in log.index[1:][log["epoch"].diff().iloc[1:] > 0]:
+    if len(logs) == 1:
+        (log,) = logs.values()
+        begins_epoch = log["epoch"].diff() > 0
+        for axis in axes:
+            for step in log.index[begins_epoch]:
                 axis.axvline(step, color="0.8", linewidth=0.8, zorder=0)
     for axis in axes[-3:]:
         axis.set_xlabel("step")
@@ -116,18 +122,20 @@ def draw(logs):
 
 
 # ---- TensorBoard ----
+
+
 class Board:
-    """The event file of a log in `folder`, for TensorBoard, in place of a former one of this class.
+    """The event file of a log in `folder`, for TensorBoard. It replaces an earlier one.
 
     Raises InputError where TensorBoard is not installed.
     """
 
     def __init__(self, log, folder):
-        try:  # what torch's SummaryWriter takes, without torch
+        try:  # the parts that torch's SummaryWriter uses, imported without torch
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise InputError("--tensorboard: is not installed; pip install tensorboard") from error
+            raise InputError("--tensorboard: not installed; pip install tensorboard") from error
         self.Event = event_pb2.Event
         self.SessionLog = event_pb2.SessionLog
         self.Summary = summary_pb2.Summary
@@ -136,7 +144,7 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"*{EVENT_SUFFIX}"):
             path.unlink()
-        # A TensorBoard that is running looks for files whose names come later.
+        # A running TensorBoard reads a new file only if its name sorts after the old ones.
         name = f"events.out.tfevents.{time.time():.6f}{EVENT_SUFFIX}"
         self.file = (folder / name).open("wb")
         self.writer = RecordWriter(self.file)
@@ -144,15 +152,15 @@ class Board:
         self.start()
 
     def start(self):
-        """Have TensorBoard forget what it has read of this run."""
+        """Make TensorBoard forget what it has read of this run."""
         self.write(step=0, session_log=self.SessionLog(status=self.SessionLog.START))
         self.written = []  # steps
 
     def update(self):
         """Write the steps that the log has since the last time.
 
-        A run that was resumed from a checkpoint has taken back what came after it: then all steps
-        are written anew.
+        A run that was resumed from a checkpoint repeats the steps after it. Then all steps are
+        written again.
         """
         steps = read_steps(self.log)
         if steps[: len(self.written)] != self.written:
@@ -179,7 +187,7 @@ class Board:
 def run_name(log):
     """What TensorBoard calls a run: the folder that holds train/log.jsonl, or the log's own path.
 
-    Below the current folder it is relative to that, elsewhere absolute but for the first slash.
+    It is relative to the current folder or, where the log is elsewhere, to the root folder.
     """
     path = log.resolve()
     run = path.with_suffix("")
@@ -193,7 +201,7 @@ def run_name(log):
 def write_boards(logs, folder, follow):
     """Write the event files of logs below a folder; with `follow`, go on until Ctrl-C.
 
-    Raises InputError where a log cannot be used, or two have the same name of a run.
+    Raises InputError where a log cannot be read, or two logs have the same run name.
     """
     folders = {}
     for log in logs:
@@ -210,15 +218,17 @@ def write_boards(logs, folder, follow):
         print(board.folder, flush=True)
     with suppress(KeyboardInterrupt):
         while follow:
-            time.sleep(SECONDS)
+            time.sleep(FOLLOW_INTERVAL)
             for board in boards:
-                with suppress(FileNotFoundError):  # moved away, by --start-over, say
+                with suppress(FileNotFoundError):  # --start-over may have moved it away
                     board.update()
 
 
 # ---- main ----
+
+
 def parse_args(argv=None):
-    """The command line. Exits with one line and code 2 where flags make no sense."""
+    """The command line. Exits with one line and code 2 where flags do not fit together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -229,12 +239,12 @@ def parse_args(argv=None):
     add("--follow", action="store_true", help="with --tensorboard: go on until Ctrl-C")
     args = parser.parse_args(argv)
     if args.tensorboard and args.output:
-        parser.error("--output: does not go with --tensorboard, which draws no image")
+        parser.error("--output: not with --tensorboard, which draws no image; give one of them")
     if args.follow and not args.tensorboard:
-        parser.error("--follow: goes with --tensorboard FOLDER only")
+        parser.error("--follow: only with --tensorboard FOLDER; add it")
     args.output = args.output or args.logs[0].with_suffix(".png")
-    if args.output.suffix not in FORMATS:
-        parser.error(f"--output {args.output}: must end in one of {', '.join(FORMATS)}")
+    if args.output.suffix not in PLOT_FORMATS:
+        parser.error(f"--output {args.output}: must end in one of {', '.join(PLOT_FORMATS)}")
     return args
 
 

@@ -30,7 +30,7 @@ from common.cli import at_least
 from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from common.search import described, nearest, normalize
+from common.search import nearest, nonzero_rows, normalize
 from common.submissions import (
     DATASETS,
     MAX_DIMENSIONS,
@@ -43,50 +43,78 @@ EXP = Path(__file__).resolve().parents[1] / "exp"
 SUBMISSION = {1: "fb-isc-submission.h5", 2: "fb-isc-submission-phase2.h5"}
 SUFFIX = {1: "", 2: "_phase2"}
 MATCHES = 10  # references per query in the csv, the challenge's allowance
+HDF5_OVERHEAD = 2**16  # bytes of an .h5 beyond its data, at most
 
 
-# ---- search ----
+# ---- input ----
 
 
-# ---- descriptors ----
+def read_stages(folders, phase):
+    """What extraction left in the folders of some stages: their submissions, as `read_submission`
+    gives them, and their training descriptors, (n, dim) float32 each.
 
-
-# ---- files ----
+    Raises InputError unless all stages hold the same images.
+    """
+    submissions = [read_submission(folder / SUBMISSION[phase]) for folder in folders]
+    trains = [read_train(folder / "train_feats.npy") for folder in folders]
+    for folder, submission, train in zip(folders, submissions, trains, strict=True):
+        train_dim = train.shape[1]
+        query_dim = submission["query"].shape[1]
+        if train_dim != query_dim:
+            raise InputError(
+                f"{folder}/train_feats.npy: its dimensions are {train_dim}, those of "
+                f"{SUBMISSION[phase]} {query_dim}; extract all with one model"
+            )
+        same_images = len(train) == len(trains[0])
+        for ids in ("query_ids", "reference_ids"):
+            same_images &= np.array_equal(submission[ids], submissions[0][ids])
+        if not same_images:
+            raise InputError(
+                f"{folder}: its images are not those of {folders[0]}; extract both from the same "
+                f"input"
+            )
+    return submissions, trains
 
 
 def concatenated(parts):
     """Descriptors of several stages side by side, at unit length so that beta keeps its meaning;
-    one stage as it is.
+    one stage unchanged.
     """
-    return parts[0] if len(parts) == 1 else normalize(np.concatenate(parts, axis=1))
+    if len(parts) == 1:
+        return parts[0]
+    return normalize(np.concatenate(parts, axis=1))
+
+
+# ---- output ----
 
 
 def find_matches(data):
     """The 10 nearest references of each query: `query_id`, `reference_id`, `score`; nothing matches
     a row of zeros.
     """
-    queries, references = described(data["query"]), described(data["reference"])
+    queries = nonzero_rows(data["query"])
+    references = nonzero_rows(data["reference"])
+    query_ids = np.char.decode(data["query_ids"][queries])
+    reference_ids = np.char.decode(data["reference_ids"][references])
     distance, indices = nearest(
         data["query"][queries], data["reference"][references], MATCHES, "l2"
     )
     return pd.DataFrame(
         {
-            "query_id": np.repeat(np.char.decode(data["query_ids"][queries]), indices.shape[1]),
-            "reference_id": np.char.decode(data["reference_ids"][references])[indices.ravel()],
+            "query_id": np.repeat(query_ids, indices.shape[1]),
+            "reference_id": reference_ids[indices.ravel()],
             "score": -distance.ravel(),
         }
     )
 
 
 def write_submission(h5_path, csv_path, data, matches):
-    """Writes both tracks; neither file changes before both are complete and read back well."""
+    """Write both tracks; neither file changes before both are complete and have been read back."""
     with atomic(csv_path) as csv_file, atomic(h5_path) as h5_file:
         matches.to_csv(csv_file, index=False)
-        if (
-            2**16 + sum(data[name].nbytes for name in DATASETS)
-            > shutil.disk_usage(h5_path.parent).free
-        ):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(h5_path))  # HDF5 would crash
+        needed = HDF5_OVERHEAD + sum(data[name].nbytes for name in DATASETS)
+        if needed > shutil.disk_usage(h5_path.parent).free:  # HDF5 would crash
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(h5_path))
         with h5py.File(h5_file, "w") as file:
             for name in DATASETS:
                 file.create_dataset(name, data=data[name])
@@ -98,50 +126,33 @@ def write_submission(h5_path, csv_path, data, matches):
 
 
 def postprocess(args):
-    """Reads the extracted descriptors of `args.versions`, writes both submission files; returns
+    """Read the extracted descriptors of `args.versions`, write both submission files; returns
     their paths.
     """
     folders = [args.exp / version / "extract" for version in args.versions]
-    submissions = [read_submission(folder / SUBMISSION[args.phase]) for folder in folders]
-    trains = [read_train(folder / "train_feats.npy") for folder in folders]
+    submissions, trains = read_stages(folders, args.phase)
     data = submissions[0]
-    for folder, submission, train in zip(folders, submissions, trains, strict=True):
-        if train.shape[1] != submission["query"].shape[1]:
-            dims = (
-                f"{train.shape[1]}, those of {SUBMISSION[args.phase]} "
-                f"{submission['query'].shape[1]}"
-            )
-            raise InputError(
-                f"{folder}/train_feats.npy: its dimensions are {dims}; extract all with one model"
-            )
-        if len(train) != len(trains[0]) or any(
-            not np.array_equal(submission[name], data[name])
-            for name in ("query_ids", "reference_ids")
-        ):
-            raise InputError(
-                f"{folder}: its images are not those of {folders[0]}; extract both from the same "
-                f"input"
-            )
 
     train = concatenated(trains)
-    del trains
-    train = database_augmentation(train[described(train)], args.k, args.alpha)
+    del trains  # gigabytes
+    train = train[nonzero_rows(train)]
+    train = database_augmentation(train, args.k, args.alpha)
     for name in ("query", "reference"):
+        descriptors = concatenated([submission.pop(name) for submission in submissions])
         data[name] = negative_embedding_subtraction(
-            concatenated([submission.pop(name) for submission in submissions]),
-            train,
-            args.num_iter,
-            args.k,
-            args.beta,
+            descriptors, train, args.num_iter, args.k, args.beta
         )
     matches = find_matches(data)
 
-    stem = "_".join(folder.parent.name for folder in folders) + "_iso" + SUFFIX[args.phase]
-    h5_path, csv_path = folders[-1] / f"{stem}.h5", folders[-1] / f"{stem}.csv"
+    versions = [folder.parent.name for folder in folders]
+    stem = "_".join(versions) + "_iso" + SUFFIX[args.phase]
+    h5_path = folders[-1] / f"{stem}.h5"
+    csv_path = folders[-1] / f"{stem}.csv"
     write_submission(h5_path, csv_path, data, matches)
-    if (dims := data["query"].shape[1]) > MAX_DIMENSIONS:
-        message = f"{h5_path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}"
-        print(f"postprocess.py: warning: {message}", file=sys.stderr)
+    dimensions = data["query"].shape[1]
+    if dimensions > MAX_DIMENSIONS:
+        message = f"{h5_path}: {dimensions} dimensions; the descriptor track allows"
+        print(f"postprocess.py: warning: {message} {MAX_DIMENSIONS}", file=sys.stderr)
     return h5_path, csv_path
 
 
@@ -156,8 +167,7 @@ def parse_args(argv=None):
         default=["v107"],
         metavar="VERSION",
         help="stage(s) whose descriptors are used; those of several are concatenated, and the "
-        "result goes to the last "
-        "one's folder under all their names (default: v107)",
+        "result goes to the last one's folder under all their names (default: v107)",
     )
     parser.add_argument(
         "--exp",
@@ -178,14 +188,14 @@ def parse_args(argv=None):
         "--beta", type=at_least(float, 0), default=0.35, help="share subtracted (default: 0.35)"
     )
     parser.add_argument(
-        "--num-iter", type=at_least(int, 0), default=1, help="subtractions in turn (default: 1)"
+        "--num-iter", type=at_least(int, 0), default=1, help="how often to subtract (default: 1)"
     )
     return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     for path in postprocess(args):
         print(path)

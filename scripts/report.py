@@ -5,40 +5,41 @@ that match.py found.
     python scripts/report.py exp/v107/extract/v107_iso.h5 input/public_ground_truth.csv
     # matching track
     python scripts/report.py exp/v107/extract/v107_iso.csv input/public_ground_truth.csv
-    python scripts/report.py SUBMISSION GROUND_TRUTH --precision 0.999 0.99  # thresholds for these
-    # what this cosine is worth
+    # the thresholds that reach these precisions
+    python scripts/report.py SUBMISSION GROUND_TRUTH --precision 0.999 0.99
+    # precision and recall at this cosine
     python scripts/report.py SUBMISSION GROUND_TRUTH --threshold 0.604169
-    python scripts/report.py matches.csv  # written by match.py
+    # the csv that match.py wrote
+    python scripts/report.py matches.csv
 
-Prints the scores and the operating points, each with its threshold, precision and recall, and
-writes the page: one file that needs no network, with curves, scores by kind of edit, and pairs as
-pictures.
+Prints the scores and the operating points, each with its threshold, precision and recall. Writes
+the page: one file that needs no network, with charts, scores by kind of edit, and the images of
+pairs.
 
-Needs   a submission and its ground truth, as eval_metrics.py does. Pictures are looked for in
+Needs   a submission and its ground truth, as eval_metrics.py does. Images are looked for in
         --images: query_images/, query_images_phase2/ and reference_images/; edits in its
-        query_edits.csv, which make_dataset.py writes. What is not there is not shown.
+        query_edits.csv, which make_dataset.py writes. The page leaves out what is not there.
 Writes  SUBMISSION.html (such as v107_iso.h5.html), or --output.
 
-Scores are minus the squared distance. Those of an .h5 whose descriptors have length 1 are shown as
-cosines, 1 + score / 2, which is what match.py's --threshold takes; those of a .csv as they are.
+A score is minus the squared distance. Where the descriptors of an .h5 have length 1, the page shows
+cosines, 1 + score / 2, the unit of match.py's --threshold. Scores of a .csv are shown unchanged.
 """
 
 import argparse
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
 from common.errors import InputError, one_line_errors
 from common.evaluation import (
-    PAIR,
+    PAIR_COLUMNS,
     as_text,
     load_candidates,
-    micro_metrics,
     rank,
     read_edits,
     read_ground_truth,
@@ -46,16 +47,12 @@ from common.evaluation import (
 )
 from common.images import SUFFIXES
 from common.page import (
-    DASHED,
-    GROUPS,
-    MATCHES,
-    PAIRS,
-    STYLE,
-    TRUE,
-    draw_axes,
-    draw_scores,
-    embed,
-    svg,
+    MATCH_COLUMNS,
+    MAX_GROUPS,
+    MAX_PAIRS,
+    Chart,
+    score_chart,
+    thumbnail,
     write_match_page,
     write_page,
 )
@@ -64,10 +61,10 @@ from common.submissions import add_track_flags, read_submission, track_of
 
 FOLDERS = {"query": ("query_images", "query_images_phase2"), "reference": ("reference_images",)}
 PRECISIONS = (0.99, 0.95, 0.9, 0.8)
-GRID = 400  # steps per axis that a curve is thinned to
+CURVE_STEPS = 400  # per axis: the curve is thinned to one point for each
 
 
-# ---- ranking ----
+# ---- scores ----
 
 
 def as_cosine(score):
@@ -75,142 +72,141 @@ def as_cosine(score):
     return 1 + score / 2
 
 
+def score_text(score, cosine):
+    """A score as the page shows it, as a cosine where `cosine` is true."""
+    if cosine:
+        return f"{as_cosine(score):.4f}"
+    return f"{score:.6g}"
+
+
+def is_unit(submission):
+    """Whether all descriptors of a submission have length 1; rows of zeros do not count."""
+    for kind in FOLDERS:
+        squares = np.einsum("nd,nd->n", submission[kind], submission[kind])
+        squares = squares[squares > 0]
+        if (np.abs(squares - 1) >= 0.01).any():
+            return False
+    return True
+
+
+def scores_of(pairs, submission):
+    """Scores of any pairs, (n,) float32, from a submission's descriptors; NaN where a descriptor is
+    absent or a row of zeros.
+    """
+    query_rows = rows_of(pairs["query_id"], submission["query_ids"])
+    reference_rows = rows_of(pairs["reference_id"], submission["reference_ids"])
+    queries = submission["query"][query_rows]
+    references = submission["reference"][reference_rows]
+    scores = -pair_scores(queries, references, "l2")
+    scores[(query_rows < 0) | (reference_rows < 0)] = np.nan
+    scores[~queries.any(axis=1) | ~references.any(axis=1)] = np.nan
+    return scores
+
+
+def rows_of(wanted, ids):
+    """The row of each wanted id among `ids`, (n,) int64; -1 where it is absent."""
+    return pd.Index(as_text(ids)).get_indexer(wanted)
+
+
+# ---- operating points ----
+
+
 def operating_points(ranking, precisions=PRECISIONS, thresholds=(), cosine=False):
-    """Where a threshold could lie: a dict for each precision, for the best F1, and for each of
+    """What a threshold achieves: a dict for each precision, for the best F1, and for each of
     `thresholds`.
 
     `name`; `pairs`, the number accepted; and, unless that is 0, `score` (the least that is
     accepted), `precision`, `recall` and `F1`. `pairs` is None for a threshold below all candidates:
     others may lie above it. `cosine`: thresholds are cosines, not scores.
     """
-    score, correct, (precision, recall) = (
-        *(ranking.pairs[key].to_numpy() for key in ("score", "correct")),
-        ranking.curve(),
-    )
-    values = as_cosine(score.astype(float)) if cosine else score.astype(float)
-    f1 = 2 * correct.cumsum() / (np.arange(1, len(score) + 1) + ranking.positives)
-    depths = {f"precision {value}": ranking.depth(value) for value in precisions}
+    scores = ranking.pairs["score"].to_numpy()
+    correct = ranking.pairs["correct"].to_numpy()
+    precision, recall = ranking.curve()
+    accepted = np.arange(1, len(scores) + 1)
+    f1 = 2 * correct.cumsum() / (accepted + ranking.positives)
+
+    depths = {}  # of each point: how many pairs it accepts
+    for value in precisions:
+        depths[f"precision {value}"] = ranking.depth(value)
     depths["best F1"] = int(f1.argmax()) + 1 if f1.any() else 0
+    values = scores.astype(float)
+    if cosine:
+        values = as_cosine(values)
     for value in thresholds:
-        depths[f"threshold {value}"] = None if value < values[-1] else int((values >= value).sum())
-    columns = {"score": score, "precision": precision, "recall": recall, "F1": f1}
-    return [
-        {"name": name, "pairs": depth}
-        | {key: column[depth - 1] for key, column in columns.items() if depth}
-        for name, depth in depths.items()
-    ]
+        below_all = value < values[-1]
+        depths[f"threshold {value}"] = None if below_all else int((values >= value).sum())
+
+    points = []
+    for name, depth in depths.items():
+        point = {"name": name, "pairs": depth}
+        if depth:
+            last = depth - 1
+            point["score"] = scores[last]
+            point["precision"] = precision[last]
+            point["recall"] = recall[last]
+            point["F1"] = f1[last]
+        points.append(point)
+    return points
 
 
 def points_table(points, cosine):
     """(header, rows) of operating points as text; cosines are rounded down, so that they accept the
     same pairs.
     """
-    header = [
-        "accept for",
-        *(["cosine ≥"] if cosine else []),
-        "precision",
-        "recall",
-        "F1",
-        "pairs",
-        "score ≥",
-    ]
+    header = ["accept for", "precision", "recall", "F1", "pairs", "score ≥"]
+    if cosine:
+        header.insert(1, "cosine ≥")
     rows = []
     for point in points:
-        cells = ["unknown" if point["pairs"] is None else "none"] + [""] * (len(header) - 2)
         if point["pairs"]:
-            cells = (
-                [f"{math.floor(as_cosine(float(point['score'])) * 1e6) / 1e6:.6f}"]
-                if cosine
-                else []
-            )
-            cells += [f"{point[key]:.4f}" for key in ("precision", "recall", "F1")]
-            cells += [f"{point['pairs']:,}", str(point["score"])]
-        rows.append([point["name"], *cells])
+            row = [
+                point["name"],
+                f"{point['precision']:.4f}",
+                f"{point['recall']:.4f}",
+                f"{point['F1']:.4f}",
+                f"{point['pairs']:,}",
+                str(point["score"]),
+            ]
+            if cosine:
+                row.insert(1, rounded_down(as_cosine(float(point["score"]))))
+        else:
+            reason = "unknown" if point["pairs"] is None else "none"
+            row = [point["name"], reason]
+            row += [""] * (len(header) - len(row))
+        rows.append(row)
     return header, rows
+
+
+def rounded_down(value):
+    """A number with six decimals, never more than it is."""
+    return f"{math.floor(value * 1e6) / 1e6:.6f}"
+
+
+# ---- pairs to show ----
 
 
 def missed_copies(ranking, truth, submission=None):
     """Pairs of the ground truth that 90% precision leaves out: `query_id`, `reference_id`, `rank`,
     `score`.
 
-    `rank` is 0 for what is not among the candidates. These come first and have no score (NaN),
-    unless `submission` holds their descriptors; then the lowest rank.
+    Pairs that are not among the candidates have rank 0 and come first, the worst score before the
+    others. They have no score (NaN) unless `submission` holds their descriptors. The rest follows,
+    the lowest rank first.
     """
-    ranked = ranking.pairs.assign(rank=np.arange(1, len(ranking.pairs) + 1)).drop_duplicates(PAIR)
-    missed = truth[truth["reference_id"] != ""].merge(
-        ranked[[*PAIR, "rank", "score"]], "left", PAIR
-    )
-    missed = missed.assign(rank=missed["rank"].fillna(0).astype(int))
-    missed = missed[(missed["rank"] == 0) | (missed["rank"] > ranking.depth(0.9))]
+    ranks = np.arange(1, len(ranking.pairs) + 1)
+    ranked = ranking.pairs.assign(rank=ranks).drop_duplicates(PAIR_COLUMNS)
+    ranked = ranked[[*PAIR_COLUMNS, "rank", "score"]]
+    positives = truth[truth["reference_id"] != ""]
+    copies = positives.merge(ranked, "left", PAIR_COLUMNS)
+    copies["rank"] = copies["rank"].fillna(0).astype(int)
+    no_candidate = copies["rank"] == 0
+    too_late = copies["rank"] > ranking.depth(0.9)
+    missed = copies[no_candidate | too_late]
     if submission:
         missed = missed.assign(score=scores_of(missed, submission))
-    order = np.lexsort((missed["score"].fillna(-np.inf), -missed["rank"], missed["rank"] > 0))
+    by_score = missed["score"].fillna(-np.inf)
+    order = np.lexsort((by_score, -missed["rank"], missed["rank"] > 0))
     return missed.iloc[order]
-
-
-def scores_of(pairs, submission):
-    """Scores of any pairs, (n,) float32, from a submission's descriptors; NaN where one is absent
-    or a row of zeros.
-    """
-    rows = [
-        pd.Index(as_text(submission[f"{kind}_ids"])).get_indexer(pairs[f"{kind}_id"])
-        for kind in FOLDERS
-    ]
-    query, reference = (submission[kind][index] for kind, index in zip(FOLDERS, rows, strict=True))
-    known = (np.min(rows, axis=0) >= 0) & query.any(axis=1) & reference.any(axis=1)
-    return np.where(known, -pair_scores(query, reference, "l2"), np.float32(np.nan))
-
-
-def is_unit(submission):
-    """Whether a submission's descriptors have length 1, those of zeros aside."""
-    squares = np.concatenate(
-        [np.einsum("nd,nd->n", submission[kind], submission[kind]) for kind in FOLDERS]
-    )
-    return bool((np.abs(squares[squares > 0] - 1) < 0.01).all())
-
-
-# ---- edits ----
-
-
-# ---- pictures ----
-
-
-def find_picture(folder, kind, name):
-    """Path of a query's or reference's picture in a data folder, or None. An id names a file, it
-    leads nowhere else.
-    """
-    if Path(name).name != name:
-        return None
-    suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
-    paths = (folder / place / (name + suffix) for place in FOLDERS[kind] for suffix in suffixes)
-    return next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113  (as above)
-
-
-# ---- figures ----
-
-
-@mpl.rc_context(STYLE)
-def draw_curve(ranking):
-    """Precision over recall, with the point of 90% precision."""
-    (precision, recall), depth = ranking.curve(), ranking.depth(0.9)
-    cells = (np.stack([recall, precision], axis=1) * GRID).round()
-    kept = np.union1d(np.unique(cells, axis=0, return_index=True)[1], [depth - 1, len(cells) - 1])
-    figure, axes = draw_axes("recall", "precision")
-    axes.set(xlim=(0, max(1, recall[-1])), ylim=(0, 1.03))
-    axes.axhline(0.9, **DASHED)
-    axes.plot(recall[kept], precision[kept], color=TRUE, linewidth=1.8)
-    x, label = 0, "90% precision is never reached"
-    if depth:
-        x, label = recall[depth - 1], f"90% precision: recall {recall[depth - 1]:.4f}"
-        axes.plot(x, precision[depth - 1], "o", color=TRUE, markersize=7, clip_on=False, zorder=3)
-    # Where the curve is not: right of the point above 90%, or, if there is no room, left of it
-    # below.
-    place, side = ((8, 9), "left") if x < 0.6 else ((-8, -16), "right")
-    axes.annotate(label, (x, 0.9), xytext=place, textcoords="offset points", ha=side)
-    return svg(figure, "curve", f"Precision over recall. {label}")
-
-
-# ---- pages ----
 
 
 def galleries(ranking, truth, missed, limit):
@@ -220,87 +216,150 @@ def galleries(ranking, truth, missed, limit):
     Mistakes, one a query, have a `right_id` and its `right_score`, and missed pairs a `rank`; None
     where there is none.
     """
-    pairs = ranking.pairs.drop_duplicates(PAIR)
-    right = (
-        truth[truth["reference_id"] != ""]
-        .drop_duplicates("query_id")
-        .merge(pairs[[*PAIR, "score"]], "left", PAIR)
-    )
-    right.columns = ["query_id", "right_id", "right_score"]
-    wrong = (
-        pairs[~pairs["correct"]]
-        .drop_duplicates("query_id")[:limit]
-        .merge(right, "left", "query_id")
-    )
-    chosen = {"best": pairs[pairs["correct"]][:limit], "mistakes": wrong, "missed": missed[:limit]}
+    pairs = ranking.pairs.drop_duplicates(PAIR_COLUMNS)
+    best = pairs[pairs["correct"]][:limit]
+    mistakes = pairs[~pairs["correct"]].drop_duplicates("query_id")[:limit]
+    positives = truth[truth["reference_id"] != ""]
+    right = positives.drop_duplicates("query_id")
+    right = right.merge(pairs[[*PAIR_COLUMNS, "score"]], "left", PAIR_COLUMNS)
+    right = right.rename(columns={"reference_id": "right_id", "score": "right_score"})
+    mistakes = mistakes.merge(right, "left", "query_id")
     return {
-        name: table.astype(object).where(table.notna(), None).to_dict("records")
-        for name, table in chosen.items()
+        "best": as_records(best),
+        "mistakes": as_records(mistakes),
+        "missed": as_records(missed[:limit]),
+    }
+
+
+def as_records(table):
+    """Rows of a table as dicts, with None for what is missing."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def find_image(folder, kind, name):
+    """Path of a query's or reference's image in a data folder, or None.
+
+    An id is the name of a file. One that leads to another folder is not looked for.
+    """
+    if Path(name).name != name:
+        return None
+    suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
+    for subfolder in FOLDERS[kind]:
+        for suffix in suffixes:
+            path = folder / subfolder / (name + suffix)
+            if os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
+                return path
+    return None
+
+
+# ---- page of a submission ----
+
+
+def curve_chart(ranking):
+    """Chart of precision over recall, with the point of 90% precision."""
+    precision, recall = ranking.curve()
+    depth = ranking.depth(0.9)
+    label = "90% precision is never reached"
+    if depth:
+        label = f"90% precision: recall {recall[depth - 1]:.4f}"
+    farthest = max(1, recall[-1])
+    chart = Chart(
+        title=f"Precision over recall. {label}",
+        x_label="recall",
+        y_label="precision",
+        x_range=(0, farthest),
+        y_range=(0, 1.03),
+    )
+    chart.add_line([0, farthest], [0.9, 0.9], "dashed", label)
+    cells = np.round(np.stack([recall, precision], axis=1) * CURVE_STEPS)
+    _, first_in_cell = np.unique(cells, axis=0, return_index=True)
+    kept = np.union1d(first_in_cell, len(cells) - 1)
+    if depth:
+        kept = np.union1d(kept, depth - 1)
+        chart.add_marker(recall[depth - 1], precision[depth - 1], "true")
+    chart.add_line(recall[kept], precision[kept], "true")
+    return chart
+
+
+def histogram_chart(ranking, cosine):
+    """Chart of the scores of true and false pairs, with the threshold of 90% precision."""
+    scores = ranking.pairs["score"].to_numpy(float)
+    if cosine:
+        scores = as_cosine(scores)
+    correct = ranking.pairs["correct"].to_numpy()
+    depth = ranking.depth(0.9)
+    threshold = scores[depth - 1] if depth else None
+    kinds = {"true pairs": scores[correct], "false pairs": scores[~correct]}
+    return score_chart(kinds, "cosine" if cosine else "score", threshold)
+
+
+def load_edits(args, folder):
+    """The edits of --edits, or of the data folder; none where it has no query_edits.csv."""
+    path = args.edits or folder / "query_edits.csv"
+    if args.edits or path.is_file():
+        return read_edits(path)
+    return {}
+
+
+def summary(ranking, truth):
+    """Name and value, as text, of what the page shows first."""
+    true_candidates = ranking.pairs.drop_duplicates(PAIR_COLUMNS)["correct"].sum()
+    return {
+        "µAP": f"{ranking.average_precision():.4f}",
+        "R@P90": f"{ranking.recall_at(0.9):.4f}",
+        "queries": f"{truth['query_id'].nunique():,}",
+        "copies": f"{ranking.positives:,}",
+        "candidates": f"{len(ranking.pairs):,}",
+        "true candidates": f"{true_candidates:,}",
     }
 
 
 def report_submission(args):
-    """Scores a submission, prints its operating points and writes its page; returns its line for
-    the user.
+    """Score a submission, print its operating points and write its page; returns its line for the
+    user.
     """
-    truth = read_ground_truth(args.ground_truth)
     folder = args.images or args.ground_truth.parent
-    edits_file = args.edits or folder / "query_edits.csv"
-    edits = read_edits(edits_file) if args.edits or edits_file.is_file() else {}
+    truth = read_ground_truth(args.ground_truth)
+    edits = load_edits(args, folder)
     candidates = load_candidates(args.submission, truth, args.ground_truth, args.track)
-    metrics, ranking = micro_metrics(candidates, truth), rank(candidates, truth)
-    submission, cosine, scale = None, False, "Scores are the submission's own."
+    ranking = rank(candidates, truth)
+
     if track_of(args.submission, args.track) == "descriptor":
         submission = read_submission(args.submission)
-        cosine, scale = (
-            is_unit(submission),
-            "Score is minus the squared distance of two descriptors.",
-        )
-        scale += " These have length 1, so that their cosine is 1 + score / 2." if cosine else ""
-    missed = missed_copies(ranking, truth, submission)
-    del submission
+        cosine = is_unit(submission)
+        score_meaning = "Score is minus the squared distance of two descriptors."
+        if cosine:
+            score_meaning += " These have length 1, so that their cosine is 1 + score / 2."
+        missed = missed_copies(ranking, truth, submission)
+        del submission  # gigabytes, while the page is made
+    else:
+        cosine = False
+        score_meaning = "Scores are the submission's own."
+        missed = missed_copies(ranking, truth)
 
-    facts = {
-        "µAP": f"{metrics['average_precision']:.4f}",
-        "R@P90": f"{metrics['recall_p90']:.4f}",
-        "queries": f"{truth['query_id'].nunique():,}",
-        "copies": f"{ranking.positives:,}",
-        "candidates": f"{len(candidates):,}",
-        "true candidates": f"{ranking.pairs.drop_duplicates(PAIR)['correct'].sum():,}",
-    }
-    points = operating_points(ranking, args.precision or PRECISIONS, args.threshold or (), cosine)
+    facts = summary(ranking, truth)
+    precisions = args.precision or PRECISIONS
+    points = operating_points(ranking, precisions, args.threshold or (), cosine)
     header, rows = points_table(points, cosine)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(pd.DataFrame(rows, columns=header).to_string(index=False))
 
-    unit, convert = ("cosine", as_cosine) if cosine else ("score", lambda score: score)
-    values, correct = (
-        convert(ranking.pairs["score"].to_numpy(float)),
-        ranking.pairs["correct"].to_numpy(),
-    )
-    scores = {"true pairs": values[correct], "false pairs": values[~correct]}
-    depth = ranking.depth(0.9)
+    limit = MAX_PAIRS if args.gallery is None else args.gallery
     return write_page(
         args.output,
-        lambda kind, name: embed(find_picture(folder, kind, name)),
+        lambda kind, name: thumbnail(find_image(folder, kind, name)),
         title=args.submission.name,
         subtitle=f"against {args.ground_truth.name}",
         facts=facts,
-        unit=unit,
-        scale=scale,
-        figures=[
-            draw_curve(ranking),
-            draw_scores(scores, unit, values[depth - 1] if depth else None),
-        ],
+        unit="cosine" if cosine else "score",
+        score_meaning=score_meaning,
+        score_text=partial(score_text, cosine=cosine),
+        charts=[curve_chart(ranking), histogram_chart(ranking, cosine)],
         header=header,
         rows=rows,
         by_edit=scores_by_edit(ranking, truth, edits) if edits else [],
         edits=edits,
-        convert=convert,
-        digits="%.4f" if cosine else "%.6g",
-        galleries=galleries(
-            ranking, truth, missed, PAIRS if args.gallery is None else args.gallery
-        ),
+        galleries=galleries(ranking, truth, missed, limit),
         missed=len(missed),
     )
 
@@ -309,8 +368,8 @@ def report_submission(args):
 
 
 def read_pairs(path):
-    """The csv of match.py: `query`, `reference` (str, bytes that are no UTF-8 as surrogates),
-    `score`, `group`.
+    """The csv of match.py: `query`, `reference` (str; bytes that are not UTF-8 as surrogates),
+    `score`, `group`. Raises InputError where it is not one.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
@@ -318,15 +377,14 @@ def read_pairs(path):
         table = pd.read_csv(
             path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape"
         )
-        table = table[MATCHES].assign(score=table["score"].astype(float))
+        table = table[MATCH_COLUMNS].assign(score=table["score"].astype(float))
     except KeyError:
         raise InputError(
-            f"{path}: its first line is not {','.join(MATCHES)}, as match.py writes it; of a "
-            f"submission, "
-            "give GROUND_TRUTH too"
+            f"{path}: its first line is not {','.join(MATCH_COLUMNS)}, as match.py writes it; "
+            f"for a submission, give GROUND_TRUTH too"
         ) from None
     except ValueError as error:
-        raise InputError(f"{path}: not a readable csv ({error})".replace("\n", " ")) from None
+        raise InputError(f"{path}: not a readable csv ({error})") from None
     if not np.isfinite(table["score"]).all():
         raise InputError(f"{path}: a score is not a finite number; run match.py again")
     return table
@@ -336,50 +394,54 @@ def read_pairs(path):
 
 
 def parse_args(argv=None):
-    """The command line."""
+    """The command line. Exits with one line and code 2 where options do not fit together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "submission",
         type=Path,
         metavar="SUBMISSION",
         help=".h5 with descriptors or .csv, or the csv of match.py",
     )
-    add(
+    parser.add_argument(
         "ground_truth",
         type=Path,
         nargs="?",
         metavar="GROUND_TRUTH",
         help="csv: query_id,reference_id",
     )
-    add("--output", type=Path, metavar="FILE", help="the page (default: SUBMISSION.html)")
-    default = f"(default: {PAIRS} pairs of each kind, or {GROUPS} groups)"
-    add("--gallery", type=int, metavar="N", help=f"how much to show as pictures {default}")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (default: SUBMISSION.html)"
+    )
+    parser.add_argument(
+        "--gallery",
+        type=int,
+        metavar="N",
+        help="how many to show as images "
+        f"(default: {MAX_PAIRS} pairs of each kind, or {MAX_GROUPS} groups)",
+    )
     options = parser.add_argument_group("with GROUND_TRUTH")
-    add = options.add_argument
-    add(
+    options.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder with the pictures (default: GROUND_TRUTH's)",
+        help="folder with the images (default: GROUND_TRUTH's)",
     )
-    add(
+    options.add_argument(
         "--edits",
         type=Path,
         metavar="FILE",
-        help="csv: query_id,edits (default: query_edits.csv there, if it is)",
+        help="csv: query_id,edits (default: query_edits.csv in that folder, if there is one)",
     )
-    default = f"(default: {' '.join(map(str, PRECISIONS))})"
-    add(
+    options.add_argument(
         "--precision",
         type=float,
         nargs="+",
         metavar="P",
-        help=f"precisions to find thresholds for {default}",
+        help=f"precisions to find thresholds for (default: {' '.join(map(str, PRECISIONS))})",
     )
-    add(
+    options.add_argument(
         "--threshold",
         type=float,
         nargs="+",
@@ -388,13 +450,18 @@ def parse_args(argv=None):
     )
     add_track_flags(options)
     args = parser.parse_args(argv)
-    given = [
-        name
-        for name in ("images", "edits", "precision", "threshold", "track")
-        if getattr(args, name) is not None
-    ]
-    if given and not args.ground_truth:
-        parser.error(f"--{given[0]} needs GROUND_TRUTH; the csv of match.py has none")
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """End the command where options do not fit together; fill in --output."""
+    if not args.ground_truth:
+        for name in ("images", "edits", "precision", "threshold"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} needs GROUND_TRUTH; the csv of match.py has none")
+        if args.track:
+            parser.error(f"--{args.track} needs GROUND_TRUTH; the csv of match.py has none")
     if args.images and not args.images.is_dir():
         parser.error(f"--images {args.images}: no such folder")
     if not all(0 < value <= 1 for value in args.precision or ()):
@@ -403,19 +470,19 @@ def parse_args(argv=None):
         parser.error("--gallery: must not be negative")
     args.output = args.output or Path(f"{args.submission}.html")
     if args.output in (args.submission, args.ground_truth, args.edits):
-        parser.error(f"--output {args.output}: would replace what it is made from")
-    return args
+        parser.error(f"--output {args.output}: would replace one of the files that it reads")
 
 
 @one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     if args.ground_truth:
         print(report_submission(args))
     else:
-        gallery = GROUPS if args.gallery is None else args.gallery
-        print(write_match_page(args.output, read_pairs(args.submission), gallery=gallery))
+        matches = read_pairs(args.submission)
+        gallery = MAX_GROUPS if args.gallery is None else args.gallery
+        print(write_match_page(args.output, matches, gallery=gallery))
     return 0
 
 

@@ -1,5 +1,4 @@
-"""Can this file be submitted? Every rule of the two tracks, and nothing in a stranger's file is
-trusted.
+"""Check whether a file can be submitted: every rule of the two tracks.
 
     python scripts/validate_submission.py exp/v107/extract/v107_iso.h5  # descriptor track
     python scripts/validate_submission.py exp/v107/extract/v107_iso.csv  # matching track
@@ -8,9 +7,9 @@ trusted.
 
 Prints one line and exits with 0, or says on stderr what is wrong first and exits with 2.
 
-Other scripts read submissions through this one. In an .h5, links, external and virtual data,
-filters, and shapes are judged before any data is read; a file can make the reader neither open
-another file nor use memory out of proportion. Rules of the challenge: arXiv 2106.09672.
+The file may be an untrusted one. In an .h5, links, external and virtual data, filters, and shapes
+are checked before any data is read, so that it can neither make this command open another file nor
+use much memory. Rules of the challenge: arXiv 2106.09672.
 """
 
 import argparse
@@ -19,14 +18,6 @@ from pathlib import Path
 
 from common.errors import one_line_errors
 from common.submissions import add_track_flags, check_matches, check_submission, track_of
-
-# ---- descriptor track ----
-
-
-# ---- matching track ----
-
-
-# ---- main ----
 
 
 def parse_args(argv=None):
@@ -49,7 +40,7 @@ def parse_args(argv=None):
 
 @one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     if track_of(args.submission, args.track) == "matching":
         print(check_matches(args.submission))

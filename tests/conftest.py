@@ -2,7 +2,6 @@
 commands.
 """
 
-import atexit
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 ON_ONE_CORE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-@cache
-def warm_python():
-    """The command that does what `python` does, without the seconds that it takes to load torch and
-    the others.
-    """
-    folder = tempfile.TemporaryDirectory()  # whose name is short enough for a socket
-    script, address = str(ROOT / "tests" / "warm_python.py"), f"{folder.name}/socket"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen(
-        [sys.executable, script, address], env=os.environ | ON_ONE_CORE, **pipes
-    )
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
-    return [sys.executable, "-IS", script, address]
 
 
 def children(pid):
@@ -46,12 +29,10 @@ def run(*command, cwd=ROOT, timeout=300, **env):
     """Run `python *command` as a user would, on the CPU and on one thread; returns the
     CompletedProcess (text).
 
-    A program (-c) has a process that has loaded nothing before, and so has what may use a GPU.
+    `env`: variables of its environment, which may take back what is set here.
     """
-    cold = command[0] == "-c" or "CUDA_VISIBLE_DEVICES" in env
-    python = [sys.executable] if cold else warm_python()
     return subprocess.run(
-        [*python, *map(str, command)],
+        [sys.executable, *map(str, command)],
         cwd=cwd,
         env=os.environ | ON_ONE_CORE | env,
         capture_output=True,
@@ -102,9 +83,8 @@ def run_as_written(commands, cwd, scaled, **env):
     )
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "python")
-        python.write_text(
-            f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\nexec {shlex.join(warm_python())} "$@"\n'
-        )
+        execute = f'exec {shlex.quote(sys.executable)} "$@"'
+        python.write_text(f'#!/bin/sh\ncase "${{1##*/}}" in\n{cases}esac\n{execute}\n')
         python.chmod(0o755)
         env |= ON_ONE_CORE | {"PATH": f"{folder}:{os.environ['PATH']}"}
         shell = ["bash", "-euo", "pipefail", "-c", commands]

@@ -6,13 +6,13 @@ import pandas as pd
 import torch
 
 import v107
+from common.sample_images import dead_leaves, generator
 from conftest import copy_repository, readme_block, run_as_written
-from make_dataset import dead_leaves, generator
 
 SMALL = {
     "ARCH=tf_efficientnetv2_m_in21ft1k": "ARCH=test_resnet",
     "SIZE=512": "SIZE=32",
-}  # all that is replaced
+}  # the only replacements
 
 
 def files(folder):
@@ -64,7 +64,7 @@ def test_the_commands_run_as_they_are_written(tmp_path):
     assert log[0]["args"]["weight"] == "exp/v107/train/checkpoint_0009.pth.tar"
     losses = [line["loss"] for line in log if "loss" in line]
     assert len(losses) == 10 and losses[-1] < losses[0]
-    # Phase 1 was learned from, phase 2 is scored, and neither has an image of the other's.
+    # Training used phase 1, the scores are of phase 2: no image may be in both.
     edits = pd.read_csv(own / "input" / "query_edits.csv")
     phases = [set(edits[edits.phase == phase].source) for phase in (1, 2)]
     assert not phases[0] & phases[1]

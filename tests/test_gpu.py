@@ -1,7 +1,7 @@
-"""What a GPU must show. Tests that have a meaning on a CPU run there too, so that they are known
+"""What must hold on a GPU. Tests that make sense on a CPU run there too, so that they are known
 to work.
 
-`make gpu` runs those of CUDA and writes the table of memory and speed into gpu-report.md.
+`make gpu` runs those that need CUDA and writes the table of memory and speed into gpu-report.md.
 """
 
 import functools
@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from stage_process import free_port, load, losses
 
 import v83
 import v98
 import v107
 from common import search
 from conftest import ROOT, run
+from stage_process import free_port, load, losses
 
-ARCH = "tf_efficientnetv2_m"  # the recipe's, with random weights
+ARCH = "tf_efficientnetv2_m"  # of the recipe, with random weights
 SMALL = ["-a", "test_efficientnet", "--input-size", 64]
 STAGES = {
     "v83": ["--batch-size", 4, "--sample-size", 12],
@@ -96,7 +96,7 @@ def test_every_stage_trains_three_steps(device, stage, amp, data, tmp_path):
 @pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-3), ("fp16", 1e-2), ("bf16", 5e-2)])
 @on_cuda
 def test_precisions_agree_with_the_cpu(device, amp, tolerance, data, trained, tmp_path):
-    """The first loss of the same start, but for the noise of erasing, and descriptors."""
+    """The first loss from the same weights, up to the noise of erasing, and descriptors."""
     weight = ["--weight", trained]
     expected = train("cpu", "v107", data, tmp_path / "cpu", *weight)
     values = train(device, "v107", data, tmp_path / amp, *weight, "--amp", amp)
@@ -119,8 +119,8 @@ def test_resuming_stays_close(device, data, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--grad-checkpointing"]], ids=["plain", "checkpointing"])
 @on_cuda
-def test_no_step_waits_for_the_device(device, flags, data, tmp_path):
-    """By torch's own warnings: more steps between two lines of the log give no more of them."""
+def test_no_step_waits_for_the_gpu(device, flags, data, tmp_path):
+    """More steps between two lines of the log give no more of torch's warnings about waiting."""
     program = (
         "import sys, torch, v83; torch.cuda.set_sync_debug_mode('warn'); "
         "sys.exit(v83.main(sys.argv[1:]))"
@@ -243,11 +243,11 @@ def test_a_row_that_is_not_finite_leaves_no_trace(device, grad_checkpointing, am
 
 
 @on_both
-def test_an_overflow_leaves_out_the_update_alone(device):
-    """Weights and momenta stay, the scale falls; bank and BatchNorm keep the step."""
+def test_an_overflow_skips_the_update_only(device):
+    """Weights and momenta do not change, the scale falls; bank and BatchNorm do change."""
     step = Step(device, scaler=torch.amp.GradScaler(device, init_scale=1e30))
     before = step.parameters(), step.others()
-    values = step(images(0), scale=1e30)  # of the gradient, which float32 cannot hold
+    values = step(images(0), scale=1e30)  # the gradient exceeds float32
     assert values["loss"].isfinite() and values["overflow"]
     assert torch.equal(step.parameters(), before[0])
     assert not torch.equal(step.others(), before[1])
@@ -276,7 +276,7 @@ def test_the_loss_agrees_with_the_cpu(device):
 
 @on_cuda
 def test_preprocessing_agrees_with_the_cpu(device):
-    """But for the noise, which each device draws from its own generator."""
+    """Up to the noise of erasing: each device draws it from a generator of its own."""
     pixels = torch.randint(256, (4, 9, 7, 3), dtype=torch.uint8)
     box = v83.Erasing(2, 1, 3, 4, seed=5)
     results = []
@@ -288,7 +288,7 @@ def test_preprocessing_agrees_with_the_cpu(device):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
-# ---- beside the stages ----
+# ---- search, hub model, match.py ----
 
 
 @on_cuda
@@ -306,7 +306,7 @@ def test_search_on_gpus_agrees_with_the_cpu(device):
 
 @on_cuda
 def test_hub_model_in_half_precision(device, figure):
-    """Against float32: the error is printed, as nobody has measured it yet."""
+    """Compared with float32; the error is printed, because it has not been measured yet."""
     batch = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
     torch.manual_seed(0)
@@ -324,7 +324,7 @@ def test_hub_model_in_half_precision(device, figure):
 
 @on_cuda
 def test_match_in_half_precision(device, data, tmp_path, figure):
-    """Against float32: the largest difference of a score is printed."""
+    """Compared with float32; the largest difference of a score is printed."""
     scores = []
     for amp in ("off", "fp16"):
         argv = [data / "query_images", data / "reference_images", "--threshold", -1, "--top-k", 3]
@@ -333,7 +333,7 @@ def test_match_in_half_precision(device, data, tmp_path, figure):
         command(device, "scripts/match.py", *argv, "--cache", tmp_path / f"{amp}.cache")
         rows = pd.read_csv(tmp_path / f"{amp}.csv")
         scores.append(rows.set_index(["query", "reference"])["score"])
-    error = (scores[0] - scores[1]).abs().max()  # of the pairs that both have
+    error = (scores[0] - scores[1]).abs().max()  # of the pairs in both
     figure(f"match.py --amp fp16: largest difference of a score {error:.6f}")
     assert error < 0.01
 
@@ -378,7 +378,7 @@ def measured_step(stage, amp, grad_checkpointing):
             amp=amp,
         )
 
-    for _ in range(3):  # cuDNN tries its algorithms
+    for _ in range(3):  # while cuDNN tries its algorithms
         step()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,5 +1,5 @@
-"""torch.hub's entry points, as a user calls them, with a small checkpoint in place of the published
-one.
+"""The entry points for torch.hub, called as a user calls them, with a small checkpoint in place of
+the published one.
 """
 
 import ast
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
-    """A file as the author's are: keys with a prefix, and a Namespace of arguments."""
+    """A file in the author's format: keys with a prefix, and a Namespace of arguments."""
     weights = {f"module.{key}": value for key, value in model.state_dict().items()}
     content = {
         "epoch": 9,
@@ -55,17 +55,17 @@ def load(name="isc_ft_v107", **options):
 
 
 @pytest.mark.parametrize("name", ["isc_ft_v107", "isc_selfsup_v98"])
-def test_describes_as_extraction_does(model, checkpoint, name):
+def test_gives_the_descriptors_of_extraction(model, checkpoint, name):
     loaded, preprocess = load(name, weights=str(checkpoint))
     assert not loaded.training
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
-    expected = v98.evaluation_transform(
-        64, *(model.backbone.default_cfg[key] for key in ("mean", "std"))
-    )(image)
+    config = model.backbone.default_cfg
+    expected = v98.evaluation_transform(64, config["mean"], config["std"])(image)
     assert torch.equal(preprocess(image), expected)
     with torch.inference_mode():
-        descriptor, wanted = loaded(preprocess(image)[None]), model(expected[None])
-    torch.testing.assert_close(descriptor, wanted, rtol=0, atol=1e-5)
+        descriptor = loaded(preprocess(image)[None])
+        expected_descriptor = model(expected[None])
+    torch.testing.assert_close(descriptor, expected_descriptor, rtol=0, atol=1e-5)
     assert descriptor.norm().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_takes_images_of_any_mode(checkpoint, mode):
     assert preprocess(Image.new(mode, (30, 20))).shape == (3, 64, 64)
 
 
-def test_the_release_is_fetched_once(checkpoint, tmp_path, monkeypatch):
+def test_the_release_is_downloaded_once(checkpoint, tmp_path, monkeypatch):
     fetched = []
 
     def download(url, path):

@@ -49,6 +49,7 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
 FLAGS_NOT_IN_A_SOURCE = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun
     *("--max-restarts", "--extra-index-url", "--signal", "--help"),  # torchrun, pip, SLURM, any
+    "--with",  # uv
     *("--references", "--queries", "--training"),  # of make_dataset.py, added in a loop
 }
 

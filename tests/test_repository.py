@@ -107,7 +107,7 @@ def test_imports_are_required(path):
     own = set()
     if path.parent.name != "exp":
         pinned |= requirements("requirements-dev.txt")
-        own = {"common", *(sibling.stem for sibling in PRODUCT)}
+        own = {"common", "benchmarks", *(sibling.stem for sibling in PRODUCT)}
     distributions = importlib.metadata.packages_distributions()
     for module in imported_modules(path) - sys.stdlib_module_names - own:
         names = {name.lower() for name in distributions.get(module, [module])}
@@ -145,8 +145,8 @@ def test_libmagic_comes_before_augly(path):
 
 
 def test_only_the_benchmark_and_tests_import_the_loss_oracle():
-    users = [path.name for path in PRODUCT if "pytorch_metric_learning" in imported_modules(path)]
-    assert users == ["benchmark.py"]
+    users = [path for path in PRODUCT if "pytorch_metric_learning" in imported_modules(path)]
+    assert users == [ROOT / "scripts/dev/benchmarks/loss.py"]
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
@@ -182,7 +182,7 @@ def test_nothing_runs_text_as_code(path):
 
 def test_the_documents_name_existing_targets():
     targets = make_targets()
-    assert targets >= {"demo", "test", "faults", "benchmark", "lint", "clean", "help"}
+    assert targets >= {"demo", "test", "faults", "benchmark", "figures", "lint", "clean", "help"}
     for document in DOCS:
         text = document.read_text()
         commands = re.findall(r"`make ([a-z ]+)`", text) + re.findall(
@@ -198,7 +198,7 @@ def test_make_alone_lists_the_targets():
     assert set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE)) == make_targets()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "faults", "benchmark", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "faults", "benchmark", "figures", "lint"])
 def test_targets_install_once_and_again_after_a_change(target, tmp_path):
     for name in ["Makefile", "requirements-base.txt", "requirements.txt", "requirements-dev.txt"]:
         shutil.copy(ROOT / name, tmp_path)

@@ -11,24 +11,26 @@ class InputError(ValueError):
 
 
 def is_input_error(error):
-    """Whether this is an InputError, of scripts/ or of a stage, which defines its own."""
+    """Whether this is an InputError of scripts/ or of a stage; each stage defines its own."""
     return type(error).__name__ == "InputError"
 
 
 def one_line_errors(main):
-    """Decorate a command's main(argv): errors that the user can mend end in one line.
+    """Decorate a command's main(argv), or a part of it: errors that users can mend end in one line.
 
-    InputError and OSError: exit code 2. A worker process lost: 1. Ctrl-C: 130. Anything else is a
-    bug and ends in its own traceback.
+    The decorated function returns what `main` returns, or after an error the exit code. InputError
+    and OSError: 2. A lost worker process: 1. Ctrl-C: 130; the line ends with the text of the
+    KeyboardInterrupt, if it has one. Anything else is a bug and ends in its own traceback.
     """
 
     @functools.wraps(main)
-    def wrapped(argv=None):
+    def wrapped(*args, **kwargs):
         command = Path(sys.modules[main.__module__].__file__).name
         try:
-            return main(argv)
-        except KeyboardInterrupt:
-            print(f"{command}: interrupted", file=sys.stderr)
+            return main(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            details = f"; {interrupt}" if str(interrupt) else ""
+            print(f"{command}: interrupted{details}", file=sys.stderr)
             return 130
         except BrokenProcessPool:
             remedy = "rerun it, with fewer --workers if memory ran out"

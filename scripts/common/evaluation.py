@@ -10,13 +10,23 @@ import pandas as pd
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.search import BLOCK, as_float32, described, flat_search, nearest, normalize, pair_scores
+from common.search import (
+    BLOCK,
+    as_float32,
+    flat_search,
+    nearest,
+    nonzero_rows,
+    normalize,
+    pair_scores,
+)
 from common.submissions import MAX_DIMENSIONS, read_csv, read_matches, read_submission, track_of
 
-CANDIDATES = 10  # per query of the ground truth, the challenge's allowance
+PAIR_COLUMNS = ["query_id", "reference_id"]
+CANDIDATES_PER_QUERY = 10  # of the ground truth, the challenge's allowance
+MAX_SEARCH_RESULTS = 2**20  # pairs that one call of the search may return
 
 
-PAIRS = 2**20  # pairs that one call of the search may return
+# ---- the nearest pairs ----
 
 
 def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
@@ -26,68 +36,70 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
     query (q, dim), reference (r, dim); offset (q,) float32, if any, is added to the distances of a
     query's pairs. Returns squared distances float32, query and reference positions int64, each
     (n,), nearest first, equal distances by query, then by reference; n is less where there are
-    fewer pairs.
+    fewer pairs. Raises InputError where shapes or `max_results` make no sense.
 
     Every query gets its k nearest references. The distance of the max_results-th best pair so far
-    is a radius that can only shrink; a query whose k-th neighbor is still inside may own more
+    is a radius that can only shrink. A query whose k-th neighbor is still inside may own more
     pairs and is searched again with a larger k. Fewer than max_results / k queries can be, ties
     aside, so that no round is much larger than the first.
     """
-    query, reference = as_float32(query), as_float32(reference)
-    if (
-        max_results < 1
-        or not len(query)
-        or not len(reference)
-        or query.shape[1] != reference.shape[1]
-    ):
+    query = as_float32(query)
+    reference = as_float32(reference)
+    no_pairs = max_results < 1 or not len(query) or not len(reference)
+    if no_pairs or query.shape[1] != reference.shape[1]:
         raise InputError(
             f"cannot find {max_results} pairs of descriptors {query.shape} and {reference.shape}"
         )
     search = flat_search(reference, "l2", num_gpus)
-    norm = np.sqrt(np.einsum("nd,nd->n", query, query, dtype=np.float64))
-    offset = np.zeros(len(query), np.float32) if offset is None else offset
+    lengths = np.sqrt(np.einsum("nd,nd->n", query, query, dtype=np.float64))
+    if offset is None:
+        offset = np.zeros(len(query), np.float32)
+
+    best = (np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64))
     radius = np.inf
-
-    def reach(rows):
-        """The radius plus what faiss's |x|^2 + |y|^2 - 2xy is off by at most, for a reference y
-        within the radius.
-        """
-        own = (
-            radius - offset[rows].astype(np.float64) + 2.0**-22 * np.abs(offset[rows])
-        )  # and the sum's rounding
-        return (
-            own + (query.shape[1] + 8) * 2.0**-24 * (2 * norm[rows] + own.clip(min=0) ** 0.5) ** 2
-        )
-
-    best = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    todo, k = np.arange(len(query)), 4 * -(-max_results // len(query))
+    todo = np.arange(len(query))
+    k = 4 * -(-max_results // len(query))
     while len(todo):
         k = min(k, len(reference))
-        size = min(BLOCK, max(1, PAIRS // k))
-        again = np.isin(best[1], todo)
-        best = tuple(column[~again] for column in best)
-        last = np.empty(len(todo), np.float32)
+        best = without_queries(best, todo)  # this round finds their pairs again
+        last_distances = []  # of the k-th neighbor of each query
+        step = min(BLOCK, max(1, MAX_SEARCH_RESULTS // k))
         with tqdm(total=len(todo), desc=f"{k} nearest of {len(reference)}", unit="query") as bar:
-            for start in range(0, len(todo), size):
-                block = todo[start : start + size]
-                distance, index = search(query[block], k)
-                last[start : start + size] = distance[:, -1]
-                row, column = np.nonzero(distance <= reach(block)[:, None])
-                found = (
-                    exact_distances(query, reference, block[row], index[row, column])
-                    + offset[block[row]]
-                )
-                best = merge(best, (found, block[row], index[row, column]), max_results)
+            for start in range(0, len(todo), step):
+                block = todo[start : start + step]
+                distances, neighbors = search(query[block], k)
+                last_distances.append(distances[:, -1].copy())  # a view would keep all of them
+                limits = search_limits(radius, offset[block], lengths[block], query.shape[1])
+                rows, columns = np.nonzero(distances <= limits[:, None])
+                queries = block[rows]
+                references = neighbors[rows, columns]
+                exact = exact_distances(query, reference, queries, references) + offset[queries]
+                best = merge(best, (exact, queries, references), max_results)
                 if len(best[0]) == max_results:
                     radius = min(radius, float(best[0][-1]))
                 bar.update(len(block))
-        todo = todo[last <= reach(todo)] if k < len(reference) else todo[:0]
+        if k == len(reference):
+            break
+        limits = search_limits(radius, offset[todo], lengths[todo], query.shape[1])
+        todo = todo[np.concatenate(last_distances) <= limits]
         k *= 4
     return best
 
 
+def search_limits(radius, offset, lengths, dimensions):
+    """The largest squared distance that faiss may give to a pair within the radius, (q,) float64.
+
+    radius: squared distance plus offset; offset (q,) and lengths (q,) of the queries. faiss
+    computes |x|^2 + |y|^2 - 2xy in float32. Its rounding error grows with |x| + |y|, and |y| is at
+    most |x| plus the distance. The sum of squared distance and offset is rounded as well.
+    """
+    distance = radius - offset.astype(np.float64) + 2.0**-22 * np.abs(offset)
+    both_lengths = 2 * lengths + np.sqrt(distance.clip(min=0))
+    return distance + (dimensions + 8) * 2.0**-24 * both_lengths**2
+
+
 def exact_distances(query, reference, query_index, reference_index, chunk=16384):
-    """Squared distances of the given pairs, (n,) float32, each from nothing but its two rows."""
+    """Squared distances of the given pairs, (n,) float32; each depends on its two rows alone."""
     result = np.empty(len(query_index), np.float32)
     for start in range(0, len(result), chunk):
         rows = slice(start, start + chunk)
@@ -95,11 +107,18 @@ def exact_distances(query, reference, query_index, reference_index, chunk=16384)
     return result
 
 
+def without_queries(pairs, queries):
+    """The pairs (distances, queries, references) of all other queries."""
+    distances, query_index, reference_index = pairs
+    kept = ~np.isin(query_index, queries)
+    return distances[kept], query_index[kept], reference_index[kept]
+
+
 def merge(best, found, count):
     """The first `count` of two lists of pairs by (distance, query, reference)."""
-    distance, query, reference = (
-        np.concatenate(columns) for columns in zip(best, found, strict=True)
-    )
+    distance = np.concatenate([best[0], found[0]])
+    query = np.concatenate([best[1], found[1]])
+    reference = np.concatenate([best[2], found[2]])
     order = np.lexsort((reference, query, distance))[:count]
     return distance[order], query[order], reference[order]
 
@@ -108,17 +127,17 @@ def normalization_offset(query, train, beta=1.0, neighbors=(0, 2)):
     """What score normalization adds to the squared distances of each query's pairs, (q,) float32.
 
     query (q, dim), train (n, dim), all of unit length; neighbors: the first and the last of a
-    query's nearest training descriptors, counted from 0, that enter; fewer where there are not so
-    many. In cosines it takes away beta x their mean, so 2 x beta x their mean is added here. Raises
-    InputError where no neighbor is left. SSCD (arXiv 2202.10261) evaluates with beta 1 and its
-    neighbors 0 to 2.
+    query's nearest training descriptors, counted from 0, that are averaged; fewer where there are
+    not so many. Normalization subtracts beta x their mean cosine from a pair's cosine, so 2 x beta
+    x that mean is added to its squared distance. Raises InputError where no neighbor is left. SSCD
+    (arXiv 2202.10261) evaluates with beta 1 and its neighbors 0 to 2.
     """
     first, last = neighbors
     similarity, _ = nearest(query, train, last + 1, "ip")
     if first >= similarity.shape[1]:
         raise InputError(
-            f"--normalization-neighbors {first} {last}: there are {len(train)} training "
-            f"descriptors only"
+            f"--normalization-neighbors {first} {last}: there are only {len(train)} training "
+            f"descriptors; choose smaller numbers"
         )
     return np.float32(2 * beta) * similarity[:, first:].mean(axis=1)
 
@@ -146,10 +165,15 @@ def match(query, reference, query_ids, reference_ids, max_results, num_gpus=-1, 
     )
 
 
+# ---- ground truth and candidates ----
+
+
 def as_text(ids):
     """Ids as a str array, from bytes or str."""
     ids = np.asarray(ids)
-    return np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids.astype(str)
+    if ids.dtype.kind == "S":
+        return np.char.decode(ids, "utf-8")
+    return ids.astype(str)
 
 
 def warn(message):
@@ -159,9 +183,9 @@ def warn(message):
 
 def read_ground_truth(path):
     """`query_id`, `reference_id` (empty: a distractor), each row once; at least one row has a
-    reference.
+    reference. Raises InputError with what is wrong.
     """
-    truth = read_csv(path, ("query_id", "reference_id")).drop_duplicates(ignore_index=True)
+    truth = read_csv(path, PAIR_COLUMNS).drop_duplicates(ignore_index=True)
     if (truth["reference_id"] == "").all():
         raise InputError(
             f"{path}: no query has a reference, so there is nothing to find; use the labeled "
@@ -171,11 +195,14 @@ def read_ground_truth(path):
 
 
 def check_spread(submission, path):
-    """Raises InputError where all descriptors are the same, as those of a collapsed network."""
-    low = np.minimum(submission["query"].min(axis=0), submission["reference"].min(axis=0))
-    high = np.maximum(submission["query"].max(axis=0), submission["reference"].max(axis=0))
-    rows = len(submission["query"]) + len(submission["reference"])
-    if rows > 2 and (high - low).max() <= 1e-6 * max(np.abs(low).max(), np.abs(high).max()):
+    """Raise InputError where all descriptors are the same, as those of a collapsed network."""
+    query = submission["query"]
+    reference = submission["reference"]
+    low = np.minimum(query.min(axis=0), reference.min(axis=0))
+    high = np.maximum(query.max(axis=0), reference.max(axis=0))
+    largest = max(np.abs(low).max(), np.abs(high).max())
+    rows = len(query) + len(reference)
+    if rows > 2 and (high - low).max() <= 1e-6 * largest:
         raise InputError(
             f"{path}: all {rows} descriptors are the same; the network has collapsed, check its "
             f"training"
@@ -183,21 +210,33 @@ def check_spread(submission, path):
 
 
 def known_queries(ids, truth, path, ground_truth_path):
-    """Which of `ids`, (n,) str, the ground truth lists. Raises InputError where it lists none."""
-    ids, listed = np.asarray(ids, dtype=str), np.unique(truth["query_id"].to_numpy(str))
+    """Which of `ids`, (n,) str, the ground truth lists, (n,) bool. Raises InputError where it lists
+    none.
+    """
+    ids = np.asarray(ids, dtype=str)
+    listed = np.unique(truth["query_id"].to_numpy(str))
     known = np.isin(ids, listed)
     if not known.any():
+        remedy = "use the ground truth of the same phase"
+        if not set(listed).isdisjoint(without_suffix(ids)):
+            remedy = f"ids must not have a file suffix: remove it in {path}"
+        elif not set(ids).isdisjoint(without_suffix(listed)):
+            remedy = f"ids must not have a file suffix: remove it in {ground_truth_path}"
         raise InputError(
-            f"{path}: {ground_truth_path} lists none of its queries, such as {ids[0]}; use the "
-            f"same phase"
+            f"{path}: {ground_truth_path} lists none of its queries, such as {ids[0]}; {remedy}"
         )
     if not known.all():
-        count = len(np.unique(ids[~known]))
+        unlisted = ids[~known]
         warn(
-            f"{path}: {count} queries are left out, {ground_truth_path} does not list them, such "
-            f"as {ids[~known][0]}"
+            f"{path}: {len(np.unique(unlisted))} queries are left out, {ground_truth_path} does "
+            f"not list them, such as {unlisted[0]}"
         )
     return known
+
+
+def without_suffix(ids):
+    """The ids that have a file suffix, such as .jpg, without it."""
+    return [name.rpartition(".")[0] for name in ids if "." in name]
 
 
 def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, normalization=None):
@@ -205,77 +244,76 @@ def load_candidates(path, truth, ground_truth_path, track=None, num_gpus=-1, nor
     `reference_id`, `score`.
 
     normalization: a function of the queries (q, dim) that gives their offset for `match`, (q,);
-    descriptors are brought to unit length for it.
+    descriptors are brought to unit length for it. Raises InputError where the submission cannot be
+    evaluated.
     """
     if track_of(path, track) == "matching":
         if normalization:
             raise InputError(
                 f"{path}: --score-normalization needs descriptors, of the .h5; leave it out"
             )
-        matches = read_matches(path)
-        known = known_queries(matches["query_id"], truth, path, ground_truth_path)
-        repeated = int(matches[known].duplicated(["query_id", "reference_id"]).sum())
-        if repeated:
-            warn(f"{path}: {repeated} rows repeat a pair; each counts, as in the official script")
-        return matches[known]
+        return candidates_from_matches(path, truth, ground_truth_path)
+    return candidates_from_descriptors(path, truth, ground_truth_path, num_gpus, normalization)
 
+
+def candidates_from_matches(path, truth, ground_truth_path):
+    """The rows of a matching-track file whose queries the ground truth lists."""
+    matches = read_matches(path)
+    known = known_queries(matches["query_id"], truth, path, ground_truth_path)
+    candidates = matches[known]
+    repeated = int(candidates.duplicated(PAIR_COLUMNS).sum())
+    if repeated:
+        warn(f"{path}: {repeated} rows repeat a pair; each counts, as in the official script")
+    return candidates
+
+
+def candidates_from_descriptors(path, truth, ground_truth_path, num_gpus, normalization):
+    """The nearest pairs of a descriptor-track file among the queries that the ground truth
+    lists.
+    """
     submission = read_submission(path)
     check_spread(submission, path)
-    if (dims := submission["query"].shape[1]) > MAX_DIMENSIONS:
-        warn(f"{path}: {dims} dimensions; the descriptor track allows {MAX_DIMENSIONS}")
+    dimensions = submission["query"].shape[1]
+    if dimensions > MAX_DIMENSIONS:
+        warn(f"{path}: {dimensions} dimensions; the descriptor track allows {MAX_DIMENSIONS}")
     known = known_queries(as_text(submission["query_ids"]), truth, path, ground_truth_path)
-    absent = np.setdiff1d(
-        truth["reference_id"].to_numpy(str), np.append(as_text(submission["reference_ids"]), "")
-    )
+    warn_of_absent_references(submission, truth, path, ground_truth_path)
+
+    max_results = CANDIDATES_PER_QUERY * int(known.sum())
+    queries = known & submission["query"].any(axis=1)
+    references = nonzero_rows(submission["reference"])
+    query = submission["query"][queries]
+    reference = submission["reference"][references]
+    offset = None
+    if normalization:
+        query = normalize(query)
+        reference = normalize(reference)
+        offset = normalization(query)
+    query_ids = submission["query_ids"][queries]
+    reference_ids = submission["reference_ids"][references]
+    return match(query, reference, query_ids, reference_ids, max_results, num_gpus, offset)
+
+
+def warn_of_absent_references(submission, truth, path, ground_truth_path):
+    """Warn where the ground truth has references that the submission lacks."""
+    present = np.append(as_text(submission["reference_ids"]), "")  # "": a query without a copy
+    absent = np.setdiff1d(truth["reference_id"].to_numpy(str), present)
     if len(absent):
         warn(
             f"{path}: {len(absent)} references of {ground_truth_path} are not in it, such as "
             f"{absent[0]}: never found"
         )
-    max_results = CANDIDATES * int(known.sum())
-    known &= submission["query"].any(axis=1)
-    read = described(submission["reference"])
-    query, reference, offset = submission["query"][known], submission["reference"][read], None
-    if normalization:
-        query, reference = (normalize(np.array(rows, np.float32)) for rows in (query, reference))
-        offset = normalization(query)
-    ids = submission["query_ids"][known], submission["reference_ids"][read]
-    return match(query, reference, *ids, max_results, num_gpus, offset)
 
 
-def micro_metrics(candidates, truth):
-    """`average_precision` and `recall_p90` of scored pairs against the ground truth's distinct
-    positive pairs.
-
-    Sorted by score, wrong ones first among equals: average_precision = sum of precision x recall
-    increment, recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that
-    is repeated counts every time.
-    """
-    positives, pairs = truth[truth["reference_id"] != ""], candidates[["query_id", "reference_id"]]
-    correct = (
-        pairs["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)
-    )  # few are: pairs are slower
-    correct[correct] = pd.MultiIndex.from_frame(pairs[correct]).isin(
-        pd.MultiIndex.from_frame(positives)
-    )
-    correct = correct[np.lexsort((correct, -candidates["score"].to_numpy()))]
-    found = np.cumsum(correct)
-    precision, recall = found / np.arange(1, len(correct) + 1), found / len(positives)
-    return {
-        "average_precision": float(precision[correct].sum() / len(positives)),
-        "recall_p90": float(recall[precision >= 0.9].max(initial=0.0)),
-    }
-
-
-PAIR = ["query_id", "reference_id"]
+# ---- metrics ----
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scored pairs, best first, wrong ones first among equals, as eval_metrics.py ranks them.
+    """Scored pairs, best first, wrong ones first among equals.
 
     pairs: `query_id`, `reference_id`, `score`, `correct` (bool); positives: number of pairs in the
-    ground truth.
+    ground truth. A pair that is repeated counts every time.
     """
 
     pairs: pd.DataFrame
@@ -290,24 +328,55 @@ class Ranking:
         """How many pairs to accept for the largest recall at this precision or more; 0: it is never
         reached.
         """
-        reached = (self.curve()[0] >= precision) & self.pairs["correct"].to_numpy()
+        precisions, _ = self.curve()
+        reached = (precisions >= precision) & self.pairs["correct"].to_numpy()
         return int(np.flatnonzero(reached).max(initial=-1)) + 1
 
+    def recall_at(self, precision):
+        """The largest recall at this precision or more; 0: it is never reached."""
+        depth = self.depth(precision)
+        if depth == 0:
+            return 0.0
+        _, recalls = self.curve()
+        return float(recalls[depth - 1])
+
     def average_precision(self):
-        """Micro average precision."""
-        return float(self.curve()[0][self.pairs["correct"].to_numpy()].sum() / self.positives)
+        """Micro average precision: the sum of precision x recall increment."""
+        precisions, _ = self.curve()
+        return float(precisions[self.pairs["correct"].to_numpy()].sum() / self.positives)
 
 
 def rank(candidates, truth):
-    """The Ranking of candidates (`query_id`, `reference_id`, `score`) by a ground truth (the former
-    two).
+    """The Ranking of candidates by a ground truth.
+
+    candidates: `query_id`, `reference_id`, `score`; truth: `query_id`, `reference_id`.
     """
-    positives = pd.MultiIndex.from_frame(truth[truth["reference_id"] != ""])
-    correct = pd.MultiIndex.from_frame(candidates[PAIR]).isin(positives)
+    positives = truth[truth["reference_id"] != ""]
+    # Few candidates have a reference of the ground truth, and comparing pairs takes longer.
+    correct = candidates["reference_id"].isin(positives["reference_id"]).to_numpy(copy=True)
+    likely = pd.MultiIndex.from_frame(candidates.loc[correct, PAIR_COLUMNS])
+    correct[correct] = likely.isin(pd.MultiIndex.from_frame(positives[PAIR_COLUMNS]))
     order = np.lexsort((correct, -candidates["score"].to_numpy()))
-    return Ranking(
-        candidates.assign(correct=correct).iloc[order].reset_index(drop=True), len(positives)
-    )
+    pairs = candidates.assign(correct=correct).iloc[order].reset_index(drop=True)
+    return Ranking(pairs, len(positives))
+
+
+def micro_metrics(candidates, truth):
+    """`average_precision` and `recall_p90` of scored pairs against the ground truth's distinct
+    positive pairs.
+
+    Sorted by score, wrong ones first among equals: average_precision = sum of precision x recall
+    increment, recall_p90 = the largest recall among ranks with precision >= 0.9, or 0. A pair that
+    is repeated counts every time.
+    """
+    ranking = rank(candidates, truth)
+    return {
+        "average_precision": ranking.average_precision(),
+        "recall_p90": ranking.recall_at(0.9),
+    }
+
+
+# ---- kinds of edits ----
 
 
 def read_edits(path):
@@ -315,18 +384,23 @@ def read_edits(path):
     what is wrong.
     """
     edits = {}
-    for line, (query, text) in enumerate(
-        read_csv(path, ("query_id", "edits")).itertuples(index=False), 2
-    ):
+    table = read_csv(path, ("query_id", "edits"))
+    for line, row in enumerate(table.itertuples(), start=2):
         try:
-            edits[query] = [
-                (str(name).replace("_", " "), json.dumps(details))
-                for name, details in json.loads(text)
-            ]
+            edits[row.query_id] = parse_edits(row.edits)
         except (TypeError, ValueError, RecursionError):
             raise InputError(
-                f"{path}: edits in line {line} are no JSON list of [name, parameters]; mend it"
+                f"{path}: edits in line {line} are not a JSON list of [name, parameters]; "
+                f"correct them"
             ) from None
+    return edits
+
+
+def parse_edits(text):
+    """[(name, parameters as JSON), ...] of a JSON list of [name, parameters]."""
+    edits = []
+    for name, parameters in json.loads(text):
+        edits.append((str(name).replace("_", " "), json.dumps(parameters)))
     return edits
 
 
@@ -338,27 +412,31 @@ def scores_by_edit(ranking, truth, edits):
     queries, average precision over these queries alone). Copies are pairs of the ground truth;
     without any, the rest is None.
     """
-    parts = (
-        ranking.pairs.drop_duplicates("query_id"),
-        ranking.pairs[: ranking.depth(0.9)],
-        ranking.pairs,
-    )
-    queries, kinds = set(truth["query_id"]), defaultdict(set)
-    for query in queries & edits.keys():
+    all_queries = set(truth["query_id"])
+    queries_of = defaultdict(set)
+    for query in all_queries & edits.keys():
         for name, _ in edits[query]:
-            kinds[name].add(query)
+            queries_of[name].add(query)
 
-    def row(name, members):
-        here = truth[truth["query_id"].isin(members)]
-        copies = int((here["reference_id"] != "").sum())
-        if not copies:
-            return name, len(members), 0, None, None, None
-        best, accepted, pairs = (part[part["query_id"].isin(members)] for part in parts)
-        recalls = [part["correct"].sum() / copies for part in (best, accepted)]
-        return name, len(members), copies, *recalls, Ranking(pairs, copies).average_precision()
+    rows = []
+    for name, queries in sorted(queries_of.items()):
+        if queries != all_queries:
+            rows.append(scores_of_queries(name, queries, ranking, truth))
+    rows.sort(key=lambda row: 2 if row[-1] is None else row[-1])
+    return [*rows, scores_of_queries("all queries", all_queries, ranking, truth)]
 
-    rows = [row(name, members) for name, members in sorted(kinds.items()) if members != queries]
-    return [
-        *sorted(rows, key=lambda cells: 2 if cells[-1] is None else cells[-1]),
-        row("all queries", queries),
-    ]
+
+def scores_of_queries(name, queries, ranking, truth):
+    """The row of `scores_by_edit` for a set of queries."""
+    positives = truth[truth["reference_id"] != ""]
+    copies = int(positives["query_id"].isin(queries).sum())
+    if not copies:
+        return name, len(queries), 0, None, None, None
+    mine = ranking.pairs["query_id"].isin(queries)
+    pairs = ranking.pairs[mine]
+    best_of_each = pairs.drop_duplicates("query_id")
+    found = (ranking.pairs["correct"] & mine)[: ranking.depth(0.9)]
+    recall_at_1 = best_of_each["correct"].sum() / copies
+    recall_at_90 = found.sum() / copies
+    average_precision = Ranking(pairs, copies).average_precision()
+    return name, len(queries), copies, recall_at_1, recall_at_90, average_precision

@@ -1,4 +1,4 @@
-"""Files: atomic writing, digests."""
+"""Files: atomic writing, digests, names fit for a terminal."""
 
 import hashlib
 import os
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def atomic(path):
-    """Gives a temporary path beside `path`, which takes its place when the block ends well and
-    vanishes otherwise.
+    """Give a temporary path beside `path` (a Path) for the length of a block.
+
+    The temporary file takes the place of `path` when the block ends well, and is deleted otherwise.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,6 +20,19 @@ def atomic(path):
 
 
 def sha256_of(path):
-    """SHA-256 of a file, 64 hexadecimal digits."""
+    """SHA-256 of a file (a Path), 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shown(name):
+    """A file name as text for one line: bytes that are not UTF-8, and unprintable characters, as
+    escapes.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)

@@ -1,255 +1,304 @@
-"""The HTML page of report.py and match.py: its figures, embedded images, and groups of copies."""
+"""The HTML page of report.py and match.py: charts, embedded images, groups of copies."""
 
 import base64
-import html
 import io
+import math
 import os
-import re
 from collections import Counter
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from common.files import atomic
 from common.images import open_checked, upright_rgb
 
-SIDE, QUALITY = 256, 70  # of pictures in the page: longer side in pixels, JPEG
+THUMBNAIL_SIDE = 256  # pixels of the longer side
+JPEG_QUALITY = 70
+
+MAX_PAIRS = 12  # shown of each kind; --gallery changes it
+MAX_GROUPS = 50  # shown; --gallery changes it
+MAX_GROUP_IMAGES = 12  # shown of a group, and as many of its scores
+MAX_UNREADABLE = 200  # names of unreadable files
+
+MATCH_COLUMNS = ["query", "reference", "score", "group"]  # of match.py's csv
+
+BINS = 40  # of a histogram
 
 
-PAIRS, GROUPS, BAD = (
-    12,
-    50,
-    200,
-)  # shown: pairs of each kind, groups (--gallery changes both), unreadable files
+# ---- charts ----
 
 
-GROUP = 12  # pictures, and scores, shown of a group
+class Chart:
+    """Lines between two axes. The template draws them as SVG, in the page's colors.
+
+    Each line has a style, a class of the template's CSS: "true", "false" or "dashed". `legend`
+    holds (style, text) of every line that has a label.
+    """
+
+    width = 300  # of the area between the axes, in units of the SVG
+    height = 155
+
+    def __init__(self, title, x_label, y_label, x_range, y_range, least_y_step=0):
+        self.title = title  # screen readers read it aloud
+        self.x_label = x_label
+        self.y_label = y_label
+        self.x_range = x_range
+        self.y_range = y_range
+        self.x_ticks = [(self.x(number), text) for number, text in ticks(*x_range)]
+        self.y_ticks = [(self.y(number), text) for number, text in ticks(*y_range, least_y_step)]
+        self.lines = []
+        self.markers = []
+        self.legend = []
+
+    def x(self, values):
+        """Positions of values on the horizontal axis, from the left."""
+        low, high = self.x_range
+        return np.round((values - low) / (high - low) * self.width, 1)
+
+    def y(self, values):
+        """Positions of values on the vertical axis, from the top, as SVG counts."""
+        low, high = self.y_range
+        return np.round((high - values) / (high - low) * self.height, 1)
+
+    def add_line(self, x, y, style, label=None, filled=False):
+        """Add a line through the points (x, y), (n,) each; `filled`: with the area below it."""
+        positions = zip(self.x(np.asarray(x)), self.y(np.asarray(y)), strict=True)
+        points = " ".join(f"{x:g},{y:g}" for x, y in positions)
+        self.lines.append({"points": points, "style": style, "filled": filled})
+        if label:
+            self.legend.append((style, label))
+
+    def add_marker(self, x, y, style):
+        """Add a dot."""
+        self.markers.append((self.x(x), self.y(y), style))
 
 
-MATCHES = ["query", "reference", "score", "group"]  # match.py's columns
+def ticks(low, high, least_step=0):
+    """Round numbers between low and high, about six, with their texts: [(number, text), ...]."""
+    rough_step = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough_step)
+    step = max(step, least_step)
+    numbers = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+    decimals = max(0, -math.floor(math.log10(step)))
+    readable = decimals <= 5 and max(abs(low), abs(high)) < 1e7
+    number_format = f",.{decimals}f" if readable else ".12g"
+    texts = [format(number, number_format).replace("-", "−") for number in numbers]  # noqa: RUF001
+    return list(zip(numbers, texts, strict=True))
 
 
-COLORS = {  # stand-ins in the figures for what the page's style sets, by day and by night
-    "#010101": "currentColor",
-    "#020202": "var(--true)",
-    "#030303": "var(--false)",
-    "#040404": "var(--muted)",
-    "#050505": "var(--line)",
-}
+def score_chart(scores, unit, threshold=None):
+    """Chart of the histograms of {label: scores (n,)} over one axis.
+
+    One histogram counts pairs. Two show what share of their own pairs each bin holds.
+    """
+    alone = len(scores) == 1
+    edges = bin_edges(np.concatenate(list(scores.values())))
+    heights = {}
+    for label, values in scores.items():
+        counts = np.histogram(values, edges)[0]
+        heights[label] = counts if alone else counts / max(1, len(values))
+
+    low = edges[0]
+    high = edges[-1]
+    if threshold is not None:
+        low = min(low, threshold)
+        high = max(high, threshold)
+    margin = 0.03 * (high - low)
+    highest = max(values.max() for values in heights.values())
+    chart = Chart(
+        title=f"Histogram of the {unit} of {' and '.join(scores)}",
+        x_label=unit,
+        y_label="pairs" if alone else "share of these pairs",
+        x_range=(low - margin, high + margin),
+        y_range=(0, 1.05 * highest),
+        least_y_step=1 if alone else 0,
+    )
+    outline_x = np.repeat(edges, 2)
+    for (label, values), style in zip(scores.items(), ("true", "false"), strict=False):
+        outline_y = [0, *np.repeat(heights[label], 2), 0]
+        chart.add_line(outline_x, outline_y, style, f"{label} ({len(values):,})", filled=True)
+    if threshold is not None:
+        name = "threshold" if alone else "90% precision"
+        label = f"{name}: {threshold:.4g}"
+        chart.add_line([threshold, threshold], chart.y_range, "dashed", label)
+    return chart
 
 
-INK, TRUE, FALSE, MUTED, LINE = COLORS
+def bin_edges(values):
+    """Borders of BINS bins of equal width that hold all values."""
+    low = values.min()
+    high = values.max()
+    size = max(abs(low), abs(high)) or 1
+    if high - low < 1e-5 * size:  # the same score, but for rounding: no room for labels
+        low -= 0.05 * size
+        high += 0.05 * size
+    return np.linspace(low, high, BINS + 1)
 
 
-DASHED = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
-
-
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "the same each time",
-    "text.color": INK,
-    "legend.frameon": False,
-}
-
-
-STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED)
+# ---- images ----
 
 
 def shown(name):
-    """A name as text that can be printed: bytes that are no UTF-8, and characters that would not
+    """A name as text that can be printed: bytes that are not UTF-8, and characters that would not
     show, as escapes.
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def open_picture(path):
-    """The picture at `path`: RGB, upright, no side longer than SIDE. Raises some exception where
-    there is none.
+def read_thumbnail(path):
+    """The image of a file: RGB, upright, no side longer than THUMBNAIL_SIDE.
+
+    Raises whatever file system and decoder raise.
     """
     with open_checked(path) as image:
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))
+        image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
         image = upright_rgb(image)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return image
 
 
-def embed(path):
-    """A picture for the page: `data` (a JPEG as URI), `width` and `height`, or why it is
-    `missing`.
+def thumbnail(path):
+    """An image for the page: `data` (a JPEG as URI), `width`, `height` and `missing` = None.
+
+    Where there is none to show, `missing` says why, and is the only key.
     """
     if path is None or not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
-        return {"missing": "no such picture"}
+        return {"missing": "not found"}
+    file = io.BytesIO()
     try:
-        image, file = open_picture(path), io.BytesIO()
-        image.save(file, "JPEG", quality=QUALITY, optimize=True)
-    except (
-        Exception
-    ):  # file system, formats and decoders each fail in their own way, and none may cost the page
-        return {"missing": "cannot be read"}
+        image = read_thumbnail(path)
+        image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    except Exception:  # each decoder fails in its own way, and none may cost the page
+        return {"missing": "unreadable"}
     data = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return {"missing": None, "data": data, "width": image.width, "height": image.height}
 
 
-def draw_axes(xlabel, ylabel):
-    """A Figure of a size that a phone can show, and its axes."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+# ---- page ----
 
 
-def svg(figure, name, label):
-    """The figure as an SVG element in the page's font, width and colors; `name` is its own,
-    `label` is read aloud.
-    """
-    file = io.StringIO()
-    figure.savefig(
-        file,
-        format="svg",
-        transparent=True,
-        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-    )
-    text = file.getvalue()
-    text = text[text.index(">", text.index("<svg")) + 1 :]
-    text = re.sub(r"font-family: [^;]*; ", "", text)
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text)
-    for stand_in, color in COLORS.items():
-        text = text.replace(stand_in, color)
-    width, height = figure.get_size_inches() * 72
-    head = f'<svg role="img" aria-label="{html.escape(label)}"'
-    return f'{head} viewBox="0 0 {width:.1f} {height:.1f}">{text}'
+def write_page(output, thumbnail_of, **values):
+    """Fill the template with `values` and write the page; returns its line for the user.
 
-
-@mpl.rc_context(STYLE)
-def draw_scores(scores, unit, threshold=None):
-    """Histograms of {label: scores (n,)} over one axis: the share of each where there are two, else
-    the number.
-    """
-    alone = len(scores) == 1
-    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 40)
-    figure, axes = draw_axes(unit, "pairs" if alone else "share of these pairs")
-    for (label, values), color in zip(scores.items(), (TRUE, FALSE), strict=False):
-        heights = np.histogram(values, edges)[0] / (1 if alone else max(1, len(values)))
-        axes.stairs(heights, edges, fill=True, color=color, alpha=0.2)
-        axes.stairs(heights, edges, color=color, linewidth=1.6, label=f"{label} ({len(values):,})")
-    if threshold is not None:
-        axes.axvline(
-            threshold,
-            **DASHED,
-            label=f"{'threshold' if alone else '90% precision'}: {threshold:.4g}",
-        )
-    axes.set_ylim(bottom=0)
-    figure.legend(
-        loc="outside upper left", ncols=2, fontsize=9, handlelength=1.4, columnspacing=1.2
-    )
-    return svg(figure, "scores", f"Histogram of the {unit} of {' and '.join(scores)}")
-
-
-def write_page(output, embed, **values):
-    """Fills the template, whose pictures come from `embed`, and writes the page; returns its line
-    for the user.
+    thumbnail_of: function of what the template shows, a `thumbnail`.
     """
     counts = Counter()
 
-    def show(*where):
-        image = embed(*where)
-        counts[image["missing"]] += 1
-        return image
+    def show(*image):
+        result = thumbnail_of(*image)
+        counts[result["missing"]] += 1
+        return result
 
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
-    page = environment.get_template("page.html.jinja").render(values, show=show).encode()
+    template = environment.get_template("page.html.jinja")
+    page = template.render(values, show=show).encode()
     with atomic(Path(output)) as file:
         file.write_bytes(page)
-    pictures = ", ".join(f"{count} {reason or 'pictures'}" for reason, count in counts.items())
-    return f"{shown(output)}: {len(page) / 1e6:.1f} MB, {pictures or 'no pictures'}"
+
+    images = [f"{counts.pop(None, 0)} images"]
+    images += [f"{count} {reason}" for reason, count in counts.items()]
+    return f"{shown(output)}: {len(page) / 1e6:.1f} MB, {', '.join(images)}"
 
 
-def write_match_page(output, matches, bad=(), threshold=None, gallery=GROUPS):
-    """Writes the page of copies that match.py found; returns its line for the user.
+def write_match_page(output, matches, unreadable=(), threshold=None, gallery=MAX_GROUPS):
+    """Write the page of copies that match.py found; returns its line for the user.
 
-    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`; bad:
-    (path, reason) of each file that could not be read; threshold: the least cosine of a match.
-    Shows at most `gallery` groups, largest first.
+    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`;
+    unreadable: (path, reason) of each file that could not be read; threshold: the least cosine of a
+    match. Shows at most `gallery` groups, largest first.
     """
     matches = matches.sort_values("score", ascending=False, kind="stable")
-    sides = [
-        matches[["group", side]].set_axis(["group", "path"], axis=1)
-        for side in ("query", "reference")
-    ]
-    members = pd.concat(sides).drop_duplicates()
-    sizes = members["group"].value_counts().reindex(matches["group"].unique())
-    apart = not set(matches["query"]) & set(matches["reference"])
-    counts = {
-        "groups of copies": sizes,
-        "pictures in these pairs": members,
-        "pairs": matches,
-        "unreadable files": bad,
+    members = group_members(matches)
+    groups_by_score = matches["group"].unique()
+    sizes = members["group"].value_counts().reindex(groups_by_score)
+    largest = sizes.sort_values(ascending=False, kind="stable")[:gallery]
+    two_sets = set(matches["query"]).isdisjoint(matches["reference"])
+    groups = []
+    for group, size in largest.items():
+        pairs = matches[matches["group"] == group]
+        groups.append(group_card(pairs, size, two_sets))
+
+    facts = {
+        "groups of copies": f"{len(sizes):,}",
+        "images in these pairs": f"{len(members):,}",
+        "pairs": f"{len(matches):,}",
+        "unreadable files": f"{len(unreadable):,}",
     }
-    facts = {name: f"{len(things):,}" for name, things in counts.items()}
     if threshold is not None:
         facts["threshold"] = f"{threshold:.6g}"
+    charts = []
+    if len(matches):
+        scores = {"pairs": matches["score"].to_numpy(float)}
+        charts.append(score_chart(scores, "cosine", threshold))
     return write_page(
         output,
-        embed,
+        thumbnail,
         title="Copies",
         subtitle="",
         facts=facts,
-        unit="cosine",
-        scale="Cosine of the descriptors of each pair.",
-        figures=[draw_scores({"pairs": matches["score"].to_numpy(float)}, "cosine", threshold)]
-        if len(matches)
-        else [],
-        groups=[
-            group_row(matches[matches["group"] == group], size, apart)
-            for group, size in sizes.sort_values(ascending=False, kind="stable")[:gallery].items()
-        ],
+        score_meaning="Cosine of the descriptors of each pair.",
+        charts=charts,
+        groups=groups,
         root=common_folder(members["path"]),
-        bad=bad,
-        most_bad=BAD,
+        unreadable=unreadable,
+        max_unreadable=MAX_UNREADABLE,
     )
 
 
-def group_row(pairs, size, apart):
-    """What the page shows of a group: its number of pictures, some of them, and the scores between
-    these, best first.
+def group_members(matches):
+    """Each file of each group once: `group`, `path`."""
+    sides = []
+    for side in ("query", "reference"):
+        sides.append(matches[["group", side]].rename(columns={side: "path"}))
+    return pd.concat(sides).drop_duplicates()
 
-    `apart`: whether queries and references are different files; then the pictures are called so.
+
+def group_card(pairs, size, two_sets):
+    """What the page shows of a group of `size` images: some of them, and the scores between these.
+
+    pairs: the group's rows of `matches`, best first. two_sets: queries and references are
+    different files; then the images are called so.
     """
-    role = (
-        dict.fromkeys(pairs["query"], "query ") | dict.fromkeys(pairs["reference"], "reference ")
-        if apart
-        else {}
-    )
-    paths = list(dict.fromkeys(pairs[["query", "reference"]].to_numpy().ravel()))[:GROUP]
-    number = {path: n for n, path in enumerate(paths, 1)}
-    inside = pairs[pairs["query"].isin(paths) & pairs["reference"].isin(paths)][:GROUP]
-    numbers = (
-        sorted((number[query], number[reference]))
-        for query, reference in inside[MATCHES[:2]].to_numpy()
-    )
+    paths = pairs[["query", "reference"]].to_numpy().ravel()
+    paths = list(dict.fromkeys(paths))[:MAX_GROUP_IMAGES]
+    numbers = {path: number for number, path in enumerate(paths, start=1)}
+    queries = set(pairs["query"])
+    images = []
+    for path, number in numbers.items():
+        role = ""
+        if two_sets:
+            role = "query " if path in queries else "reference "
+        images.append((path, f"{role}{number}"))
+
+    inside = pairs["query"].isin(paths) & pairs["reference"].isin(paths)
+    scores = []
+    for pair in pairs[inside][:MAX_GROUP_IMAGES].itertuples():
+        first, second = sorted((numbers[pair.query], numbers[pair.reference]))
+        scores.append((first, second, pair.score))
     return {
         "size": size,
         "pairs": len(pairs),
         "best": pairs["score"].max(),
-        "pictures": [(path, f"{role.get(path, '')}{n}") for path, n in number.items()],
-        "scores": [(*pair, score) for pair, score in zip(numbers, inside["score"], strict=True)],
+        "images": images,
+        "scores": scores,
     }
 
 
 def common_folder(paths):
     """The folder that all paths are in, with a closing slash, or "" where there is none."""
+    folders = {os.path.dirname(path) for path in paths}  # noqa: PTH120
     try:
-        return os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")  # noqa: PTH118, PTH120
+        return os.path.join(os.path.commonpath(folders), "")  # noqa: PTH118
     except ValueError:  # no paths, or absolute and relative ones
         return ""

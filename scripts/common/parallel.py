@@ -1,4 +1,4 @@
-"""Work divided among processes."""
+"""A function of many items, computed by worker processes."""
 
 import multiprocessing
 import os
@@ -6,30 +6,37 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
-import pylibmagic  # noqa: F401  (libmagic for AugLy, where the system has none)
 from tqdm import tqdm
 
-WINDOW = 8192  # pictures that wait for a worker at once
+WINDOW = 8192  # items that wait for a worker at once
 
 
 def start_worker():
-    """In a worker process: leave Ctrl-C to the parent, and end as soon as that is gone, killed or
-    not.
+    """Initialize a worker process: Ctrl-C is left to its parent, and it ends when its parent does.
+
+    The parent may be killed without a chance to end its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_after_parent, daemon=True).start()
+
+
+def end_after_parent():
+    """Wait for the end of the parent process, then end this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def parallel(function, items, workers, title):
-    """Yields the function's value for each item, in order, computed by `workers` processes below a
-    progress bar.
+    """Yield function(item) of each item, in order, computed by `workers` processes.
+
+    A progress bar shows `title`. items: a list.
     """
     pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
-        with tqdm(total=len(items), desc=title, unit="picture") as bar:
+        with tqdm(total=len(items), desc=title, unit="image") as bar:
             for start in range(0, len(items), WINDOW):
-                for value in pool.map(function, items[start : start + WINDOW], chunksize=4):
+                window = items[start : start + WINDOW]
+                for value in pool.map(function, window, chunksize=4):
                     bar.update()
                     yield value
     finally:

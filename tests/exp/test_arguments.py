@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from conftest import ROOT, assert_refused, called, run
 from test_scripts_alike import COMMON, RECIPES, STAGES
 
-KINDS = {  # bad values and good ones
+from conftest import ROOT, assert_refused, called, run
+
+KINDS = {  # values to refuse and values to take
     "positive int": (["0", "-1", "1.5", "x", ""], {"1": 1, "4096": 4096}),
     "int": (["-1", "0.5", "x", ""], {"0": 0, "12": 12}),
     "float": (["-1", "-1e-9", "nan", "inf", "-inf", "x", ""], {"0": 0.0, "1e-6": 1e-6, "2": 2.0}),
@@ -205,7 +205,7 @@ def nvidia_smi(tmp_path):
 
 @pytest.fixture
 def without_cuda(monkeypatch, tmp_path):
-    """torch sees no GPU, nobody has hidden one, and there is no nvidia-smi."""
+    """torch sees no GPU, the environment hides none, and there is no nvidia-smi."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -221,7 +221,7 @@ def command(tmp_path, *flags):
 def test_a_gpu_that_torch_cannot_use(
     without_cuda, nvidia_smi, monkeypatch, tmp_path, refuse, asking
 ):
-    """A driver that is too old, say: nobody wants to train on the CPU for weeks then."""
+    """For instance with a driver that is too old: nobody wants to train on the CPU then."""
     monkeypatch.setenv("PATH", str(nvidia_smi))
     for mode in ([], ["--mode", "extract", "--weight", "some.pth.tar"]):
         refuse("v83", command(tmp_path, *asking, *mode), "cannot use this machine's GPU", "driver")
@@ -229,7 +229,7 @@ def test_a_gpu_that_torch_cannot_use(
 
 
 def test_a_gpu_that_torch_cannot_use_by_a_whole_command(nvidia_smi, tmp_path):
-    """Without a GPU, or with one that is not seen as there is no such number."""
+    """Without a GPU, or with a number in CUDA_VISIBLE_DEVICES that no GPU has."""
     result = run(
         ROOT / "exp" / "v83.py",
         *command(tmp_path, "--gpu", 0),
@@ -241,7 +241,7 @@ def test_a_gpu_that_torch_cannot_use_by_a_whole_command(nvidia_smi, tmp_path):
 
 @pytest.mark.parametrize("asking", ASKING)
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_a_wish_for_the_cpu(
+def test_asking_for_the_cpu(
     without_cuda, nvidia_smi, monkeypatch, tmp_path, refuse, asking, hidden
 ):
     monkeypatch.setenv("PATH", str(nvidia_smi))

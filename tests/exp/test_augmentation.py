@@ -88,7 +88,7 @@ def overlay_path(tmp_path):
 
 
 def decide_by(patch, value):
-    """From now on, what happens with a probability happens where that is more than `value`."""
+    """From now on, an operation with a probability happens if that is more than `value`."""
     patch.setattr(torch, "rand", lambda *size: torch.full(size, value))
     patch.setattr(random, "random", lambda: value)
 
@@ -181,9 +181,10 @@ def test_edges_are_the_published_ones(width, height):
 
 
 @pytest.mark.parametrize("name", ["pixelize", "encode_as_jpeg", "overlay_text", "overlay_emoji"])
-def test_operations_that_are_the_published_ones(name):
-    """The same draws and the same pixels. Of text: fonts, glyphs, sizes, colors and places; of
-    pixelization: the ratio."""
+def test_operations_are_identical_to_the_published_ones(name):
+    """The same draws and the same pixels: for text also fonts, glyphs, sizes, colors and places,
+    for pixelization also the ratio.
+    """
     pixels = smooth(200, 150)
     image = Image.fromarray(pixels)
     changed = 0
@@ -194,10 +195,10 @@ def test_operations_that_are_the_published_ones(name):
         assert state == random_state()
         assert_equal(result, expected)
         changed += not np.array_equal(result, pixels)
-    assert changed > 45  # not where a glyph cannot be laid out, nor at the border
+    assert changed > 45  # a glyph without a layout, or outside the border, changes nothing
 
 
-def test_gray_and_mirror_images_are_the_published_ones():
+def test_gray_and_mirror_images_are_identical_to_the_published_ones():
     pixels = noise(80, 72)
     image = Image.fromarray(pixels)
     assert_equal(v83.to_grayscale(pixels), transforms.Grayscale(3)(image))
@@ -266,7 +267,7 @@ def test_crop_is_near_the_published(kind, width, height):
 
 @pytest.mark.parametrize("size", [(64, 48), (50, 99), (128, 128), (300, 200)])
 def test_resizing_is_near_pillows(size):
-    """Bicubic resizing of noise by other factors for width and height aside, which nothing does."""
+    """Not tested: bicubic resizing of noise by unequal factors; nothing here does it."""
     for kind, interpolation, most in (
         (noise, Image.BILINEAR, 1),
         (smooth, Image.BILINEAR, 1),
@@ -372,9 +373,9 @@ def number_of_shuffled(view):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_equal_seeds_give_the_published_hard_view(monkeypatch, stage, photos):
-    """Order, probabilities and parameters of all operations at once: any other would show.
+    """Order, probabilities and parameters of all operations at once: any difference would show.
 
-    But for the shuffling of pixels, of which each has its own pattern, and erasing, which follows.
+    Without shuffling pixels, because the patterns differ, and without erasing, a later step.
     """
     module = STAGES[stage]
     for owner in (module, published):
@@ -389,7 +390,7 @@ def test_equal_seeds_give_the_published_hard_view(monkeypatch, stage, photos):
         view = apply_seeded(seed, ours, module.read_pixels(path))
         expected = apply_seeded(seed, theirs, published.open_image(path))
         error = np.square(difference(view.pixels, expected)).mean()
-        ratios.append(10 * np.log10(255**2 / max(error, 1e-3)))  # peak signal to noise, dB
+        ratios.append(10 * np.log10(255**2 / max(error, 1e-3)))  # peak signal-to-noise ratio, dB
     assert min(ratios) > 20
     assert np.quantile(ratios, 0.1) > 30
     assert np.median(ratios) > 40
@@ -410,7 +411,7 @@ def test_the_published_views_are_finite_and_square(stage, photos):
 
 # ---- statistics ----
 class Recorder:
-    """Notes calls of functions, which it replaces: `calls` holds a list for each draw."""
+    """Replaces functions and notes their calls: `calls` holds a list for each draw."""
 
     def __init__(self, patch):
         self.patch = patch
@@ -442,7 +443,7 @@ class Recorder:
         self.patch.setattr(kind, "get_params", staticmethod(observed))
 
     def observe_pillow(self):
-        """Note text and emojis, which are not drawn."""
+        """Note text and emojis instead of drawing them."""
         opened = []
         open_image = Image.open
 
@@ -461,7 +462,7 @@ class Recorder:
         self.patch.setattr(ImageDraw.ImageDraw, "text", write)
 
     def observe_edges(self, cv2):
-        """Note the kernels of edge filters, which are not applied."""
+        """Note the kernels of edge filters instead of applying them."""
 
         def filter2D(pixels, _depth, kernel, **_options):
             self.note("edges", kernel=kernel)
@@ -620,7 +621,7 @@ def test_overlay_ranges(draws):
 
 
 def test_crop_ranges(draws):
-    """Gentle after an overlay, strong otherwise; the side ratio is that of RandomResizedCrop, 3/4
+    """Gentle after an overlay, strong otherwise; the aspect ratio is that of RandomResizedCrop, 3/4
     to 4/3.
     """
     strong = []
@@ -771,7 +772,7 @@ def test_moderate_statistics(monkeypatch, stage):
     assert_probability(len(calls) - len(crops), 500, 0.5)
 
 
-# ---- traps ----
+# ---- special cases ----
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
 def test_a_glyph_that_cannot_be_laid_out_leaves_the_image(monkeypatch, error):
     """In the first line, or in the second one."""
@@ -792,7 +793,7 @@ def test_a_glyph_that_cannot_be_laid_out_leaves_the_image(monkeypatch, error):
         assert_equal(apply_seeded(seed, v83.overlay_text, image), image)
         lines_left[:] = ["the first"]
         written = apply_seeded(seed, v83.overlay_text, image)
-        changed += not np.array_equal(written, image)  # those of one line
+        changed += not np.array_equal(written, image)  # where the text has one line
     assert 3 < changed < 27
 
 
@@ -834,8 +835,8 @@ def test_rotation_needs_no_canvas_of_gigabytes():
     assert v83.rotate(np.zeros((200, 60_000, 3), np.uint8), 45.0).shape[0] in (141, 142)
 
 
-def test_the_image_is_left_as_it_is(overlay_path, certain):
-    """Both views are of it; where it has their size, a crop may be all of it."""
+def test_views_do_not_change_the_image(overlay_path, certain):
+    """Also where the image has the size of the views, so that a crop may be all of it."""
     pixels = noise(SIZE, SIZE)
     before = pixels.copy()
     hard = v83.hard_view(SIZE, [overlay_path])
@@ -926,7 +927,7 @@ def make_dataset(stage, root):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_views_reach_data_loader_workers_that_are_not_forked(stage, overlay_path, input_folder):
-    """As of Python 3.14 they are not, on Linux: they get the dataset by pickle."""
+    """From Python 3.14 on they are not forked on Linux either: they get the dataset by pickle."""
     module = STAGES[stage]
     assert ForkingPickler.dumps(module.hard_augmentation(SIZE, MEAN, STD, [overlay_path]))
     assert ForkingPickler.dumps(module.moderate_augmentation(SIZE, MEAN, STD))
@@ -953,7 +954,7 @@ def test_a_sample_holds_the_views_that_the_augmentations_give(stage, input_folde
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_views_do_not_depend_on_the_batch(stage, input_folder):
-    """So neither on the number of processes: pixels, boxes and noise of each image are its own."""
+    """Nor on the number of processes: pixels, boxes and noise depend on the image alone."""
     module = STAGES[stage]
     dataset = make_dataset(stage, input_folder)
     preprocess = module.Preprocess(MEAN, STD)
@@ -969,7 +970,7 @@ def test_views_do_not_depend_on_the_batch(stage, input_folder):
     rows = len(images) // 12
     for world_size in (2, 4):
         for rank in range(world_size):
-            torch.manual_seed(rank)  # as on each rank, another one
+            torch.manual_seed(rank)  # each rank has a seed of its own
             own = np.split(np.array(indices), world_size)[rank].tolist()
             own_images, own_batch = load(own)
             own_rows = slice(rows * own[0], rows * (own[-1] + 1))
@@ -977,9 +978,9 @@ def test_views_do_not_depend_on_the_batch(stage, input_folder):
             assert torch.equal(own_batch.labels, batch.labels[own_rows])
 
 
-# ---- what is left to the device ----
+# ---- preprocessing on the device ----
 def erasing_views(size):
-    """100 views of which many are to be erased, by seeds 0 to 99."""
+    """100 views, many with a box to erase, by seeds 0 to 99."""
     erase = v83.RandomErasing(p=0.7)
     return [apply_seeded(seed, erase, noise(size, size, seed)) for seed in range(100)]
 
@@ -996,7 +997,7 @@ def preprocess_by_torchvision(view):
 
 
 @pytest.mark.parametrize("size", [SIZE, 1], ids=["usual", "too small to erase"])
-def test_preprocessing_gives_torchvisions_bits(size):
+def test_preprocessing_is_bit_identical_to_torchvisions(size):
     """Of a whole batch, and of each view alone."""
     views = erasing_views(size)
     erased = [number for number, view in enumerate(views) if view.erasing is not None]
@@ -1015,7 +1016,7 @@ def test_preprocessing_gives_torchvisions_bits(size):
     assert images.is_contiguous(memory_format=torch.channels_last)
     for number, view in enumerate(views):
         assert torch.equal(preprocess.one(view), expected[number])
-        assert_equal(view.pixels, noise(size, size, number))  # left as they were
+        assert_equal(view.pixels, noise(size, size, number))  # unchanged
         assert_equal(batch.pixels[number].numpy(), view.pixels)
 
 
@@ -1048,7 +1049,7 @@ def test_noise_depends_on_the_seed_of_the_image_alone():
 
 
 def test_the_view_is_normalized():
-    """Mean and std map [0, 1] to the range that they say."""
+    """Mean and std of each channel shift and scale [0, 1]."""
     black = Image.new("RGB", (WIDTH, HEIGHT))
     view = v83.moderate_augmentation(SIZE, (0.25, 0.5, 0.75), (0.5, 0.25, 0.125))(black)
     np.testing.assert_allclose(view[:, 0, 0], [-0.5, -2, -6], rtol=1e-6)

@@ -1,14 +1,14 @@
-"""--grad-checkpointing: less memory, the same training, bit for bit."""
+"""--grad-checkpointing: less memory, bit-identical training."""
 
 import math
 
 import pytest
 import torch
-from stage_process import assert_same, load, log_lines
+from test_training import in_two_processes
 
 import v83
 from conftest import ROOT, assert_refused, called
-from test_training import in_two_processes
+from stage_process import assert_same, load, log_lines
 
 # In both, the backward pass runs some BatchNorm layers again, and others not.
 ARCHS = ["test_byobnet", "tf_efficientnetv2_b0"]
@@ -60,7 +60,7 @@ def test_fewer_activations_are_kept(arch):
 @pytest.mark.parametrize("bad_step", [None, 5])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ten_steps_are_bit_identical(data, tmp_path, capfd, monkeypatch, arch, bad_step):
-    """Also where one of them is not finite, so that it is left out."""
+    """Also where one of them is not finite and so is skipped."""
     gem = v83.gem
     outputs = [tmp_path / "without", tmp_path / "with"]
     for output, flags in zip(outputs, ([], ["--grad-checkpointing"]), strict=True):

@@ -44,7 +44,7 @@ def loss_like(case, embedding_size):
 
 
 class LikeOnCuda(torch.Tensor):
-    """A tensor on the CPU that takes the way of one on CUDA, where the loss compares all pairs."""
+    """A tensor on the CPU for which the loss compares all pairs, as it does on CUDA."""
 
     is_cuda = True
 
@@ -159,7 +159,7 @@ def test_few_some_or_all_pairs_cost_something(alike, filled):
 @pytest.mark.parametrize(("pos_margin", "neg_margin"), [(0.0, 1.0), (0.1, 1.1), (0.0, 2.0)])
 @pytest.mark.parametrize("alike", [0.0, 0.6, 3.0])
 def test_chosen_pairs_give_what_all_pairs_give(pos_margin, neg_margin, alike):
-    """A CPU chooses the pairs that may cost something; CUDA compares all."""
+    """On a CPU the loss chooses the pairs that may cost something; on CUDA it compares all."""
     generator = torch.Generator().manual_seed(5)
     chosen, dense = (
         MemoryBankContrastiveLoss(100, 16, pos_margin, neg_margin) for _ in ("CPU", "CUDA")
@@ -226,7 +226,7 @@ def test_a_non_finite_row_never_enters_the_bank(bad, steps_before):
 @pytest.mark.parametrize("tensor", [torch.Tensor, LikeOnCuda], ids=["CPU", "CUDA"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_row_spoils_the_gradients_of_all_rows(bad, tensor):
-    """Also where no pair costs anything; so the update is left out as a whole."""
+    """Also where no pair costs anything, so that the scaler skips the whole update."""
     criterion = MemoryBankContrastiveLoss(16, 8)
     rows = torch.eye(6, 8)  # farther apart than the margin
     labels = torch.arange(6)

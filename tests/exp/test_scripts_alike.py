@@ -1,4 +1,4 @@
-"""The four experiments stand alone, share their infrastructure, and differ by what they try."""
+"""The four experiments stand alone, have the same infrastructure, and differ by what they try."""
 
 import ast
 import difflib
@@ -21,7 +21,7 @@ STAGES = ["v83", "v86", "v98", "v107"]
 SYNC = ROOT / "scripts" / "dev" / "sync_infrastructure.py"
 BANNER = "# ======== infrastructure"
 
-# What every stage shares, and what sets it apart: the table of published runs.
+# What all stages have in common, and what each changes: the table of published runs.
 COMMON = {
     "arch": "tf_efficientnetv2_m_in21ft1k",
     "wd": 1e-6,
@@ -315,7 +315,7 @@ def test_the_published_extraction_command_parses(stage):
     assert args.data == "../input/"
 
 
-# ---- what stages share ----
+# ---- the common infrastructure ----
 
 
 def synchronize(folder, *flags):
@@ -348,7 +348,7 @@ def test_the_infrastructure_is_the_same_text():
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_planted_difference_is_found_and_mended(copies, stage):
+def test_a_planted_difference_is_found_and_removed(copies, stage):
     before = scripts(copies)
     plant(copies, stage, "def check_gpu(args):", "def check_gpu(args, hidden=None):")
     planted = scripts(copies)
@@ -383,7 +383,7 @@ def test_only_tagged_lines_may_differ(copies):
 
 
 def test_a_tagged_line_without_a_place(copies):
-    """v83 no longer has the line that v107's own line follows: nobody guesses where it belongs."""
+    """v83 no longer has the line that v107's own line follows: its place is unknown."""
     plant(copies, "v83", '        "--amp": args.amp,\n', "")
     before = scripts(copies)["v107"]
     assert_refused(synchronize(copies), "v107.py", "--tta")
@@ -396,7 +396,7 @@ def test_a_script_without_the_banner(copies):
     assert_refused(synchronize(copies, "--check"), "v98.py", BANNER)
 
 
-# ---- what sets them apart ----
+# ---- the differences ----
 
 
 @pytest.mark.parametrize(("old", "new", "bound"), [("v83", "v86", 30), ("v86", "v98", 60)])
@@ -412,7 +412,7 @@ def test_changes_carry_the_tag_of_their_stage(old, new):
     """
     untagged = untagged_changes(old, new, text(old), text(new))
     assert not untagged, f"mark what differs from {old}.py by # {new}"
-    if new != "v107":  # which has no augmentation
+    if new != "v107":  # it has no augmentation
         assert experiment(text(old)).keys() <= experiment(text(new)).keys()
 
 

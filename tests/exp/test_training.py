@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from frozen_batchnorm import stay_in_evaluation_mode
 from PIL import Image
-from stage_process import assert_same, free_port, load, log_lines
 
 import v83
 import v98
 import v107
 from conftest import ROOT, assert_refused, called, readme_block, run, run_as_written
-from frozen_batchnorm import stay_in_evaluation_mode
+from stage_process import assert_same, free_port, load, log_lines
 
 STAGES = ["v83", "v86", "v98", "v107"]
 SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jpg", 12),
@@ -45,62 +45,62 @@ def write_ground_truth(path, pairs=PAIRS, header=("query_id", "reference_id")):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def project(tmp_path_factory):
     """A folder with exp/ (copies of the four scripts alone) and input/ (64 images in DISC21's
     layout).
     """
-    house, rng = tmp_path_factory.mktemp("house"), np.random.default_rng(0)
+    project, rng = tmp_path_factory.mktemp("project"), np.random.default_rng(0)
     shutil.copytree(
         ROOT / "exp",
-        house / "exp",
+        project / "exp",
         ignore=lambda folder, names: [n for n in names if n[-3:] != ".py"],
     )
     for folder, (name, count) in SETS.items():
-        (house / "input" / folder).mkdir(parents=True)
+        (project / "input" / folder).mkdir(parents=True)
         for i in range(count):
             coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            coarse.resize((64, 48)).save(house / "input" / folder / name.format(i))
+            coarse.resize((64, 48)).save(project / "input" / folder / name.format(i))
     distractors = [(f"Q{i:05d}", "") for i in range(8) if f"Q{i:05d}" not in dict(PAIRS)]
-    write_ground_truth(house / "input" / "public_ground_truth.csv", sorted(PAIRS + distractors))
-    return house
+    write_ground_truth(project / "input" / "public_ground_truth.csv", sorted(PAIRS + distractors))
+    return project
 
 
 @pytest.fixture(scope="module")
-def training_images(house):
-    return house / "input" / "training_images"
+def training_images(project):
+    return project / "input" / "training_images"
 
 
 @pytest.fixture(scope="module")
-def published(house):
+def published(project):
     """The commands of the README's Train and Extract, the published ones, as they are written: the
     CompletedProcess of each block.
     """
-    shutil.copytree(ROOT / "scripts", house / "scripts")
+    shutil.copytree(ROOT / "scripts", project / "scripts")
     scaled = {f"{stage}.py": flags for stage, flags in SCALED.items()}
     train, extract = readme_block("Train"), readme_block("Extract, post-process, submit")
-    trained = run_as_written(train, house / "exp", scaled)
-    return trained, run_as_written(extract, house, {"v107.py": TINY})
+    trained = run_as_written(train, project / "exp", scaled)
+    return trained, run_as_written(extract, project, {"v107.py": TINY})
 
 
 @pytest.fixture(scope="module")
-def checkpoint(house, published):
+def checkpoint(project, published):
     """v83's published starting point of v86."""
-    return house / "exp" / "v83" / "train" / "checkpoint_0005.pth.tar"
+    return project / "exp" / "v83" / "train" / "checkpoint_0005.pth.tar"
 
 
 # ---- the published commands ----
 
 
-def test_published_commands_leave_the_checkpoints_of_every_epoch(house, published):
+def test_published_commands_leave_the_checkpoints_of_every_epoch(project, published):
     for stage, epochs in EPOCHS.items():
-        found = {path.name for path in (house / "exp" / stage / "train").glob("*.pth.tar")}
+        found = {path.name for path in (project / "exp" / stage / "train").glob("*.pth.tar")}
         expected = {f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(epochs)}
         assert found == expected | {"last.pth.tar"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoint_layout(house, published, stage):
-    last = sorted((house / "exp" / stage / "train").glob("checkpoint_*.tar"))[-1]
+def test_checkpoint_layout(project, published, stage):
+    last = sorted((project / "exp" / stage / "train").glob("checkpoint_*.tar"))[-1]
     checkpoint = load(last)
     assert {"epoch", "arch", "state_dict", "optimizer", "args"} <= checkpoint.keys()  # published
     assert {"step", "memory_bank", "scaler", "seed", "batch_size"} <= checkpoint.keys()
@@ -125,8 +125,8 @@ def test_checkpoint_layout(house, published, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_log(house, published, stage):
-    first, *lines = log_lines(house / "exp" / stage)
+def test_log(project, published, stage):
+    first, *lines = log_lines(project / "exp" / stage)
     assert {"args", "versions", "world_size", "seed", "batch_size", "files"} <= first.keys()
     assert first["device"] == "cpu"
     assert first["args"]["arch"] == "test_efficientnet"
@@ -153,16 +153,18 @@ PUBLISHED_RATES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_learning_rate_is_that_of_the_published_recipe(house, published, stage):
+def test_the_learning_rate_is_that_of_the_published_recipe(project, published, stage):
     """Epoch by epoch. (A change of the schedule changes this table, and no other test.)"""
-    rates = {line["epoch"]: line["lr"] for line in log_lines(house / "exp" / stage) if "lr" in line}
+    rates = {
+        line["epoch"]: line["lr"] for line in log_lines(project / "exp" / stage) if "lr" in line
+    }
     assert list(rates.values()) == pytest.approx(PUBLISHED_RATES[stage])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_keeps_its_source(house, published, stage):
-    script = house / "exp" / f"{stage}.py"
-    assert (house / "exp" / stage / "train" / "source.py").read_bytes() == script.read_bytes()
+def test_a_run_keeps_its_source(project, published, stage):
+    script = project / "exp" / f"{stage}.py"
+    assert (project / "exp" / stage / "train" / "source.py").read_bytes() == script.read_bytes()
 
 
 def test_the_console_says_which_device(published):
@@ -173,9 +175,9 @@ def test_the_console_says_which_device(published):
     assert lines[0] == expected[0]
 
 
-def test_resuming_continues_the_run(house, published):
+def test_resuming_continues_the_run(project, published):
     """Epoch, momentum and memory bank go on: each epoch writes 16 rows into a bank of 64."""
-    folder = house / "exp" / "v83" / "train"
+    folder = project / "exp" / "v83" / "train"
     before, after = (load(folder / f"checkpoint_{epoch:04d}.pth.tar") for epoch in (4, 5))
     assert (before["epoch"], after["epoch"]) == (5, 6)
     assert (before["args"].seed, after["args"].seed) == (9, 90)
@@ -199,12 +201,12 @@ def assert_descriptors(rows, count):
     assert len(np.unique(rows, axis=0)) == count
 
 
-def test_published_extraction(house, published):
-    submission = read(house / "exp" / "v107")
+def test_published_extraction(project, published):
+    submission = read(project / "exp" / "v107")
     assert submission.keys() == {"query", "reference", "query_ids", "reference_ids"}
     assert_descriptors(submission["query"], 8)
     assert_descriptors(submission["reference"], 12)
-    assert_descriptors(np.load(house / "exp" / "v107" / "extract" / "train_feats.npy"), 40)
+    assert_descriptors(np.load(project / "exp" / "v107" / "extract" / "train_feats.npy"), 40)
     for name, expected in (
         ("query_ids", np.array([f"Q{i:05d}" for i in range(8)], "S6")),
         ("reference_ids", np.array([f"R{i:06d}" for i in range(12)], "S7")),
@@ -213,9 +215,9 @@ def test_published_extraction(house, published):
         assert submission[name].dtype == expected.dtype
 
 
-def test_published_commands_end_in_a_score(house, published):
+def test_published_commands_end_in_a_score(project, published):
     *written, scores, normalized = published[1].stdout.splitlines()
-    folder = house / "exp" / "v107" / "extract"
+    folder = project / "exp" / "v107" / "extract"
     assert written == [str(folder / name) for name in ("v107_iso.h5", "v107_iso.csv")]
     for line in (scores, normalized):
         assert json.loads(line).keys() == {"average_precision", "recall_p90"}
@@ -261,9 +263,7 @@ def epoch_checkpoint(output, epoch=0):
 
 
 def test_resuming_is_exact(training_images, tmp_path, succeed):
-    """Two epochs in one run, and one and another in two: the same weights, momenta, bank and log,
-    bit for bit.
-    """
+    """Two epochs in one run, and in two runs: bit-identical weights, momenta, bank and log."""
     one, two = tmp_path / "one", tmp_path / "two"
     succeed("v83", *training(one, "--lr", 0.01, "--epochs", 2), training_images)
     succeed("v83", *training(two, "--lr", 0.01), training_images)
@@ -279,27 +279,27 @@ def test_resuming_is_exact(training_images, tmp_path, succeed):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_extraction_of_every_stage(house, published, tmp_path, succeed, stage):
-    weight = house / "exp" / stage / "train" / "last.pth.tar"
+def test_extraction_of_every_stage(project, published, tmp_path, succeed, stage):
+    weight = project / "exp" / stage / "train" / "last.pth.tar"
     flags = extraction(weight, tmp_path, "--batch-size", 3, "--target-set", "qrt")
-    succeed(stage, *flags, house / "input")
+    succeed(stage, *flags, project / "input")
     submission = read(tmp_path)
     assert_descriptors(submission["query"], 8)
     assert_descriptors(submission["reference"], 12)
     assert_descriptors(np.load(tmp_path / "extract" / "train_feats.npy"), 40)
 
-    model, image = by_hand(house, weight)
+    model, image = by_hand(project, weight)
     with torch.inference_mode():
         np.testing.assert_allclose(submission["query"][3], model(image[None])[0].numpy(), atol=1e-5)
 
 
-def by_hand(house, weight):
+def by_hand(project, weight):
     """A checkpoint's network, and query 3 as it should be given to it."""
     model = v83.ISCNet(timm.create_model("test_efficientnet", features_only=True)).eval()
     model.load_state_dict(
         {key.removeprefix("module."): value for key, value in load(weight)["state_dict"].items()}
     )
-    with Image.open(house / "input" / "query_images" / "Q00003.jpg") as image:
+    with Image.open(project / "input" / "query_images" / "Q00003.jpg") as image:
         resized = image.resize((32, 32), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(resized).copy())
     mean, std = (
@@ -308,10 +308,10 @@ def by_hand(house, weight):
     return model, (pixels.permute(2, 0, 1) / 255 - mean) / std
 
 
-def test_three_scales_and_their_mirror_images(house, published, tmp_path, succeed):
-    weight = house / "exp" / "v107" / "train" / "last.pth.tar"
-    succeed("v107", *extraction(weight, tmp_path, "--target-set", "q", "--tta"), house / "input")
-    model, image = by_hand(house, weight)
+def test_three_scales_and_their_mirror_images(project, published, tmp_path, succeed):
+    weight = project / "exp" / "v107" / "train" / "last.pth.tar"
+    succeed("v107", *extraction(weight, tmp_path, "--target-set", "q", "--tta"), project / "input")
+    model, image = by_hand(project, weight)
     total = 0
     for scale in (1, 2**-0.5, 2**0.5):
         at = (np.arange(int(32 * scale)) + 0.5) / scale - 0.5  # bilinear, without antialiasing
@@ -329,9 +329,9 @@ def test_three_scales_and_their_mirror_images(house, published, tmp_path, succee
 
 
 @pytest.mark.parametrize("target_set", ["q", "r", "t", "qt"])
-def test_any_target_set(house, checkpoint, tmp_path, succeed, target_set):
+def test_any_target_set(project, checkpoint, tmp_path, succeed, target_set):
     flags = extraction(checkpoint, tmp_path, "--target-set", target_set)
-    succeed("v83", *flags, house / "input")
+    succeed("v83", *flags, project / "input")
     assert (tmp_path / "extract" / "train_feats.npy").exists() == ("t" in target_set)
     if target_set == "t":
         assert [path.name for path in (tmp_path / "extract").iterdir()] == ["train_feats.npy"]
@@ -340,11 +340,11 @@ def test_any_target_set(house, checkpoint, tmp_path, succeed, target_set):
     assert read(tmp_path).keys() == names | {f"{name}_ids" for name in names}
 
 
-def test_phase_2_and_eval_subset(house, checkpoint, tmp_path, succeed):
+def test_phase_2_and_eval_subset(project, checkpoint, tmp_path, succeed):
     subset = tmp_path / "subset.txt"
     subset.write_text("R000007\nR000002\n")
     flags = extraction(checkpoint, tmp_path, "--phase", 2, "--eval-subset", subset)
-    succeed("v83", *flags, "--target-set", "qr", house / "input")
+    succeed("v83", *flags, "--target-set", "qr", project / "input")
     submission = read(tmp_path, "-phase2")
     assert submission["query_ids"].tolist() == [f"Q{i:05d}".encode() for i in range(4)]
     assert submission["reference_ids"].tolist() == [b"R000002", b"R000007"]
@@ -403,7 +403,7 @@ def test_the_seed_matters(training_images, tmp_path, succeed):
 
 
 def published_checkpoint(path, epoch=5):
-    """A file as the published code leaves it: no bank, no scaler, the options of an old SGD.
+    """Write a checkpoint like the published code's: no bank, no scaler, the options of an old SGD.
     Returns its model.
     """
     torch.manual_seed(3)
@@ -433,7 +433,7 @@ def published_checkpoint(path, epoch=5):
     return model
 
 
-def test_a_published_checkpoint_serves_everywhere(house, training_images, tmp_path, succeed):
+def test_a_published_checkpoint_serves_everywhere(project, training_images, tmp_path, succeed):
     path = tmp_path / "published.pth.tar"
     model = published_checkpoint(path)
     start = {f"module.{name}": value for name, value in model.state_dict().items()}
@@ -453,13 +453,13 @@ def test_a_published_checkpoint_serves_everywhere(house, training_images, tmp_pa
     checkpoint = epoch_checkpoint(continued)
     assert torch.equal(checkpoint["state_dict"]["module.fc.weight"], start["module.fc.weight"])
 
-    succeed("v107", *extraction(path, tmp_path, "--target-set", "q"), house / "input")
+    succeed("v107", *extraction(path, tmp_path, "--target-set", "q"), project / "input")
     assert_descriptors(read(tmp_path)["query"], 8)
 
 
 def test_any_momenta_serve_a_fused_optimizer():
-    """Laid out otherwise, as the published code's, or not there: what it takes is laid out as the
-    parameter is.
+    """Momenta in another memory layout, as the published code's, or missing: the optimizer gets
+    them in the layout of the parameter.
     """
     torch.manual_seed(0)
     weights, momenta = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
@@ -482,15 +482,15 @@ def test_any_momenta_serve_a_fused_optimizer():
         assert optimizer.state[model.weight]["momentum_buffer"].stride() == model.weight.stride()
 
 
-# ---- steps that are left out ----
+# ---- skipped steps ----
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_step_that_is_not_finite_leaves_no_trace(
     training_images, tmp_path, succeed, monkeypatch, step
 ):
-    """The last step of an epoch is not finite: its checkpoint is that of before, bit for bit, and
-    the log counts the step.
+    """The last step of an epoch is not finite: its checkpoint is bit-identical to the one before,
+    and the log counts the step.
     """
     last, before = tmp_path / "train" / "last.pth.tar", {}
     calls, gem = [], v83.gem
@@ -588,8 +588,8 @@ def test_an_image_that_is_not_finite_leaves_no_trace(fused, steps_before, labels
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_update_that_overflows_is_left_out(fused):
-    """Weights and momenta stay; BatchNorm and the bank keep the step, as in the published code."""
+def test_an_update_that_overflows_is_skipped(fused):
+    """Weights and momenta do not change; BatchNorm and the bank do, like in the published code."""
     training = Training(fused)
     training.step()
     learned, kept = training.learned(), training.kept()
@@ -618,8 +618,8 @@ def test_overflows_of_fp16_are_counted():
 
 
 def in_two_processes(*command):
-    """The command in two processes that a launcher's environment joins; the CompletedProcess of
-    each.
+    """The command on two ranks, by the environment variables of a launcher; the CompletedProcess
+    of each.
     """
     environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT / "exp")}
@@ -673,13 +673,13 @@ def on_two_nodes(*command, output):
     return [result.result() for result in runs]
 
 
-def test_extraction_in_two_processes(house, checkpoint, tmp_path):
+def test_extraction_in_two_processes(project, checkpoint, tmp_path):
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6]
     command = [ROOT / "exp" / "v83.py", *flags, "--target-set", "qrt"]
-    for result in on_two_nodes(*command, house / "input", output=tmp_path / "two"):
+    for result in on_two_nodes(*command, project / "input", output=tmp_path / "two"):
         assert result.returncode == 0, result.stderr
-    # In a process of its own: the bits of a CPU's descriptors depend on the number of its threads.
-    assert run(*command, "--output", tmp_path / "one", house / "input").returncode == 0
+    # In a process of its own: descriptors are bit-identical only for the same number of threads.
+    assert run(*command, "--output", tmp_path / "one", project / "input").returncode == 0
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
         one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
         assert two.read_bytes() == one.read_bytes()
@@ -735,8 +735,8 @@ def test_a_bank_smaller_than_a_step(training_images, tmp_path, call):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_is_not_one(tmp_path, training_images, call, workers):
-    """The message has to come out of a data loader worker and past the progress bar."""
+def test_an_unreadable_image(tmp_path, training_images, call, workers):
+    """The message passes from the data loader worker to stderr, past the progress bar."""
     folder = tmp_path / "training_images"
     folder.mkdir()
     for path in sorted(training_images.iterdir())[:4]:
@@ -772,7 +772,7 @@ class Malicious:
 @pytest.mark.parametrize(
     "kind", ["missing", "empty", "text", "truncated", "malicious", "no weights", "a folder"]
 )
-def test_a_corrupt_checkpoint(house, training_images, tmp_path, checkpoint, call, kind):
+def test_a_corrupt_checkpoint(project, training_images, tmp_path, checkpoint, call, kind):
     path, output, victim = tmp_path / "checkpoint.pth.tar", tmp_path / "out", tmp_path / "victim"
     contents = {"empty": b"", "text": b"hello", "truncated": checkpoint.read_bytes()[:5000]}
     if kind == "a folder":
@@ -785,7 +785,7 @@ def test_a_corrupt_checkpoint(house, training_images, tmp_path, checkpoint, call
         path.write_bytes(contents[kind])
     for flag in ("--weight", "--resume"):
         refused(call("v83", *training(output, flag, path), training_images), output, path)
-    refused(call("v107", *extraction(path, output), house / "input"), output, path)
+    refused(call("v107", *extraction(path, output), project / "input"), output, path)
     assert not victim.exists()
 
 
@@ -808,13 +808,13 @@ def test_imagenet_weights_out_of_reach(training_images, tmp_path, call, monkeypa
 
 
 @pytest.mark.parametrize("target_set", ["", "x", "qx"])
-def test_an_unknown_target_set(house, tmp_path, checkpoint, call, target_set):
+def test_an_unknown_target_set(project, tmp_path, checkpoint, call, target_set):
     flags = extraction(checkpoint, tmp_path, "--target-set", target_set)
-    refused(call("v83", *flags, house / "input"), tmp_path, "--target-set")
+    refused(call("v83", *flags, project / "input"), tmp_path, "--target-set")
 
 
-def test_extraction_without_weights(house, tmp_path, call):
-    result = call("v83", *TINY, "--mode", "extract", "--output", tmp_path, house / "input")
+def test_extraction_without_weights(project, tmp_path, call):
+    result = call("v83", *TINY, "--mode", "extract", "--output", tmp_path, project / "input")
     assert_refused(result, "--weight")
 
 
@@ -828,24 +828,24 @@ def test_duplicate_ids_in_extraction(tmp_path, checkpoint, call):
 
 
 @pytest.mark.parametrize("subset", [None, "", "R000001\nR999999\n"])
-def test_a_wrong_eval_subset(house, tmp_path, checkpoint, call, subset):
+def test_a_wrong_eval_subset(project, tmp_path, checkpoint, call, subset):
     path, output = tmp_path / "subset.txt", tmp_path / "out"
     if subset is not None:
         path.write_text(subset)
     flags = extraction(checkpoint, output, "--eval-subset", path)
-    refused(call("v83", *flags, house / "input"), output, path)
+    refused(call("v83", *flags, project / "input"), output, path)
 
 
 # ---- v107: pairs ----
 
 
 @pytest.fixture
-def pairs_root(house, tmp_path):
-    """A root whose ground truth a test may spoil."""
+def pairs_root(project, tmp_path):
+    """A copy of the input whose ground truth a test may damage."""
     root = tmp_path / "input"
     root.mkdir()
     for folder in SETS:
-        (root / folder).symlink_to(house / "input" / folder)
+        (root / folder).symlink_to(project / "input" / folder)
     write_ground_truth(root / "public_ground_truth.csv")
     return root
 
@@ -885,21 +885,21 @@ def test_a_missing_ground_truth(pairs_root, tmp_path, call):
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def plain_images(house, stage):
-    """{the float tensor of an image, as bytes: the image's name} of queries and references, as they
-    should be given to the network.
+def plain_images(project, stage):
+    """{the float tensor of an image, as bytes: the image's name} of queries and references,
+    preprocessed for extraction.
     """
     plain = stage.evaluation_transform(32, MEAN, STD)
-    paths = (house / "input").glob("*_images/[QR]*.jpg")
+    paths = (project / "input").glob("*_images/[QR]*.jpg")
     return {plain(Image.open(path)).numpy().tobytes(): path.stem for path in paths}
 
 
-def test_pairs_and_their_negatives(house, training_images):
-    """Query and reference share their pair's label; each reference of no pair has a label of its
+def test_pairs_and_their_negatives(project, training_images):
+    """Query and reference have their pair's label; each reference of no pair has a label of its
     own, above those of the pairs.
     """
     dataset = v107.TrainDataset(training_images, 32, 6, 1000000, 0, False)
-    preprocess, names = v107.Preprocess(MEAN, STD), plain_images(house, v107)
+    preprocess, names = v107.Preprocess(MEAN, STD), plain_images(project, v107)
     paired = {reference for _, reference in PAIRS}
     unpaired = [f"R{i:06d}" for i in range(12) if f"R{i:06d}" not in paired]
     expected = {name: len(PAIRS) + position for position, name in enumerate(unpaired)}
@@ -920,12 +920,12 @@ def test_pairs_and_their_negatives(house, training_images):
     assert negatives == expected
 
 
-def test_references_as_negatives_of_v98(house, training_images):
+def test_references_as_negatives_of_v98(project, training_images):
     """Two plain references with every sample; labels above those of the images, of which there are
     fewer than references.
     """
     dataset = v98.TrainDataset(training_images, 32, 2, 8, 0, False)
-    preprocess, names = v98.Preprocess(MEAN, STD), plain_images(house, v98)
+    preprocess, names = v98.Preprocess(MEAN, STD), plain_images(project, v98)
     references = {}
     assert len(dataset) == 8
     for epoch in range(30):
@@ -941,8 +941,8 @@ def test_references_as_negatives_of_v98(house, training_images):
 
 @pytest.mark.parametrize("stage", [v98, v107], ids=["v98", "v107"])
 def test_fast_input_in_training(training_images, stage):
-    """What is only resized differs, by one at most of Pillow's values; views of v98's training
-    image do not.
+    """Images that are only resized differ from Pillow's by one at most; views of v98's training
+    image are identical.
     """
     number = 2 if stage is v98 else 6  # of crops, or negatives
     exact, fast = (  # at 32 pixels, halved, they would be equal

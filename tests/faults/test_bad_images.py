@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_process import TRAINING, assert_same, extract, load, log_lines, make_images
 
 import postprocess
 import v83
+from stage_process import TRAINING, assert_same, extract, load, log_lines, make_images
 
 
 def pixels(height, width, channels=3):

@@ -390,6 +390,11 @@ RULES_CSV = {
         "Q00000,R000000",
     ),
     "malformed query": (text(HEADER + line("Q0", "R000000", 1)), "'Q0' is not the id of a query"),
+    "id with a file suffix": (
+        text(HEADER + line("Q00000.jpg", "R000000.jpg", 1)),
+        "'Q00000.jpg'",
+        "without a file suffix",
+    ),
     "no reference": (text(HEADER + line("Q00000", "", 1)), "'' is not the id of a reference"),
     "swapped columns": (
         text(HEADER + line("R000000", "Q00000", 1)),
@@ -404,8 +409,8 @@ ALL = H5 | CSV
 
 
 def place(folder, name):
-    """Writes the named bad file into `folder`; its path and the words that its refusal must
-    hold.
+    """Write the named wrong file into `folder`; returns its path and the words that its refusal
+    must hold.
     """
     make, *words = ALL[name]
     path = folder / ("s.h5" if name in H5 else "s.csv")
@@ -515,12 +520,12 @@ def test_refuses_the_wrong_track(tmp_path, capsys):
 LIMITED = """
 import importlib, resource, sys
 command = importlib.import_module(sys.argv[1])
-extra, good, bad = sys.argv[2].split(), sys.argv[3], sys.argv[4:]
+extra, good, wrong = sys.argv[2].split(), sys.argv[3], sys.argv[4:]
 command.main([good, *extra])
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 100 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-sys.exit(sum(command.main([path, *extra]) != 2 for path in bad))
+sys.exit(sum(command.main([path, *extra]) != 2 for path in wrong))
 """
 
 
@@ -532,20 +537,18 @@ def test_refused_within_100_mb(tmp_path, module):
     kinds, extra = (
         (ALL, "--partial") if module == "validate_submission" else (LIES | WRONG, str(truth))
     )
-    bad = []
+    wrong = []
     for index, name in enumerate(kinds):
         folder = tmp_path / str(index)
         folder.mkdir()
-        bad.append(place(folder, name))
+        wrong.append(place(folder, name))
+    paths = [path for path, _ in wrong]
     fine = write(tmp_path / "fine.h5")
-    result = run(
-        "-c", LIMITED, module, extra, fine, *(path for path, _ in bad), cwd=ROOT / "scripts"
-    )
+    result = run("-c", LIMITED, module, extra, fine, *paths, cwd=ROOT / "scripts")
     errors = [line for line in result.stderr.splitlines() if f"{module}.py: error: " in line]
     assert result.returncode == 0, result.stderr
-    for error, (path, words) in zip(
-        errors, bad, strict=True
-    ):  # the same messages: none for want of memory
+    # The same messages as without the limit: none is about memory.
+    for error, (path, words) in zip(errors, wrong, strict=True):
         assert str(path) in error and all(word in error for word in words), error
 
 
@@ -633,7 +636,7 @@ def test_too_many_dimensions_only_warn_outside_the_challenge(tmp_path, capsys):
     assert "300 dimensions" in capsys.readouterr().err
 
 
-# ---- images that could not be read: rows of zeros ----
+# ---- unreadable images: rows of zeros ----
 
 
 def zero(array, *places):
@@ -645,11 +648,9 @@ def zero(array, *places):
 def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
     folder, truth = tmp_path / "v107" / "extract", tmp_path / "gt.csv"
     folder.mkdir(parents=True)
-    query, reference, train = (
-        zero(rows(QUERIES), 0, 7),
-        zero(rows(REFERENCES, seed=1), 29),
-        zero(rows(40, seed=2), 5),
-    )
+    query = zero(rows(QUERIES), 0, 7)
+    reference = zero(rows(REFERENCES, seed=1), 29)
+    train = zero(rows(40, seed=2), 5)
     reference[3] = query[3]
     truth.write_text("query_id,reference_id\nQ00003,R000003\nQ00007,\nQ00019,\n")
     path = write(folder / "fb-isc-submission.h5", query=query, reference=reference)
@@ -696,7 +697,7 @@ def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsy
     monkeypatch.setattr(
         postprocess,
         "nearest",
-        lambda a, b, k, _: (np.ones((len(a), k)), np.zeros((len(a), k), int)),
+        lambda queries, _, k, __: (np.ones((len(queries), k)), np.zeros((len(queries), k), int)),
     )
     monkeypatch.setattr(postprocess, "database_augmentation", lambda train, *_: train)
     capsys.readouterr()

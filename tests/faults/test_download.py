@@ -1,5 +1,5 @@
-"""scripts/download_weights.py against a server on this machine: only the right and whole file gets
-its name.
+"""scripts/download_weights.py against a server on this machine: only the right and complete file
+gets its name.
 """
 
 import hashlib
@@ -29,10 +29,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests, server.handle_error = (
-            [],
-            lambda *_: None,
-        )  # the client hangs up on what it does not want
+        server.requests = []
+        server.handle_error = lambda *_: None  # of a client that hangs up
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -49,7 +47,7 @@ def test_the_file_and_its_digest(server, tmp_path, capsys):
         assert download(server, tmp_path, "/weights", *flags) == 0
         assert capsys.readouterr().out == f"{DIGEST}  {path}\n"
     assert path.read_bytes() == CONTENT
-    assert server.requests == ["/weights"]  # what is there is not fetched again
+    assert server.requests == ["/weights"]  # an existing file is not downloaded again
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -68,7 +66,7 @@ def test_an_interrupted_download_without_a_digest(server, tmp_path, capsys):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_wrong_file_that_is_there_stays(server, tmp_path, capsys):
+def test_an_existing_wrong_file_stays(server, tmp_path, capsys):
     path = tmp_path / "v107" / "train" / "checkpoint_0009.pth.tar"
     path.parent.mkdir(parents=True)
     path.write_text("one's own")
@@ -77,7 +75,7 @@ def test_a_wrong_file_that_is_there_stays(server, tmp_path, capsys):
     assert path.read_text() == "one's own" and not server.requests
 
 
-def test_a_digest_that_is_none(capsys):
+def test_a_malformed_digest_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         download_weights.parse_args(["v107", "--sha256", "abc"])
     assert "64 hexadecimal digits" in capsys.readouterr().err

@@ -39,19 +39,19 @@ def cases(draw):
     least one.
     """
     found = draw(st.lists(pairs, min_size=1, max_size=40, unique=True))
-    score = draw(
-        st.lists(st.integers(-300, 300), min_size=len(found), max_size=len(found), unique=True)
-    )
+    count = len(found)
+    scores = st.lists(st.integers(-300, 300), min_size=count, max_size=count, unique=True)
+    candidates = table(found, score=np.array(draw(scores), float))
     lucky = draw(st.lists(st.sampled_from(found), max_size=20))
     missed = draw(st.lists(pairs, min_size=0 if lucky else 1, max_size=10))
-    return table(found, score=np.array(score, float)), table(list(dict.fromkeys(lucky + missed)))
+    right = dict.fromkeys(lucky + missed)
+    return candidates, table(list(right))
 
 
 def is_right(candidates, truth):
     columns = ["query_id", "reference_id"]
-    return pd.MultiIndex.from_frame(candidates[columns]).isin(
-        pd.MultiIndex.from_frame(truth[columns])
-    )
+    pairs = pd.MultiIndex.from_frame(candidates[columns])
+    return pairs.isin(pd.MultiIndex.from_frame(truth[columns]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,9 +59,11 @@ def is_right(candidates, truth):
 def test_the_order_of_rows_does_not_matter_when_scores_differ(case, seed):
     candidates, truth = case
     metrics = eval_metrics.micro_metrics(candidates, truth)
-    assert 0 <= metrics["average_precision"] <= 1 + 1e-12 and 0 <= metrics["recall_p90"] <= 1
-    shuffled = candidates.sample(frac=1, random_state=seed)
-    assert eval_metrics.micro_metrics(shuffled, truth.sample(frac=1, random_state=seed)) == metrics
+    assert 0 <= metrics["average_precision"] <= 1 + 1e-12
+    assert 0 <= metrics["recall_p90"] <= 1
+    candidates = candidates.sample(frac=1, random_state=seed)
+    truth = truth.sample(frac=1, random_state=seed)
+    assert eval_metrics.micro_metrics(candidates, truth) == metrics
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,9 +83,10 @@ def test_a_false_pair_never_helps(case, below, rank):
     right = candidates["score"][is_right(candidates, truth)]
     lowest = min(right, default=0) - below  # a tie counts against the right pair
     for score in (lowest, rank + 0.5):
-        more = pd.concat([candidates, table([(99, 99)], score=[float(score)])])
-        worse = eval_metrics.micro_metrics(more, truth)
-        assert all(worse[key] <= metrics[key] for key in metrics)
+        false_pair = table([(99, 99)], score=[float(score)])
+        worse = eval_metrics.micro_metrics(pd.concat([candidates, false_pair]), truth)
+        for name, value in metrics.items():
+            assert worse[name] <= value
         if score < min(right, default=np.inf):
             assert worse["average_precision"] == metrics["average_precision"]
 
@@ -103,26 +106,24 @@ def test_a_perfect_ranking_gives_one(case, seed):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_order_of_descriptors_does_not_matter(seed):
     rng = np.random.default_rng(seed)
-    query, reference = (
-        rng.standard_normal((12, 5), np.float32),
-        rng.standard_normal((40, 5), np.float32),
-    )
-    reference[:6] = query[:6] + 0.3 * rng.standard_normal((6, 5), np.float32)
-    query_ids, reference_ids = (
-        np.array([b"Q%05d" % i for i in range(12)]),
-        np.array([b"R%06d" % i for i in range(40)]),
-    )
+    query = rng.standard_normal((12, 5), np.float32)
+    reference = rng.standard_normal((40, 5), np.float32)
+    noise = rng.standard_normal((6, 5), np.float32)
+    reference[:6] = query[:6] + 0.3 * noise
+    query_ids = np.array([b"Q%05d" % i for i in range(12)])
+    reference_ids = np.array([b"R%06d" % i for i in range(40)])
     with tempfile.TemporaryDirectory() as folder:
-        truth, path = Path(folder, "gt.csv"), Path(folder, "s.h5")
+        truth = Path(folder, "gt.csv")
+        path = Path(folder, "s.h5")
         table([(i, i) for i in range(8)]).to_csv(truth, index=False)
         results = []
         for shuffle in (np.arange, rng.permutation):
-            rows, columns = shuffle(12), shuffle(40)
+            query_rows = shuffle(12)
+            reference_rows = shuffle(40)
             with h5py.File(path, "w") as file:
-                file["query"], file["query_ids"] = query[rows], query_ids[rows]
-                file["reference"], file["reference_ids"] = (
-                    reference[columns],
-                    reference_ids[columns],
-                )
+                file["query"] = query[query_rows]
+                file["query_ids"] = query_ids[query_rows]
+                file["reference"] = reference[reference_rows]
+                file["reference_ids"] = reference_ids[reference_rows]
             results.append(eval_metrics.evaluate(path, truth))
     assert results[0] == results[1]

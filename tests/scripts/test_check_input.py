@@ -1,5 +1,5 @@
-"""scripts/check_input.py: what is incomplete or inconsistent is found and named; subsets hold what
-they must.
+"""scripts/check_input.py finds and names what is incomplete or inconsistent; subsets hold what they
+must.
 """
 
 import csv
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 
 import numpy as np
@@ -134,9 +135,9 @@ def test_strays_and_repeated_ids(broken, disc21, capsys):
     folder = broken / "reference_images"
     shutil.copy(folder / "R000001.jpg", folder / "R000001.PNG")
     (folder / "Thumbs.db").touch()
-    (folder / "phone.heic").touch()  # which no experiment reads
+    (folder / "phone.heic").touch()  # no stage reads HEIC
     (folder / "nested.jpg").mkdir()
-    (folder / "._R000001.jpg").touch()  # hidden, as macOS leaves them: no experiment reads it
+    (folder / "._R000001.jpg").touch()  # macOS leaves such hidden files: no stage reads them
     for flags in (), ("--partial",):
         lines = found(capsys, broken, *flags)
         assert len(lines) == 2
@@ -171,7 +172,7 @@ def test_missing_folders_and_ground_truth(broken, disc21, capsys):
     assert found(capsys, broken, "--partial") == []
 
 
-def test_images_are_those_that_the_experiments_take():
+def test_images_are_those_that_the_stages_read():
     assert check_input.IMAGE_SUFFIXES == v107.IMAGE_SUFFIXES
 
 
@@ -221,8 +222,8 @@ def test_the_public_ground_truth_has_disc21s_numbers(broken, disc21, capsys):
 # ---- decoding ----
 
 
-def test_decode_names_what_extraction_could_not_read(broken, capsys):
-    """Exactly the images that v107's extraction would list, by its own words."""
+def test_decode_names_what_extraction_cannot_read(broken, capsys):
+    """Exactly the unreadable images of v107's extraction, in its own words."""
     (broken / "reference_images" / "R000002.jpg").write_bytes(b"no image")
     whole = (broken / "query_images" / "Q00004.jpg").read_bytes()
     (broken / "query_images" / "Q00004.jpg").write_bytes(whole[: len(whole) // 2])
@@ -240,6 +241,15 @@ def test_decode_names_what_extraction_could_not_read(broken, capsys):
     assert code == 1 and lines == expected and len(lines) == 3
     assert summary.endswith("all decoded") and "3 findings" in summary
     assert "decoding reference_images" in printed.err
+
+
+def test_a_lost_worker_process_is_no_finding(broken, monkeypatch, capsys):
+    def lose_a_worker(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(check_input, "parallel", lose_a_worker)
+    assert main([str(broken), "--partial", "--decode"]) == 2
+    assert "lost a worker process; give fewer --workers" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_decoding_in_one_line(broken, tmp_path):

@@ -1,6 +1,4 @@
-"""scripts/demo.py: its commands parse and chain, its table is right, and it keeps its hands off
-other folders.
-"""
+"""scripts/demo.py: its commands parse and chain, its table is right, other folders stay."""
 
 import importlib
 
@@ -27,7 +25,7 @@ def test_commands_parse_and_chain(stage):
     if stage == "start":
         assert args.weight == demo.START and (ROOT / demo.START).is_file()
         return
-    # what an extraction loads is what the training before it wrote last
+    # An extraction loads the last checkpoint of the training before it.
     assert (
         demo.checkpoint(stage, "demo")
         == f"demo/exp/{stage}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
@@ -49,12 +47,14 @@ def test_table():
 
 
 def test_ends_with_a_page(tmp_path, monkeypatch, capsys):
-    commands, folder = [], f"{tmp_path}/demo"
-    monkeypatch.setattr(
-        demo,
-        "run",
-        lambda command: commands.append(command) or '{"average_precision": 0, "recall_p90": 0}',
-    )
+    commands = []
+    folder = f"{tmp_path}/demo"
+
+    def record(command):
+        commands.append(command)
+        return '{"average_precision": 0, "recall_p90": 0}'
+
+    monkeypatch.setattr(demo, "run", record)
     assert demo.main(["--folder", folder]) == 0
     script, *flags = commands[-1]
     args = report.parse_args(flags)
@@ -86,13 +86,15 @@ def test_stops_at_the_first_failure(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(
         demo.STAGES, "untrained", demo.STAGES["untrained"] + " --batch-size 7777777"
     )
-    real = demo.run
-    small = ["--references", "6", "--queries", "3", "--training", "4", "--size", "128"]
-    monkeypatch.setattr(
-        demo,
-        "run",
-        lambda command: real(command + small if "make_dataset" in command[0] else command),
-    )
+    run_command = demo.run
+
+    def run_small(command):
+        if "make_dataset" in command[0]:
+            command = [*command, "--references", "6", "--queries", "3"]
+            command += ["--training", "4", "--size", "128"]
+        return run_command(command)
+
+    monkeypatch.setattr(demo, "run", run_small)
     assert demo.main(["--folder", str(folder)]) == 2
     output = capfd.readouterr()
     assert f"$ python scripts/make_dataset.py {folder}/input" in output.out

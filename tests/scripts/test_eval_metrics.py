@@ -2,7 +2,6 @@
 command.
 """
 
-import csv
 import json
 import shutil
 
@@ -14,26 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_metrics
-import postprocess
-from common import evaluation, search
+from common import errors, evaluation, search
 from conftest import GOLDEN, ROOT, assert_refused, run
 
 COMMAND = ROOT / "scripts" / "eval_metrics.py"
 EXPECTED = json.loads((GOLDEN / "eval_expected.json").read_text())
 DESCRIPTORS = [name for name in EXPECTED if name.endswith(".h5")]
+ONES = np.ones((9, 16), np.float32)
 
 
-def write_h5(path, query, reference, query_ids=None, reference_ids=None):
+def write_h5(path, query, reference, suffix="", reference_ids=None):
+    """Write a submission; `suffix` is appended to the ids."""
+    if reference_ids is None:
+        reference_ids = [f"R{i:06}{suffix}" for i in range(len(reference))]
     with h5py.File(path, "w") as file:
-        file["query"], file["reference"] = query, reference
-        file["query_ids"] = (
-            np.array([b"Q%05d" % i for i in range(len(query))]) if query_ids is None else query_ids
-        )
-        file["reference_ids"] = (
-            np.array([b"R%06d" % i for i in range(len(reference))])
-            if reference_ids is None
-            else reference_ids
-        )
+        file["query"] = query
+        file["reference"] = reference
+        file["query_ids"] = np.array([f"Q{i:05}{suffix}" for i in range(len(query))], "S")
+        file["reference_ids"] = np.array(reference_ids, "S")
     return path
 
 
@@ -47,17 +44,17 @@ def points(count, dim=16, seed=0):
 
 
 def brute_force(query, reference, count):
-    distance = (
-        ((query[:, None].astype(np.float64) - reference) ** 2).sum(-1).astype(np.float32).ravel()
-    )
+    difference = query[:, None].astype(np.float64) - reference
+    distance = (difference**2).sum(-1).astype(np.float32).ravel()
     best = np.sort(np.argsort(distance, kind="stable")[:count])
-    return best // len(reference), best % len(reference), -distance[best]
+    queries, references = np.divmod(best, len(reference))
+    return queries, references, -distance[best]
 
 
 def assert_brute_force(query, reference, count):
-    table = evaluation.match(
-        query, reference, np.arange(len(query)), np.arange(len(reference)), count
-    )
+    query_ids = np.arange(len(query))
+    reference_ids = np.arange(len(reference))
+    table = evaluation.match(query, reference, query_ids, reference_ids, count)
     rows, columns, scores = brute_force(query, reference, count)
     np.testing.assert_array_equal(table["query_id"].astype(int), rows)
     np.testing.assert_array_equal(table["reference_id"].astype(int), columns)
@@ -68,12 +65,17 @@ def assert_brute_force(query, reference, count):
 # ---- golden values ----
 
 
+def assert_golden(metrics, expected):
+    assert list(metrics) == ["average_precision", "recall_p90"]
+    for name, value in metrics.items():
+        assert value == pytest.approx(expected[name], abs=1e-9, rel=0)
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_golden_metrics(name):
     expected = EXPECTED[name]
     result = eval_metrics.evaluate(GOLDEN / name, GOLDEN / expected["ground_truth"])
-    assert list(result) == ["average_precision", "recall_p90"]
-    assert result == pytest.approx({key: expected[key] for key in result}, abs=1e-9, rel=0)
+    assert_golden(result, expected)
 
 
 @pytest.mark.parametrize("name", DESCRIPTORS)
@@ -84,20 +86,11 @@ def test_command_on_golden_descriptors(tmp_path, name):
     result = run(COMMAND, submission, GOLDEN / expected["ground_truth"])
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout)
-    assert scores == pytest.approx({key: expected[key] for key in scores}, abs=1e-9, rel=0)
-    with (
-        (tmp_path / expected["candidates"]).open() as actual,
-        (GOLDEN / expected["candidates"]).open() as reference,
-    ):
-        actual, reference = list(csv.reader(actual)), list(csv.reader(reference))
-    assert len(actual) == expected["num_candidates"] + 1
-    assert [row[:2] for row in actual] == [row[:2] for row in reference]
-    np.testing.assert_allclose(
-        [float(row[2]) for row in actual[1:]],
-        [float(row[2]) for row in reference[1:]],
-        rtol=0,
-        atol=5e-6,
-    )
+    assert_golden(scores, expected)
+    actual = pd.read_csv(tmp_path / expected["candidates"])
+    reference = pd.read_csv(GOLDEN / expected["candidates"])
+    assert len(actual) == expected["num_candidates"]
+    pd.testing.assert_frame_equal(actual, reference, rtol=0, atol=5e-6)
     assert matches.read_text() == "the matching-track submission\n"
     assert len(list(tmp_path.iterdir())) == 3
     again = run(COMMAND, tmp_path / expected["candidates"], GOLDEN / expected["ground_truth"])
@@ -146,23 +139,30 @@ def test_match_where_one_query_owns_most_pairs():
     query = 3 * points(40)
     query[17] = 0
     assert_brute_force(query, reference, 400)
-    assert np.bincount(evaluation.nearest_pairs(query, reference, 400)[1], minlength=40)[17] > 350
+    _, queries, _ = evaluation.nearest_pairs(query, reference, 400)
+    assert np.count_nonzero(queries == 17) > 350
 
 
 def test_match_where_distances_tie():
     reference = points(400, seed=1)
     reference[100:300] = reference[5]
-    query = np.concatenate([points(20), np.repeat(reference[5:6], 10, axis=0)])
+    query = points(30)
+    query[20:] = reference[5]
     assert_brute_force(query, reference, 300)  # 2,000 pairs at distance 0: the first queries win
     assert_brute_force(query, reference, 2500)
-    assert_brute_force(np.ones((7, 4), np.float32), np.ones((50, 4), np.float32), 70)
+
+
+def test_match_where_all_distances_tie():
+    ones = np.ones((50, 4), np.float32)
+    assert_brute_force(ones[:7], ones, 70)
 
 
 def test_match_where_lengths_differ_widely():
-    reference = points(500, seed=1) * np.logspace(-3, 4, 500, dtype=np.float32)[:, None]
-    assert_brute_force(
-        points(30) * np.logspace(-2, 2, 30, dtype=np.float32)[:, None], reference, 300
-    )
+    query = points(30)
+    reference = points(500, seed=1)
+    query *= np.logspace(-2, 2, 30, dtype=np.float32)[:, None]
+    reference *= np.logspace(-3, 4, 500, dtype=np.float32)[:, None]
+    assert_brute_force(query, reference, 300)
 
 
 @settings(max_examples=30, deadline=None)
@@ -174,7 +174,8 @@ def test_match_where_lengths_differ_widely():
 )
 def test_match_is_brute_force_on_grids_full_of_ties(seed, shape, count, levels):
     rng = np.random.default_rng(seed)
-    query, reference = (rng.integers(0, levels, (rows, 3)).astype(np.float32) for rows in shape)
+    query = rng.integers(0, levels, (shape[0], 3)).astype(np.float32)
+    reference = rng.integers(0, levels, (shape[1], 3)).astype(np.float32)
     assert_brute_force(query, reference, count)
 
 
@@ -184,15 +185,14 @@ def test_block_sizes_give_the_same_answer(monkeypatch):
     whole = evaluation.nearest_pairs(query, reference, 1500)
     for block, pairs in ((7, 2**20), (4096, 1), (64, 500)):
         monkeypatch.setattr(evaluation, "BLOCK", block)
-        monkeypatch.setattr(evaluation, "PAIRS", pairs)
-        for expected, actual in zip(
-            whole, evaluation.nearest_pairs(query, reference, 1500), strict=True
-        ):
+        monkeypatch.setattr(evaluation, "MAX_SEARCH_RESULTS", pairs)
+        in_blocks = evaluation.nearest_pairs(query, reference, 1500)
+        for expected, actual in zip(whole, in_blocks, strict=True):
             np.testing.assert_array_equal(actual, expected)
 
 
 def test_search_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(evaluation, "PAIRS", 1000)
+    monkeypatch.setattr(evaluation, "MAX_SEARCH_RESULTS", 1000)
     sizes = []
     flat_search = search.flat_search
 
@@ -210,17 +210,21 @@ def test_search_memory_is_bounded(monkeypatch):
 def test_match_leaves_its_inputs_alone_and_takes_any_ids():
     query, reference = points(5), points(8, seed=1)
     query.flags.writeable = reference.flags.writeable = False
-    text = evaluation.match(query, reference, list("abcde"), list("stuvwxyz"), 12)
-    raw = evaluation.match(
-        query, reference, np.array([*"abcde"], "S9"), np.array([*"stuvwxyz"], "S9"), 12
-    )
+    query_ids = list("abcde")
+    reference_ids = list("stuvwxyz")
+    text = eval_metrics.match(query, reference, query_ids, reference_ids, 12)
+    query_ids = np.array(query_ids, "S9")
+    reference_ids = np.array(reference_ids, "S9")
+    raw = eval_metrics.match(query, reference, query_ids, reference_ids, 12)
     pd.testing.assert_frame_equal(text, raw)
-    assert list(text) == ["query_id", "reference_id", "score"] and isinstance(
-        text["query_id"][0], str
-    )
-    for bad in ((query, reference, 0), (query[:0], reference, 3), (query, reference[:, 1:], 3)):
-        with pytest.raises(postprocess.InputError):
-            evaluation.match(*bad[:2], [], [], bad[2])
+    assert list(text) == ["query_id", "reference_id", "score"]
+    assert isinstance(text["query_id"][0], str)
+
+
+@pytest.mark.parametrize(("queries", "dimensions", "count"), [(5, 16, 0), (0, 16, 3), (5, 15, 3)])
+def test_match_refuses_shapes_that_make_no_sense(queries, dimensions, count):
+    with pytest.raises(errors.InputError):
+        evaluation.match(points(queries), points(8, dimensions), [], [], count)
 
 
 # ---- properties of the metrics ----
@@ -234,52 +238,47 @@ def table(rows):
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 60))
 def test_metric_properties(seed, rows):
     rng = np.random.default_rng(seed)
-    truth = pd.DataFrame(
-        {
-            "query_id": [f"q{i}" for i in range(20)],
-            "reference_id": [f"r{i}" for i in range(12)] + [""] * 8,
-        }
-    )
+    truth = pd.DataFrame({"query_id": [f"q{i}" for i in range(20)]})
+    truth["reference_id"] = [f"r{i}" if i < 12 else "" for i in range(20)]
     pairs = rng.choice(400, rows, replace=False)
     score = rng.permutation(rows) / 7.0
-    candidates = table(
-        {"query_id": [f"q{p // 20}" for p in pairs], "reference_id": [f"r{p % 20}" for p in pairs]}
-    )
+    candidates = pd.DataFrame({"query_id": [f"q{pair // 20}" for pair in pairs]})
+    candidates["reference_id"] = [f"r{pair % 20}" for pair in pairs]
     candidates["score"] = score
     metrics = eval_metrics.micro_metrics(candidates, truth)
     assert 0 <= metrics["average_precision"] <= 1 and 0 <= metrics["recall_p90"] <= 1
-    assert metrics == eval_metrics.micro_metrics(
-        candidates.sample(frac=1, random_state=seed), truth
-    )
-    assert metrics == eval_metrics.micro_metrics(candidates.assign(score=np.exp(score)), truth)
+    shuffled = candidates.sample(frac=1, random_state=seed)
+    assert metrics == eval_metrics.micro_metrics(shuffled, truth)
+    transformed = candidates.assign(score=np.exp(score))
+    assert metrics == eval_metrics.micro_metrics(transformed, truth)
     tied = eval_metrics.micro_metrics(candidates.assign(score=0.0), truth)
     assert tied["average_precision"] <= metrics["average_precision"] + 1e-12
-    worse = pd.concat([candidates, table([("q19", "r0", -1.0)])])
-    assert eval_metrics.micro_metrics(worse, truth)["average_precision"] == pytest.approx(
-        metrics["average_precision"]
-    )
+    with_wrong_last = pd.concat([candidates, table([("q19", "r0", -1.0)])])
+    same = eval_metrics.micro_metrics(with_wrong_last, truth)
+    assert same["average_precision"] == pytest.approx(metrics["average_precision"])
     perfect = truth[truth["reference_id"] != ""].assign(score=1.0)
-    assert eval_metrics.micro_metrics(perfect, truth) == pytest.approx(
-        {"average_precision": 1.0, "recall_p90": 1.0}
-    )
+    best = eval_metrics.micro_metrics(perfect, truth)
+    assert best == pytest.approx({"average_precision": 1.0, "recall_p90": 1.0})
 
 
 def test_metrics_against_a_plain_loop():
     rng = np.random.default_rng(3)
-    truth = pd.DataFrame(
-        {"query_id": [f"q{i}" for i in range(30)], "reference_id": [f"r{i % 9}" for i in range(30)]}
-    )
+    truth = pd.DataFrame({"query_id": [f"q{i}" for i in range(30)]})
+    truth["reference_id"] = [f"r{i % 9}" for i in range(30)]
+    positives = set(truth.itertuples(index=False, name=None))
     for _ in range(20):
-        query, reference = rng.integers(0, 30, 200), rng.integers(0, 12, 200)
-        rows = [
-            (f"q{q}", f"r{r}", float(s))
-            for q, r, s in zip(query, reference, rng.integers(0, 40, 200), strict=True)
-        ]
-        positives = set(truth.itertuples(index=False, name=None))
-        found, precision_sum, recall = 0, 0.0, 0.0
-        ranked = sorted(rows, key=lambda row: (-row[2], (row[0], row[1]) in positives))
-        for rank, (q, r, _score) in enumerate(ranked, start=1):
-            if (q, r) in positives:
+        queries = rng.integers(0, 30, 200)
+        references = rng.integers(0, 12, 200)
+        scores = rng.integers(0, 40, 200)
+        rows = []
+        for query, reference, score in zip(queries, references, scores, strict=True):
+            rows.append((f"q{query}", f"r{reference}", float(score)))
+        found = 0
+        precision_sum = 0.0
+        recall = 0.0
+        ranked = sorted(rows, key=lambda row: (-row[2], row[:2] in positives))
+        for rank, row in enumerate(ranked, start=1):
+            if row[:2] in positives:
                 found += 1
                 precision_sum += found / rank
             if found / rank >= 0.9:
@@ -322,12 +321,10 @@ def refuse(capsys, submission, truth, *flags, words):
     before = {path: path.stat().st_mtime_ns for path in submission.parent.iterdir()}
     assert eval_metrics.main([str(submission), str(truth), *flags]) == 2
     captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if "error:" in line]
-    assert (
-        captured.out == "" and len(errors) == 1 and errors[0].startswith("eval_metrics.py: error: ")
-    ), captured
+    (error,) = (line for line in captured.err.splitlines() if "error:" in line)
+    assert captured.out == "" and error.startswith("eval_metrics.py: error: ")
     for word in words:
-        assert str(word) in errors[0], errors[0]
+        assert str(word) in error, error
     assert {path: path.stat().st_mtime_ns for path in submission.parent.iterdir()} == before
 
 
@@ -349,9 +346,8 @@ def refuse(capsys, submission, truth, *flags, words):
     ],
 )
 def test_refuses_wrong_matches(tmp_path, truth, capsys, lines, words):
-    refuse(
-        capsys, write_text(tmp_path / "s.csv", *lines), truth, words=[tmp_path / "s.csv", *words]
-    )
+    submission = write_text(tmp_path / "s.csv", *lines)
+    refuse(capsys, submission, truth, words=[submission, *words])
 
 
 @pytest.mark.parametrize(
@@ -367,25 +363,15 @@ def test_refuses_wrong_matches(tmp_path, truth, capsys, lines, words):
 )
 def test_refuses_wrong_ground_truth(tmp_path, capsys, lines, words):
     submission = write_h5(tmp_path / "s.h5", points(5), points(9))
-    refuse(
-        capsys,
-        submission,
-        write_text(tmp_path / "gt.csv", *lines),
-        words=[tmp_path / "gt.csv", *words],
-    )
+    truth = write_text(tmp_path / "gt.csv", *lines)
+    refuse(capsys, submission, truth, words=[truth, *words])
 
 
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (
-            {"query": np.ones((5, 16), np.float32), "reference": np.ones((9, 16), np.float32)},
-            ["all 14", "collapsed"],
-        ),
-        (
-            {"query": np.zeros((5, 16), np.float32), "reference": np.zeros((9, 16), np.float32)},
-            ["all 14", "collapsed"],
-        ),
+        ({"query": ONES[:5], "reference": ONES}, ["all 14", "collapsed"]),
+        ({"query": 0 * ONES[:5], "reference": 0 * ONES}, ["all 14", "collapsed"]),
         ({"query": points(5)[:, 1:]}, ["dimensions", "15 and 16"]),
         ({"query": points(5) * np.nan}, ["'query'", "NaN", "row 0"]),
         ({"reference": points(9) + np.inf}, ["'reference'", "infinity"]),
@@ -394,9 +380,8 @@ def test_refuses_wrong_ground_truth(tmp_path, capsys, lines, words):
     ],
 )
 def test_refuses_wrong_descriptors(tmp_path, truth, capsys, arrays, words):
-    submission = write_h5(
-        tmp_path / "s.h5", **({"query": points(5), "reference": points(9)} | arrays)
-    )
+    arrays = {"query": points(5), "reference": points(9)} | arrays
+    submission = write_h5(tmp_path / "s.h5", **arrays)
     refuse(capsys, submission, truth, words=[submission, *words])
 
 
@@ -412,6 +397,28 @@ def test_refuses_files_that_are_not_there_or_not_what_they_say(tmp_path, truth):
         "not a readable HDF5",
     )
     assert_refused(run(COMMAND, submission), "GROUND_TRUTH")
+
+
+@pytest.mark.parametrize("track", ["descriptor", "matching"])
+@pytest.mark.parametrize("wrong", ["submission", "ground truth"])
+def test_ids_with_a_file_suffix_are_named(tmp_path, capsys, track, wrong):
+    submission_suffix, truth_suffix = (".jpg", "") if wrong == "submission" else ("", ".jpg")
+    row = f"Q00000{truth_suffix},R000000{truth_suffix}"
+    truth = write_text(tmp_path / "gt.csv", "query_id,reference_id", row)
+    if track == "descriptor":
+        submission = write_h5(tmp_path / "s.h5", points(5), points(9), submission_suffix)
+    else:
+        row = f"Q00000{submission_suffix},R000000{submission_suffix},1"
+        submission = write_text(tmp_path / "s.csv", "query_id,reference_id,score", row)
+    remedy_in = submission if wrong == "submission" else truth
+    remedy = f"ids must not have a file suffix: remove it in {remedy_in}"
+    refuse(capsys, submission, truth, words=[f"Q00000{submission_suffix}", remedy])
+
+
+def test_a_suffix_is_blamed_only_where_ids_agree_without_it(tmp_path, capsys):
+    truth = write_text(tmp_path / "gt.csv", "query_id,reference_id", "Q77777,R000000")
+    submission = write_h5(tmp_path / "s.h5", points(5), points(9), ".jpg")
+    refuse(capsys, submission, truth, words=["Q00000.jpg", "same phase"])
 
 
 def test_missing_references_and_unlisted_queries_are_told(tmp_path, capsys):
@@ -444,12 +451,11 @@ def normalized_cosines(query, reference, train, beta, first, last):
     """By the definition: s(q, r) - beta x mean of s(q, b_n) over the n-th nearest backgrounds, n =
     first..last.
     """
-    background = np.sort(query.astype(float) @ train.T.astype(float), axis=1)[:, ::-1][
-        :, first : last + 1
-    ]
-    return query.astype(float) @ reference.T.astype(float) - beta * background.mean(
-        axis=1, keepdims=True
-    )
+    query = query.astype(float)
+    cosines = query @ reference.T.astype(float)
+    background = np.sort(query @ train.T.astype(float), axis=1)[:, ::-1]
+    nearest = background[:, first : last + 1]
+    return cosines - beta * nearest.mean(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize(
@@ -457,9 +463,13 @@ def normalized_cosines(query, reference, train, beta, first, last):
     [(1, 0, 2, 30), (0.5, 1, 1, 30), (1, 0, 9, 4), (0, 0, 0, 1)],
 )
 def test_normalized_candidates_are_the_best_of_all_pairs(beta, first, last, trains):
-    query, reference, train = (unit(points(n, seed=n)) for n in (23, 57, trains))
+    query = unit(points(23, seed=23))
+    reference = unit(points(57, seed=57))
+    train = unit(points(trains, seed=trains))
     offset = eval_metrics.normalization_offset(query, train, beta, (first, last))
-    table = evaluation.match(query, reference, np.arange(23), np.arange(57), 100, offset=offset)
+    query_ids = np.arange(23)
+    reference_ids = np.arange(57)
+    table = evaluation.match(query, reference, query_ids, reference_ids, 100, offset=offset)
     expected = normalized_cosines(query, reference, train, beta, first, last)
     best = np.sort(np.argsort(-expected, axis=None)[:100])
     found = table["query_id"].astype(int) * 57 + table["reference_id"].astype(int)
@@ -471,10 +481,12 @@ def test_normalized_candidates_are_the_best_of_all_pairs(beta, first, last, trai
 @given(seed=st.integers(0, 2**32 - 1), size=st.floats(0, 100), count=st.integers(1, 80))
 def test_any_offset_is_exact_with_ties(seed, size, count):
     rng = np.random.default_rng(seed)
-    query, reference = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (7, 11))
+    query = rng.integers(-1, 2, (7, 3)).astype(np.float32)
+    reference = rng.integers(-1, 2, (11, 3)).astype(np.float32)
     offset = (size * rng.standard_normal(7)).astype(np.float32)
     distance, rows, columns = evaluation.nearest_pairs(query, reference, count, offset=offset)
-    every = ((query[:, None] - reference) ** 2).sum(-1) + offset[:, None]
+    difference = query[:, None] - reference
+    every = (difference**2).sum(-1) + offset[:, None]
     best = np.argsort(every, axis=None, kind="stable")[:count]
     np.testing.assert_array_equal(distance, every.ravel()[best])
     np.testing.assert_array_equal(rows * 11 + columns, best)
@@ -484,27 +496,29 @@ def test_command_with_score_normalization(tmp_path):
     """Descriptors count at unit length, and rows of zeros not at all; what was written without it
     stays.
     """
-    query, reference, train = (points(n, dim=8, seed=n) for n in (5, 9, 6))
+    query = points(5, dim=8, seed=5)
+    reference = points(9, dim=8, seed=9)
+    train = points(6, dim=8, seed=6)
     query[4] = reference[7] = train[0] = 0
     path = write_h5(tmp_path / "a.h5", 3 * query, reference)
     np.save(tmp_path / "train.npy", train)
-    truth = write_text(
-        tmp_path / "truth.csv", "query_id,reference_id", *(f"Q{i:05},R{i:06}" for i in range(5))
-    )
+    pairs = [f"Q{i:05},R{i:06}" for i in range(5)]
+    truth = write_text(tmp_path / "truth.csv", "query_id,reference_id", *pairs)
     assert run(COMMAND, path, truth).returncode == 0
     before = (tmp_path / "a_candidates.csv").read_bytes()
     result = run(COMMAND, "--score-normalization", tmp_path / "train.npy", path, truth)
     assert result.returncode == 0, result.stderr
-    expected = normalized_cosines(
-        unit(query[:4]), unit(np.delete(reference, 7, 0)), unit(train[1:]), 1, 0, 2
-    )
+    queries = unit(query[:4])
+    references = unit(np.delete(reference, 7, axis=0))
+    expected = normalized_cosines(queries, references, unit(train[1:]), 1, 0, 2)
     written = pd.read_csv(tmp_path / "a_normalized_candidates.csv")
     np.testing.assert_allclose(1 + written["score"] / 2, expected.ravel(), atol=1e-6)
     assert (tmp_path / "a_candidates.csv").read_bytes() == before
     order = np.argsort(-expected.ravel())
-    right = np.array([[r == q for r in (0, 1, 2, 3, 4, 5, 6, 8)] for q in range(4)]).ravel()[order]
-    precision = (np.cumsum(right) / np.arange(1, 33))[right].sum() / 5
-    assert json.loads(result.stdout)["average_precision"] == pytest.approx(precision)
+    right = np.eye(4, 8, dtype=bool).ravel()[order]
+    precision = np.cumsum(right) / np.arange(1, 33)
+    average_precision = precision[right].sum() / 5
+    assert json.loads(result.stdout)["average_precision"] == pytest.approx(average_precision)
 
 
 def test_wrong_score_normalization(tmp_path):

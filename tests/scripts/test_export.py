@@ -1,5 +1,5 @@
-"""scripts/export.py: each file describes images as the network does, says what its input is, or is
-not left behind.
+"""scripts/export.py: a file gives the network's descriptors and says what its input is, or is not
+kept.
 """
 
 import hashlib
@@ -20,24 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import export
-import make_dataset
 import v107
+from common.sample_images import dead_leaves
 from conftest import ROOT, run
 
-SMALL, SAME = (
-    "test_resnet",
-    "tf_mobilenetv3_small_minimal_100",
-)  # the latter's padding depends on the size
+SMALL = "test_resnet"
+SAME = "tf_mobilenetv3_small_minimal_100"  # its padding ("SAME") depends on the size
 SIZE = 64
 FORMATS = [".onnx", ".pt", ".safetensors"]
 
 
-def pictures(number, size=SIZE):
-    """Generated images, none of which the gate sees."""
-    return [make_dataset.dead_leaves(np.random.default_rng([9, i]), size) for i in range(number)]
+def generated(number, size=SIZE):
+    """Generated images, none of which the parity gate sees."""
+    return [dead_leaves(np.random.default_rng([9, i]), size) for i in range(number)]
 
 
-def prepared(model, images, size=SIZE):
+def preprocess(model, images, size=SIZE):
     config = model.backbone.default_cfg
     transform = v107.evaluation_transform(size, config["mean"], config["std"])
     return torch.stack([transform(image) for image in images])
@@ -45,8 +43,8 @@ def prepared(model, images, size=SIZE):
 
 @pytest.fixture(scope="module")
 def models():
-    """Networks of random weights by name, with BatchNorm's statistics of images: others make
-    activations explode.
+    """Networks of random weights by name, with BatchNorm's statistics of images: with others,
+    activations would explode.
     """
     torch.manual_seed(0)
     found = {}
@@ -56,7 +54,7 @@ def models():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.momentum = 1.0
         with torch.no_grad():
-            model(prepared(model, pictures(24)))
+            model(preprocess(model, generated(24)))
         found[arch] = model.eval()
     return found
 
@@ -66,7 +64,8 @@ def cheaper():
     """The gate's images are generated once for all tests, and torch's threads do not wait for
     each other.
     """
-    threads, generate = torch.get_num_threads(), export.parity_images
+    threads = torch.get_num_threads()
+    generate = export.parity_images
     torch.set_num_threads(1)
     kept = generate(None, SIZE)
 
@@ -97,23 +96,25 @@ def export_to(output, checkpoint, *flags, arch=SMALL):
     )
 
 
+def contents(folder):
+    """{path: bytes} of the files in a folder."""
+    return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def refuse(capsys, output, checkpoint, *flags, words, arch=SMALL):
     """The command ends with 2 and one line that holds all words; no file has appeared, changed or
     gone.
     """
-    before = {path: path.read_bytes() for path in checkpoint.parent.iterdir() if path.is_file()}
+    before = contents(checkpoint.parent)
     assert export_to(output, checkpoint, *flags, arch=arch) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error:" in line]
-    assert captured.out == "" and len(errors) == 1 and errors[0].startswith("export.py: error: "), (
-        captured
-    )
+    assert captured.out == "" and len(errors) == 1, captured
+    assert errors[0].startswith("export.py: error: ")
     assert "Traceback" not in captured.err and errors[0].endswith("; nothing was written")
     for word in words:
         assert str(word) in errors[0], errors[0]
-    assert {
-        path: path.read_bytes() for path in checkpoint.parent.iterdir() if path.is_file()
-    } == before
+    assert contents(checkpoint.parent) == before
 
 
 def session(path):
@@ -121,7 +122,7 @@ def session(path):
 
 
 def reader(path):
-    """The file's function from images to descriptors, without the script."""
+    """The file's network, a function from images to descriptors, without export.py."""
     if path.suffix == ".onnx":
         opened = session(path)
         return lambda images: torch.from_numpy(opened.run(None, {"images": images.numpy()})[0])
@@ -156,7 +157,7 @@ def assert_agrees(read, model, images, cosine=0.9999, difference=1e-4):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_describes_as_the_network_does(models, checkpoint, tmp_path, capsys, suffix):
+def test_a_file_gives_the_descriptors_of_the_network(models, checkpoint, tmp_path, capsys, suffix):
     output = tmp_path / f"isc{suffix}"
     assert export_to(output, checkpoint) == 0
     line = (
@@ -173,7 +174,7 @@ def test_a_file_describes_as_the_network_does(models, checkpoint, tmp_path, caps
     assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name, output.name} | beside
     read = reader(output)
     for number in (1, 5):
-        assert_agrees(read, models[SMALL], prepared(models[SMALL], pictures(number)))
+        assert_agrees(read, models[SMALL], preprocess(models[SMALL], generated(number)))
     config = config_of(output)
     assert (
         config.items()
@@ -222,15 +223,17 @@ def test_the_interface_of_onnx(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt"])
 def test_any_size_where_the_padding_depends_on_it(models, tmp_path, suffix):
-    output, checkpoint = tmp_path / f"isc{suffix}", save(models[SAME], tmp_path / "same.pth.tar")
+    output = tmp_path / f"isc{suffix}"
+    checkpoint = save(models[SAME], tmp_path / "same.pth.tar")
     assert export_to(output, checkpoint, "--size", "dynamic", arch=SAME) == 0
-    read, images = reader(output), prepared(models[SAME], pictures(3), 160)
+    read, images = reader(output), preprocess(models[SAME], generated(3), 160)
     for height, width in ((SIZE, SIZE), (160, 160), (97, 130), (51, 148)):
         assert_agrees(read, models[SAME], images[:, :, :height, :width].contiguous())
 
 
-def test_fp16_computes_the_backbone_so_and_sizes_exactly(models, tmp_path):
-    output, checkpoint = tmp_path / "isc.onnx", save(models[SAME], tmp_path / "same.pth.tar")
+def test_fp16_computes_the_backbone_in_float16_and_sizes_in_float32(models, tmp_path):
+    output = tmp_path / "isc.onnx"
+    checkpoint = save(models[SAME], tmp_path / "same.pth.tar")
     assert export_to(output, checkpoint, "--size", "dynamic", "--precision", "fp16", arch=SAME) == 0
     assert output.stat().st_size < 0.65 * checkpoint.stat().st_size
     assert config_of(output)["precision"] == "fp16"
@@ -248,14 +251,12 @@ def test_fp16_computes_the_backbone_so_and_sizes_exactly(models, tmp_path):
         ("Ceil", TensorProto.FLOAT),
         ("MatMul", TensorProto.FLOAT),
     }
-    assert (
-        sum(value == TensorProto.FLOAT16 for name, value in types.items() if "cast" in name) == 1
-    )  # of the input
-    read, images = reader(output), prepared(models[SAME], pictures(3))
+    casts = [value for name, value in types.items() if "cast" in name]
+    assert casts.count(TensorProto.FLOAT16) == 1  # of the input
+    read, images = reader(output), preprocess(models[SAME], generated(3))
     assert_agrees(read, models[SAME], images, 0.9995, 1e-2)
-    tall = torch.nn.functional.interpolate(
-        images[:1], (4099, 33), mode="bilinear"
-    )  # float16 knows no 4099
+    # float16 would round 4099.
+    tall = torch.nn.functional.interpolate(images[:1], (4099, 33), mode="bilinear")
     assert_agrees(read, models[SAME], tall, 0.9995, 1e-2)
 
 
@@ -267,14 +268,16 @@ def test_fp16_weights(models, checkpoint, tmp_path):
     for name, kind in kinds.items():
         half = name.startswith("backbone.") and not name.endswith("num_batches_tracked")
         assert kind == (torch.float16 if half else models[SMALL].state_dict()[name].dtype), name
-    assert_agrees(reader(output), models[SMALL], prepared(models[SMALL], pictures(5)), 0.9995, 1e-2)
+    assert_agrees(
+        reader(output), models[SMALL], preprocess(models[SMALL], generated(5)), 0.9995, 1e-2
+    )
 
 
 def test_the_pooling_exponent_is_exported(models, checkpoint, tmp_path):
     assert export_to(tmp_path / "isc.onnx", checkpoint, "--gem-eval-p", 3) == 0
     model = v107.ISCNet(timm.create_model(SMALL, features_only=True), eval_p=3.0).eval()
     model.load_state_dict(models[SMALL].state_dict())
-    images = prepared(model, pictures(3))
+    images = preprocess(model, generated(3))
     assert_agrees(reader(tmp_path / "isc.onnx"), model, images)
     with torch.no_grad():
         assert (model(images) - models[SMALL](images)).abs().max() > 0.01
@@ -299,13 +302,15 @@ print(json.dumps(descriptors[0].tolist()))
 def test_the_config_suffices_without_torch(models, checkpoint, tmp_path):
     """A descriptor by onnxruntime, Pillow and the config alone."""
     assert export_to(tmp_path / "isc.onnx", checkpoint) == 0
-    image = make_dataset.dead_leaves(np.random.default_rng(3), 120).crop((0, 0, 120, 80))
+    image = dead_leaves(np.random.default_rng(3), 120).crop((0, 0, 120, 80))
     image.save(tmp_path / "image.png")
-    described = run("-c", WITHOUT_TORCH, tmp_path / "isc.onnx", tmp_path / "image.png")
-    assert described.returncode == 0, described.stderr
+    result = run("-c", WITHOUT_TORCH, tmp_path / "isc.onnx", tmp_path / "image.png")
+    assert result.returncode == 0, result.stderr
     with torch.no_grad():
-        expected = models[SMALL](prepared(models[SMALL], [v107.open_image(tmp_path / "image.png")]))
-    np.testing.assert_allclose(json.loads(described.stdout), expected[0].numpy(), rtol=0, atol=1e-4)
+        expected = models[SMALL](
+            preprocess(models[SMALL], [v107.open_image(tmp_path / "image.png")])
+        )
+    np.testing.assert_allclose(json.loads(result.stdout), expected[0].numpy(), rtol=0, atol=1e-4)
 
 
 # ---- the gate ----
@@ -325,7 +330,7 @@ def damaged(function, damage):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatch, capsys, suffix):
+def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch, capsys, suffix):
     write, read = export.FORMATS[suffix]
     monkeypatch.setitem(
         export.FORMATS, suffix, (damaged(write, lambda weight: weight[:, :9].mul_(1.01)), read)
@@ -348,7 +353,7 @@ def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatc
         (lambda weight: weight.zero_(), "same numbers"),
     ],
 )
-def test_a_file_without_descriptors_is_not_left_behind(
+def test_a_file_of_a_collapsed_network_is_not_kept(
     checkpoint, tmp_path, monkeypatch, capsys, damage, words
 ):
     write, read = export.FORMATS[".onnx"]
@@ -357,7 +362,7 @@ def test_a_file_without_descriptors_is_not_left_behind(
 
 
 @pytest.mark.parametrize(("value", "words"), [(torch.nan, "NaN or infinity"), (0, "same numbers")])
-def test_a_network_without_descriptors_is_refused(models, tmp_path, capsys, value, words):
+def test_a_collapsed_network_is_refused(models, tmp_path, capsys, value, words):
     model = v107.ISCNet(timm.create_model(SMALL, features_only=True))
     model.load_state_dict(models[SMALL].state_dict())
     torch.nn.init.constant_(model.fc.weight, value)
@@ -367,7 +372,7 @@ def test_a_network_without_descriptors_is_refused(models, tmp_path, capsys, valu
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt"])
 def test_a_size_that_was_baked_in_is_refused(models, tmp_path, monkeypatch, capsys, suffix):
-    """As the padding would be, did timm not compute it with tensors while it is traced."""
+    """Of the padding, for example: timm computes it with tensors while the network is traced."""
     padding = timm.layers.padding.get_same_padding
     monkeypatch.setattr(
         timm.layers.padding, "get_same_padding", lambda x, *others: padding(int(x), *others)
@@ -388,11 +393,11 @@ def test_a_size_that_was_baked_in_is_refused(models, tmp_path, monkeypatch, caps
 
 
 def test_what_the_gate_compares(models, tmp_path):
-    """32 different images, in batches of several sizes; the photographs come first, and as
-    extraction prepares them.
+    """32 different images, in batches of several sizes; those of --photos come first, preprocessed
+    as in extraction.
     """
-    for number, picture in enumerate(pictures(3, 90)):
-        picture.crop((0, 0, 90, 50)).save(tmp_path / f"{number}.png")
+    for number, image in enumerate(generated(3, 90)):
+        image.crop((0, 0, 90, 50)).save(tmp_path / f"{number}.png")
     flags = [
         "small.pth.tar",
         "isc.onnx",
@@ -407,7 +412,7 @@ def test_what_the_gate_compares(models, tmp_path):
     images = torch.cat(batches)
     assert images.shape == (32, 3, SIZE, SIZE) and len(images.flatten(1).unique(dim=0)) == 32
     opened = [v107.open_image(tmp_path / f"{number}.png") for number in range(3)]
-    assert torch.equal(images[:3], prepared(models[SMALL], opened))
+    assert torch.equal(images[:3], preprocess(models[SMALL], opened))
     *same, small, large = export.parity_batches(
         export.parse_args([*flags, "dynamic"]), models[SMALL]
     )
@@ -426,15 +431,11 @@ def test_bounds_are_strict():
                     export.check(expected, actual, precision, "isc.onnx")
             else:
                 assert "smallest cosine" in export.check(expected, actual, precision, "isc.onnx")
-    with pytest.raises(
-        v107.InputError, match=r"smallest cosine 0\.998"
-    ):  # though no number is off by 0.03
-        export.check(
-            np.ones((1, 256)) / 16,
-            (1 + 0.06 * (-1.0) ** np.arange(256))[None] / 16,
-            "fp16",
-            "isc.onnx",
-        )
+    # No number is off by 0.03, but the cosine is too small.
+    expected = np.ones((1, 256)) / 16
+    actual = (1 + 0.06 * (-1.0) ** np.arange(256))[None] / 16
+    with pytest.raises(v107.InputError, match=r"smallest cosine 0\.998"):
+        export.check(expected, actual, "fp16", "isc.onnx")
 
 
 # ---- wrong input ----
@@ -566,6 +567,7 @@ def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_images_of_any_kind_are_photos(checkpoint, tmp_path):
-    (folder := tmp_path / "photos").mkdir()
+    folder = tmp_path / "photos"
+    folder.mkdir()
     Image.new("L", (20, 900), 50).save(folder / "gray.png")
     assert export_to(tmp_path / "isc.safetensors", checkpoint, "--photos", folder) == 0

@@ -11,9 +11,11 @@ import hash_images
 from conftest import ROOT, assert_refused, run
 
 SCRIPT = ROOT / "scripts" / "dev" / "hash_images.py"
+QUERY_FOLDERS = {1: "query_images", 2: "query_images_phase2"}
+SOURCES = {1: (7, 2), 2: (3, 0, 11)}  # {phase: references that its queries are made of}
 
 
-def picture(seed):
+def make_image(seed):
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
 
@@ -21,40 +23,47 @@ def picture(seed):
 @pytest.fixture
 def data(tmp_path):
     """Twelve references; two queries of phase 1, three of phase 2, each a smaller reference."""
-    for folder, name, seeds in (
-        ("reference_images", "R{:06}.png", range(12)),
-        ("query_images", "Q{:05}.jpg", (7, 2)),
-        ("query_images_phase2", "Q{:05}.jpg", (3, 0, 11)),
-    ):
-        (tmp_path / folder).mkdir()
+    references = tmp_path / "reference_images"
+    references.mkdir()
+    for i in range(12):
+        make_image(i).save(references / f"R{i:06}.png")
+    for phase, seeds in SOURCES.items():
+        queries = tmp_path / QUERY_FOLDERS[phase]
+        queries.mkdir()
         for i, seed in enumerate(seeds):
-            image = (
-                picture(seed) if folder == "reference_images" else picture(seed).resize((100, 90))
-            )
-            image.save(tmp_path / folder / name.format(i))
+            smaller = make_image(seed).resize((100, 90))
+            smaller.save(queries / f"Q{i:05}.jpg")
     return tmp_path
 
 
-@pytest.mark.parametrize(("phase", "sources"), [(1, (7, 2)), (2, (3, 0, 11))])
-def test_finds_what_was_made_smaller(data, phase, sources):
-    assert (
-        hash_images.main(
-            [str(data), "--phase", str(phase), "--output", str(data / "new" / "hashes")]
-        )
-        == 0
-    )
-    assert sorted(path.name for path in (data / "new" / "hashes").iterdir()) == [
-        "dhash.csv",
-        "phash.csv",
-    ]
+@pytest.mark.parametrize("phase", [1, 2])
+def test_finds_the_smaller_copies(data, phase):
+    sources = SOURCES[phase]
+    output = data / "new" / "hashes"
+    assert hash_images.main([str(data), "--phase", str(phase), "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == {"dhash.csv", "phash.csv"}
     for name in hash_images.HASHES:
-        with (data / "new" / "hashes" / f"{name}.csv").open(newline="") as file:
+        with (output / f"{name}.csv").open(newline="") as file:
             header, *rows = csv.reader(file)
         assert header == ["query_id", "reference_id", "score"]
         assert len(rows) == 10 * len(sources)
-        first = dict(reversed([(query, reference) for query, reference, _ in rows]))
-        assert first == {f"Q{i:05}": f"R{source:06}" for i, source in enumerate(sources)}
-        assert all(-100 <= int(rows[10 * i][2]) <= 0 for i in range(len(sources)))
+        for i, source in enumerate(sources):
+            query_id, reference_id, score = rows[10 * i]
+            assert query_id == f"Q{i:05}"
+            assert reference_id == f"R{source:06}"
+            assert -100 <= int(score) <= 0
+
+
+def test_images_are_read_upright_and_hidden_files_are_not_read(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    turned = make_image(5).transpose(Image.Transpose.ROTATE_90)
+    turned.save(data / "query_images" / "Q00007.png", exif=exif)
+    (data / "query_images" / "._Q00007.png").write_bytes(b"of macOS")
+    assert hash_images.main([str(data), "--output", str(data / "hashes")]) == 0
+    with (data / "hashes" / "phash.csv").open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row[0] == "Q00007"]
+    assert rows[0] == ["Q00007", "R000005", "0"]
 
 
 def test_match_hashes_ranks_by_differing_bits():
@@ -64,14 +73,15 @@ def test_match_hashes_ranks_by_differing_bits():
     matches = hash_images.match_hashes(query, reference, k=10)
     assert len(matches) == 20
     assert matches[0] == (0, 7, 0) and matches[10] == (1, 30, -3)
-    for rows in matches[:10], matches[10:]:
-        scores = [score for _, _, score in rows]
-        assert scores == sorted(scores, reverse=True)
-        assert scores == [-int((query[q] != reference[r]).sum()) for q, r, _ in rows]
+    for q, r, score in matches:
+        assert score == -(query[q] != reference[r]).sum()
+    scores = [score for _, _, score in matches]
+    assert scores[:10] == sorted(scores[:10], reverse=True)
+    assert scores[10:] == sorted(scores[10:], reverse=True)
 
 
 def test_refuses_two_images_of_one_id(data, capsys):
-    picture(3).save(data / "query_images" / "Q00000.png")
+    make_image(3).save(data / "query_images" / "Q00000.png")
     assert hash_images.main([str(data), "--output", str(data / "out")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert str(data / "query_images") in line and "suffix" in line
@@ -83,7 +93,7 @@ def test_says_what_to_install(data, capsys, monkeypatch):
     assert "hash_images.py: error: imagehash: is not installed" in capsys.readouterr().err
 
 
-def test_refuses_what_it_cannot_read(data):
+def test_refuses_unreadable_images(data):
     assert_refused(run(SCRIPT, data / "none", "--output", data), data / "none" / "query_images")
     (data / "query_images" / "Q00009.jpg").write_text("no image")
     assert_refused(

@@ -1,5 +1,5 @@
-"""scripts/make_dataset.py: layout, disjointness, honest ground truth, reproducible bytes,
-interruptions, refusals.
+"""scripts/make_dataset.py: layout, disjoint splits, correct ground truth, byte-identical files,
+interruptions, wrong input.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from make_dataset import (
     THUMBNAIL,
     InputError,
     Job,
-    Picture,
+    SourceImage,
     apply_edits,
     dead_leaves,
     embedded_tiles,
@@ -47,7 +47,7 @@ from make_dataset import (
 
 SCRIPT = "scripts/make_dataset.py"
 CSVS = "b93645bedecab35f8771c817b6ed1d4076f43b4c2346c46f2504157e47e39e9e"
-PICTURES = "dd37b77e6ffaf9ccafefba3750d74e555b848635a5db3e2dad380832a6e15f49"
+QUERIES = "dd37b77e6ffaf9ccafefba3750d74e555b848635a5db3e2dad380832a6e15f49"
 SMALL = "--queries", 30, "--references", 40, "--training", 12, "--size", 128
 
 
@@ -59,7 +59,7 @@ def contents(folder):
 
 
 def thumbnail(path):
-    """A picture as 768 floats, enough to recognize it after scaling and JPEG."""
+    """An image as 768 floats, enough to recognize it after scaling and JPEG."""
     return np.asarray(Image.open(path).convert("RGB").resize((16, 16)), float).ravel()
 
 
@@ -162,16 +162,16 @@ def test_same_command_same_bytes_for_any_number_of_workers(dataset, tmp_path, wo
 
 
 def test_the_embedded_data_set_is_the_one_that_the_published_figures_are_of(dataset, tables):
-    """Generated pictures hang on the machine's linear algebra, and pictures on the architecture's
+    """Generated images depend on the machine's linear algebra, edited ones on the architecture's
     rounding.
     """
     csvs = b"".join(file.read_bytes() for file in sorted(dataset.glob("*.csv")))
     assert hashlib.sha256(csvs).hexdigest() == CSVS
     if platform.machine() == "x86_64":
-        pictures = b"".join(
+        queries = b"".join(
             file.read_bytes() for file in sorted(dataset.glob("query_images*/*.jpg"))
         )
-        assert hashlib.sha256(pictures).hexdigest() == PICTURES
+        assert hashlib.sha256(queries).hexdigest() == QUERIES
 
 
 def test_another_seed_another_data_set(dataset, tmp_path):
@@ -182,7 +182,7 @@ def test_another_seed_another_data_set(dataset, tmp_path):
     assert all(other[name] != first[name] for name in first)
 
 
-# ---- what came out ----
+# ---- statistics and contact sheet ----
 
 
 def test_statistics_count_what_is_there(dataset, tables):
@@ -237,7 +237,7 @@ def test_contact_sheet_shows_originals_beside_queries(dataset, tables):
 
 def test_labels_hold_every_parameter():
     edits = [["crop", {"x1": 0.1, "y1": 0.25}], ["jpeg", {"quality": 40}]]
-    job = Job(Path("query_images/Q00007.jpg"), Picture("a.png"), "query", 7, edits)
+    job = Job(Path("query_images/Q00007.jpg"), SourceImage("a.png"), "query", 7, edits)
     assert label(job).replace("\n", " ") == "Q00007: crop x1=0.1 y1=0.25, jpeg quality=40"
 
 
@@ -265,25 +265,24 @@ def alive(pid):
         return False
 
 
-def pictures(folder):
+def count_images(folder):
     return len(list(folder.glob("**/*.jpg")))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_nothing(dataset, tmp_path):
+def test_a_killed_run_resumes_to_byte_identical_files_and_leaves_nothing(dataset, tmp_path):
     unfinished = tmp_path / ".out.unfinished"
     for _ in range(2):
-        already = pictures(unfinished)
+        already = count_images(unfinished)
         process = start(tmp_path / "out", *SMALL, "--workers", 2)
-        wait_for(lambda already=already: pictures(unfinished) > already + 12)
+        wait_for(lambda already=already: count_images(unfinished) > already + 12)
         workers = children(process.pid)
         process.kill()
         process.communicate()
         wait_for(lambda workers=workers: not any(map(alive, workers)))
-        assert len(workers) == 2 and pictures(unfinished) < 112
+        assert len(workers) == 2 and count_images(unfinished) < 112
     assert not (tmp_path / "out").exists()
-    (unfinished / "data" / "query_images" / "Q00003.jpg").write_bytes(
-        b""
-    )  # as a power failure may leave it
+    # A power failure may leave an empty file.
+    (unfinished / "data" / "query_images" / "Q00003.jpg").write_bytes(b"")
 
     other = run(SCRIPT, tmp_path / "out", *SMALL, "--seed", 3, "--references", 41)
     assert_refused(other, unfinished, "--seed, --references", "--start-over")
@@ -298,13 +297,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_nothing(dataset, tmp_
 
 def test_ctrl_c_ends_all_in_one_line_and_start_over_discards(tmp_path):
     process = start(tmp_path / "out", *SMALL, "--workers", 2)
-    wait_for(lambda: pictures(tmp_path) > 10)
+    wait_for(lambda: count_images(tmp_path) > 10)
     workers = children(process.pid)
-    for pid in (process.pid, *workers):  # as a terminal sends it
+    for pid in (process.pid, *workers):  # a terminal signals them all
         os.kill(pid, signal.SIGINT)
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "the same command goes on" in messages.splitlines()[-1] and "Traceback" not in messages
+    assert "the same command resumes it" in messages.splitlines()[-1]
+    assert "Traceback" not in messages
     assert not any(map(alive, workers))
     tiny = "--queries", 3, "--references", 3, "--training", 2, "--size", 128
     result = run(SCRIPT, tmp_path / "out", *tiny, "--start-over")
@@ -316,14 +316,14 @@ def test_ctrl_c_ends_all_in_one_line_and_start_over_discards(tmp_path):
 
 def test_a_killed_worker_is_one_line(tmp_path):
     process = start(tmp_path / "out", *SMALL, "--workers", 2)
-    wait_for(lambda: pictures(tmp_path) > 10)
+    wait_for(lambda: count_images(tmp_path) > 10)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "lost a process" in messages.splitlines()[-1] and "Traceback" not in messages
+    assert "lost a worker process" in messages.splitlines()[-1] and "Traceback" not in messages
 
 
-def test_photographs_are_read_once_and_others_refused(tmp_path):
+def test_a_killed_reading_resumes_and_other_photographs_are_refused(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(14):
@@ -345,7 +345,7 @@ def test_photographs_are_read_once_and_others_refused(tmp_path):
     assert [path for path, *_ in read_journal(journal)] == [
         str(photos / f"{i:02}.png") for i in range(14)
     ]
-    with journal.open("r+") as file:  # as after a kill: the last line is torn
+    with journal.open("r+") as file:  # after a kill, the last line may be a part of one
         file.truncate(journal.stat().st_size - 9)
     process = start(*command[1:], "--workers", 1)
     wait_for(lambda: (tmp_path / ".out.unfinished" / "plan.json").exists())
@@ -358,7 +358,7 @@ def test_photographs_are_read_once_and_others_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
 
 
-def test_what_a_kill_after_the_last_step_left_goes_with_the_next_run(tmp_path, capsys):
+def test_the_next_run_removes_what_a_kill_after_the_last_step_left(tmp_path, capsys):
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "plan.json").touch()
     (tmp_path / "out").mkdir()
@@ -371,19 +371,19 @@ def test_what_a_kill_after_the_last_step_left_goes_with_the_next_run(tmp_path, c
 # ---- photographs ----
 
 
-def test_photographs_are_split_once_and_unreadable_ones_named(tmp_path):
+def test_photographs_are_split_without_overlap_and_unreadable_ones_named(tmp_path):
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
     for i in range(40):
-        picture = dead_leaves(generator(7, "training", i), 96)
-        picture.save(photos / "below" / f"{i}.{('jpg', 'png', 'webp', 'bmp')[i % 4]}")
-    picture.convert("L").save(photos / "gray.png")
-    picture.convert("CMYK").resize((200, 90)).save(photos / "cmyk.jpg")
-    picture.quantize(16).resize((90, 60)).save(photos / "palette.gif")
+        image = dead_leaves(generator(7, "training", i), 96)
+        image.save(photos / "below" / f"{i}.{('jpg', 'png', 'webp', 'bmp')[i % 4]}")
+    image.convert("L").save(photos / "gray.png")
+    image.convert("CMYK").resize((200, 90)).save(photos / "cmyk.jpg")
+    image.quantize(16).resize((90, 60)).save(photos / "palette.gif")
     (photos / "copy.bmp").write_bytes((photos / "below" / "3.bmp").read_bytes())
     (photos / "broken.jpg").write_bytes((photos / "below" / "0.jpg").read_bytes()[:300])
     Image.new("RGB", (900, 1)).save(photos / "thin.png")
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("no image")
 
     result = run(
         SCRIPT,
@@ -443,7 +443,7 @@ def png_of(width, height):
 )  # as make_dataset itself does
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_of(100_001, 1000))
-    (tmp_path / "text.jpg").write_text("no\npicture")
+    (tmp_path / "text.jpg").write_text("no\nimage")
     # Pillow alone would start Ghostscript
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"
     (tmp_path / "script.png").write_bytes(script)
@@ -465,13 +465,11 @@ def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
 
 
 def test_photographs_are_upright_and_of_8_bits(tmp_path):
-    picture = dead_leaves(generator(7, "training", 0), 48).crop((0, 0, 48, 30))
+    image = dead_leaves(generator(7, "training", 0), 48).crop((0, 0, 48, 30))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(
-        open_photograph(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1)
-    )
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(open_photograph(tmp_path / "turned.png"), np.rot90(np.asarray(image), -1))
     gray = np.linspace(0, 65535, 48 * 30).astype(np.uint16).reshape(30, 48)
     Image.fromarray(gray).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_photograph(tmp_path / "deep.png"))[..., 0], gray >> 8)
@@ -479,12 +477,11 @@ def test_photographs_are_upright_and_of_8_bits(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("pillow_heif"), reason="needs pillow-heif")
 def test_heic_is_read(tmp_path):
-    picture = dead_leaves(generator(7, "training", 0), 64).resize(
-        (256, 256)
-    )  # smooth: HEIC halves the colors
-    picture.save(tmp_path / "phone.HEIC", format="HEIF", quality=95)
+    small = dead_leaves(generator(7, "training", 0), 64)
+    image = small.resize((256, 256))  # smooth: HEIC halves the colors
+    image.save(tmp_path / "phone.HEIC", format="HEIF", quality=95)
     opened = np.asarray(open_photograph(tmp_path / "phone.HEIC"), float)
-    assert np.abs(opened - np.asarray(picture, float)).mean() < 8
+    assert np.abs(opened - np.asarray(image, float)).mean() < 8
 
 
 def test_without_pillow_heif_the_remedy_is_named(tmp_path, monkeypatch):
@@ -496,10 +493,10 @@ def test_without_pillow_heif_the_remedy_is_named(tmp_path, monkeypatch):
     images.formats.cache_clear()
 
 
-def test_generated_pictures_differ_and_are_colored():
-    pictures = [np.asarray(dead_leaves(generator(0, "training", i), 64), float) for i in range(8)]
-    assert all(picture.shape == (64, 64, 3) and picture.std() > 20 for picture in pictures)
-    assert len({picture.tobytes() for picture in pictures}) == 8
+def test_generated_images_differ_and_are_colored():
+    pixels = [np.asarray(dead_leaves(generator(0, "training", i), 64), float) for i in range(8)]
+    assert all(image.shape == (64, 64, 3) and image.std() > 20 for image in pixels)
+    assert len({image.tobytes() for image in pixels}) == 8
 
 
 def test_refusals_leave_nothing_behind(tmp_path):

@@ -1,4 +1,4 @@
-"""match.py as its users run it: folders of pictures made here, a small network in ONNX or torch."""
+"""match.py as its users run it: folders of images made here, a small network in ONNX or torch."""
 
 import ast
 import csv
@@ -32,12 +32,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-import make_dataset
 import match
 import v107
-from common import page
+from common import images, page
+from common.descriptor_cache import DescriptorCache
+from common.descriptors import database_augmentation, negative_embedding_subtraction
+from common.extraction import PixelBudget, extract_descriptors, map_ahead
+from common.networks import DEFAULT_ONNX, Network, onnx_network, torch_network
+from common.pairs import cosine, find_pairs
+from common.sample_images import dead_leaves
+from common.search import normalize
 from conftest import ROOT, assert_refused, called, run
-from postprocess import database_augmentation, negative_embedding_subtraction
 
 COMMAND = ROOT / "scripts" / "match.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,8 +77,8 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
     return str(path)
 
 
-def picture(seed, size=(90, 60)):
-    """A picture like no other: a few random colors, enlarged."""
+def draw(seed, size=(90, 60)):
+    """An image like no other: a few random colors, enlarged."""
     colors = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC)
 
@@ -85,19 +90,19 @@ def network_file(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures; a copy, a recompressed, a cropped and a turned one of the first; and no other
+    """Eight images; a copy, a recompressed, a cropped and a turned one of the first; and no other
     file.
     """
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (root / "below").mkdir(parents=True)
     for seed in range(8):
-        picture(seed).save(root / f"{seed}.png")
+        draw(seed).save(root / f"{seed}.png")
     shutil.copy(root / "0.png", root / "below" / "renamed.png")
-    picture(0).save(root / "recompressed.jpg", quality=40)
-    picture(0).crop((2, 2, 88, 58)).save(root / "cropped.webp")
+    draw(0).save(root / "recompressed.jpg", quality=40)
+    draw(0).crop((2, 2, 88, 58)).save(root / "cropped.webp")
     exif = Image.Exif()
     exif[0x0112] = 6  # shown a quarter turn clockwise
-    picture(0).transpose(Image.Transpose.ROTATE_90).save(root / "turned.jpg", exif=exif, quality=95)
+    draw(0).transpose(Image.Transpose.ROTATE_90).save(root / "turned.jpg", exif=exif, quality=95)
     return root
 
 
@@ -130,12 +135,21 @@ def names(rows):
 
 def fake(monkeypatch, wrap):
     """Have the network's run replaced by wrap(run)."""
-    load = match.onnx_network
-    monkeypatch.setattr(
-        match,
-        "onnx_network",
-        lambda args: dataclasses.replace(network := load(args), run=wrap(network.run)),
-    )
+    load = match.load_network
+
+    def load_wrapped(args):
+        network = load(args)
+        return dataclasses.replace(network, run=wrap(network.run))
+
+    monkeypatch.setattr(match, "load_network", load_wrapped)
+
+
+def extracted(paths, network, workers=2):
+    """The descriptors of readable image files, without a cache file."""
+    cache = DescriptorCache(None, network)
+    rows, unreadable = extract_descriptors(paths, network, cache, 8, workers, quiet=True)
+    assert unreadable == {}
+    return rows
 
 
 def rows_of(*lists):
@@ -174,18 +188,18 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
     }
     assert all(Path(row["query"]).is_relative_to(folder) for row in rows)
     assert len({row["group"] for row in rows}) == 2
-    assert "13 pictures, 11 of them new; 5 matches in 2 groups" in err
+    assert "13 images, 11 of them new; 5 matches in 2 groups" in err
 
 
-def test_a_picture_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
+def test_an_image_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for separator in ("\n", "\r\n", "\0"):
         Path("list.txt").write_text(
-            separator.join(["pictures/1.png", "", "pictures/recompressed.jpg", ""])
+            separator.join(["images/1.png", "", "images/recompressed.jpg", ""])
         )
-        code, rows, _ = do("pictures/0.png", "list.txt")
-        assert code == 0 and [row["reference"] for row in rows] == ["pictures/recompressed.jpg"]
-    code, rows, _ = do("pictures/0.png", "pictures/1.png")
+        code, rows, _ = do("images/0.png", "list.txt")
+        assert code == 0 and [row["reference"] for row in rows] == ["images/recompressed.jpg"]
+    code, rows, _ = do("images/0.png", "images/1.png")
     assert code == 1 and rows == []
 
 
@@ -195,7 +209,7 @@ def test_overlapping_sets_do_not_match_a_file_with_itself(folder, do):
     assert len(rows) == 4
     _, rows, _ = do(folder, folder)
     assert len(rows) == 20  # each pair from both sides
-    code, rows, _ = do(folder / "1.png", folder / ".." / "pictures" / "1.png")
+    code, rows, _ = do(folder / "1.png", folder / ".." / "images" / "1.png")
     assert code == 1 and rows == []
 
 
@@ -209,24 +223,28 @@ def test_links_and_hidden_files(folder, do):
     shutil.copy(folder / "2.png", folder / "notes.txt")
     code, rows, err = do(folder)
     assert code == 0 and len(rows) == 10
-    assert "13 pictures" in err  # 12 and the dangling link
+    assert "13 images" in err  # 12 and the dangling link
     assert err.rstrip().endswith("dangling.png: no such file")
 
 
-def test_every_format(folder, do, tmp_path):
+def test_suffixes_of_any_case(folder, do, tmp_path):
     pillow_heif.register_heif_opener()
-    formats = tmp_path / "formats"
-    formats.mkdir()
-    for suffix in ("jpg", "png", "webp", "bmp", "gif", "tiff", "avif", "heic", "JPG", "jfif"):
-        picture(0).save(formats / f"copy.{suffix}", format="JPEG" if suffix == "jfif" else None)
-    code, rows, err = do(formats, folder / "0.png")
-    assert code == 0 and len(rows) == 10 and "bad files" not in err
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for suffix in ("JPG", "jfif", "Heic"):
+        draw(0).save(copies / f"copy.{suffix}", format="JPEG" if suffix == "jfif" else None)
+    code, rows, err = do(copies, folder / "0.png")
+    assert code == 0 and len(rows) == 3 and "unreadable files" not in err
 
 
-def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
+def test_unreadable_files_are_named_and_do_not_end_the_job(folder, do):
     whole = (folder / "1.png").read_bytes()
-    bad = {"empty.jpg": b"", "text.jpg": b"no picture", "vector.gif": b"%!PS-Adobe-3.0 EPSF-3.0\n"}
-    for name, data in bad.items():
+    unreadable = {
+        "empty.jpg": b"",
+        "text.jpg": b"no image",
+        "vector.gif": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    }
+    for name, data in unreadable.items():
         (folder / name).write_bytes(data)
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (10_001, 10_000)).save(folder / "huge.png")
@@ -234,20 +252,22 @@ def test_bad_files_are_named_and_do_not_end_the_job(folder, do):
     os.mkfifo(folder / "pipe.jpg")
     code, rows, err = do(folder)
     assert code == 0 and len(rows) == 10
-    report = dict(line.rsplit(": ", 1) for line in err.split("bad files (7):\n")[1].splitlines())
+    report = dict(
+        line.rsplit(": ", 1) for line in err.split("unreadable files (7):\n")[1].splitlines()
+    )
     reasons = {Path(path).name: reason for path, reason in report.items()}
-    assert reasons.keys() == {*bad, "truncated.png", "huge.png", "huger.png", "pipe.jpg"}
+    assert reasons.keys() == {*unreadable, "truncated.png", "huge.png", "huger.png", "pipe.jpg"}
     assert reasons["huge.png"] == "10001 x 10000 pixels, more than 100000000 to decode"
     assert "200000000 pixels" in reasons["huger.png"]
     assert (
         reasons["text.jpg"] == reasons["vector.gif"]
-        and "no picture in a known format (AVIF" in reasons["text.jpg"]
+        and "no image in a known format (AVIF" in reasons["text.jpg"]
     )
-    assert reasons["pipe.jpg"] == "no file"
+    assert reasons["pipe.jpg"] == "not a regular file"
     code, rows, err = do(folder, "--bad-images", "error")
-    assert code == 2 and len(rows) == 10 and "--bad-images error: 7 bad files" in err
+    assert code == 2 and len(rows) == 10 and "--bad-images error: 7 unreadable files" in err
     code, rows, err = do(folder / "text.jpg", folder)
-    assert code == 2 and rows == [] and "text.jpg: not one picture of 1 can be read" in err
+    assert code == 2 and rows == [] and "text.jpg: no image of 1 can be read" in err
 
 
 def test_the_threshold_of_the_file(folder, tmp_path, capfd):
@@ -303,7 +323,7 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
         }
         assert files >= {*odd, b"5.png"}
     assert err.splitlines()[-1].endswith(
-        r"bad\n\udcff.png: no picture in a known format "
+        r"bad\n\xff.png: no image in a known format "
         "(AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, HEIF)"
     )
 
@@ -313,7 +333,7 @@ def test_report(folder, do, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "write_match_page", lambda *arguments: given.append(arguments))
     (folder / "bad.jpg").write_bytes(b"")
     _, rows, _ = do(folder, "--report", tmp_path / "page.html")
-    ((output, matches, bad, threshold),) = given
+    ((output, matches, unreadable, threshold),) = given
     assert output == tmp_path / "page.html" and threshold == float(THRESHOLD)
     assert isinstance(matches, pd.DataFrame) and list(matches) == [
         "query",
@@ -325,7 +345,9 @@ def test_report(folder, do, tmp_path, monkeypatch):
         matches["query"].tolist() == [row["query"] for row in rows]
         and matches["score"].dtype == float
     )
-    assert [(Path(path).name, reason[:10]) for path, reason in bad] == [("bad.jpg", "no picture")]
+    assert [(Path(path).name, reason[:10]) for path, reason in unreadable] == [
+        ("bad.jpg", "no image i")
+    ]
     monkeypatch.setitem(sys.modules, "common.page", None)
     monkeypatch.delattr(sys.modules["common"], "page")
     code, _, err = do(folder, "--report", tmp_path / "page.html")
@@ -333,7 +355,7 @@ def test_report(folder, do, tmp_path, monkeypatch):
         code == 2
         and err.startswith("match.py: error: ")
         and "page" in err
-        and "describing" not in err
+        and "extracting" not in err
     )
 
 
@@ -341,15 +363,15 @@ def test_quiet_says_nothing_but_what_is_wrong(folder, do, tmp_path):
     background = tmp_path / "background"
     background.mkdir()
     for seed in range(100, 112):
-        picture(seed).save(background / f"{seed}.png")
+        draw(seed).save(background / f"{seed}.png")
     _, _, err = do(folder, "--quiet", "--negatives", background)
     assert err == ""
     (folder / "bad.jpg").write_bytes(b"")
     _, _, err = do(folder, "--quiet")
     title, line = err.splitlines()
-    assert title == "match.py: bad files (1):" and line.startswith(f"{folder}/bad.jpg: ")
+    assert title == "match.py: unreadable files (1):" and line.startswith(f"{folder}/bad.jpg: ")
     _, _, err = do(folder)
-    assert "describing" in err and "comparing" in err
+    assert "extracting descriptors" in err and "comparing" in err
 
 
 def test_a_reader_that_has_had_enough(folder, network_file):
@@ -375,7 +397,7 @@ def test_imports_neither_torch_nor_what_is_posix_only():
 
 def test_runs_in_a_light_installation(folder, tmp_path):
     """The default network needs no torch and no POSIX, and a HEIC then says what it needs."""
-    picture(0).save(folder / "phone.heic")
+    draw(0).save(folder / "phone.heic")
     blocked = [*NOT_NEEDED, *POSIX_ONLY, "pillow_heif"]
     block = f"import sys; sys.modules.update(dict.fromkeys({blocked}))"
     output = tmp_path / "copies.csv"
@@ -478,72 +500,28 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1"])
 @pytest.mark.parametrize("size", [(90, 60), (64, 64), (1, 700), (300, 2)])
-def test_prepares_as_extraction_does(mode, size, tmp_path):
-    """To the same bits, for every picture that is not to be turned."""
-    picture(3, size).convert(mode).save(tmp_path / "picture.tiff")
-    network = match.Network(None, "", "", 64, MEAN, STD, 256)
-    with (tmp_path / "picture.tiff").open("rb") as file:
-        actual = match.read_picture(file, network.prepare, match.Budget(match.MAX_PIXELS))
-    expected = v107.evaluation_transform(64, MEAN, STD)(v107.open_image(tmp_path / "picture.tiff"))
+def test_preprocesses_as_the_stages_extraction_does(mode, size, tmp_path):
+    """Bit-identical, for every image that EXIF does not turn."""
+    draw(3, size).convert(mode).save(tmp_path / "image.tiff")
+    network = Network(None, "", "", 64, MEAN, STD, 256)
+    actual = network.preprocess(images.open_image(tmp_path / "image.tiff"))
+    expected = v107.evaluation_transform(64, MEAN, STD)(v107.open_image(tmp_path / "image.tiff"))
     assert actual.dtype == np.float32 and actual.flags.c_contiguous
     np.testing.assert_array_equal(actual, expected.numpy())
 
 
-def test_prepares_every_value_as_extraction_does():
+def test_preprocesses_every_value_as_the_stages_extraction_does():
     values = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
-    network = match.Network(None, "", "", 16, MEAN, STD, 256)
+    network = Network(None, "", "", 16, MEAN, STD, 256)
     expected = v107.evaluation_transform(16, MEAN, STD)(values)
-    np.testing.assert_array_equal(network.prepare(values), expected.numpy())
+    np.testing.assert_array_equal(network.preprocess(values), expected.numpy())
 
 
-@pytest.mark.parametrize("orientation", range(10))
-def test_turns_pictures_as_viewers_do(tmp_path, orientation):
-    """Turned back by the inverse of what EXIF orders; 0 and 9 order nothing."""
-    turns = {
-        2: "FLIP_LEFT_RIGHT",
-        3: "ROTATE_180",
-        4: "FLIP_TOP_BOTTOM",
-        5: "TRANSPOSE",
-        6: "ROTATE_90",
-        7: "TRANSVERSE",
-        8: "ROTATE_270",
-    }
-    turn = turns.get(orientation)
-    stored = picture(1).transpose(Image.Transpose[turn]) if turn else picture(1)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
-    with (tmp_path / "turned.png").open("rb") as file:
-        upright = match.read_picture(file, np.asarray, match.Budget(match.MAX_PIXELS))
-    np.testing.assert_array_equal(upright, np.asarray(picture(1)))
-
-
-def test_reads_damaged_exif_and_16_bits(tmp_path):
-    picture(1).save(tmp_path / "exif.png", exif=b"Exif\0\0nonsense")
-    deep = np.asarray(picture(1).convert("L")).astype(np.uint16) * 257
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    for name, expected in (
-        ("exif.png", picture(1)),
-        ("deep.png", picture(1).convert("L").convert("RGB")),
-    ):
-        with (tmp_path / name).open("rb") as file:
-            actual = match.read_picture(file, np.asarray, match.Budget(match.MAX_PIXELS))
-        np.testing.assert_array_equal(actual, np.asarray(expected))
-
-
-def test_describes_as_torch_hub_does(folder, checkpoint, tmp_path, capfd):
-    options = [
-        "--weight",
-        str(checkpoint),
-        "-a",
-        "test_efficientnet",
-        "--input-size",
-        "64",
-        "--device",
-        "cpu",
-    ]
-    cache = tmp_path / "cache.sqlite"
-    assert match.main([str(folder), *options, "--cache", str(cache), "--batch-size", "5"]) == 0
+def test_extracts_what_torch_hub_does(folder, checkpoint, tmp_path, capfd):
+    network_options = ["--weight", checkpoint, "-a", "test_efficientnet", "--input-size", 64]
+    options = [*network_options, "--device", "cpu", "--batch-size", 5]
+    path = tmp_path / "cache.sqlite"
+    assert match.main([str(option) for option in (folder, *options, "--cache", path)]) == 0
     out, _ = capfd.readouterr()
     assert f"{folder}/0.png,{folder}/below/renamed.png,1.000000" in out
     model, preprocess = torch.hub.load(
@@ -554,14 +532,13 @@ def test_describes_as_torch_hub_does(folder, checkpoint, tmp_path, capfd):
         arch="test_efficientnet",
         input_size=64,
     )
-    args = match.parse_args([str(folder), *options, "--no-cache", "--batch-size", "4"])
-    network = match.torch_network(args)
-    store = match.Cache(cache, network)
+    network = torch_network(str(checkpoint), "test_efficientnet", 64, "cpu")
+    cache = DescriptorCache(path, network)
     paths = sorted(str(path) for path in folder.glob("*.png"))
-    rows, bad = match.describe(paths, network, store, args, "test")
+    rows, unreadable = extract_descriptors(paths, network, cache, batch_size=4, workers=2)
     with torch.inference_mode():
         expected = model(torch.stack([preprocess(Image.open(path)) for path in paths]))
-    assert bad == {} and store.added == 0  # all from the first command's cache
+    assert unreadable == {} and cache.added == 0  # all from the first command's cache
     np.testing.assert_allclose(rows, expected.numpy(), rtol=0, atol=2e-6)
 
 
@@ -617,13 +594,13 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
 
 
 def test_the_small_network_is_the_default(tmp_path, capfd):
-    """It finds edited copies of pictures that it has not seen, and says in a line that it is the
+    """It finds edited copies of images that it has not seen, and says in a line that it is the
     small one.
     """
     for i in range(8):
-        picture = make_dataset.dead_leaves(np.random.default_rng(i), 160)
-        picture.save(tmp_path / f"{i}.png")
-        picture.crop((6, 6, 154, 146)).save(tmp_path / f"{i}-copy.jpg", quality=50)
+        image = dead_leaves(np.random.default_rng(i), 160)
+        image.save(tmp_path / f"{i}.png")
+        image.crop((6, 6, 154, 146)).save(tmp_path / f"{i}-copy.jpg", quality=50)
     assert match.main([str(tmp_path), "--no-cache"]) == 0
     out, err = capfd.readouterr()
     found = {
@@ -639,20 +616,15 @@ def test_the_small_network_is_the_default(tmp_path, capfd):
 def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
     """The same descriptors as by torch, and the threshold that was measured with those."""
     for i in range(20):
-        make_dataset.dead_leaves(np.random.default_rng(i), 130).save(tmp_path / f"{i}.png")
-    paths, _, _ = match.collect([str(tmp_path)])
-    weight = ["--weight", str(ROOT / "weights" / "v98.pth.tar"), "-a", "test_byobnet"]
-    rows, thresholds = [], []
-    for network, flags in (
-        (match.onnx_network, ["--onnx", str(match.DEFAULT_ONNX)]),
-        (match.torch_network, [*weight, "--input-size", "96", "--device", "cpu"]),
-    ):
-        args = match.parse_args([str(tmp_path), *flags, "--quiet", "--batch-size", "8"])
-        loaded = network(args)
-        rows.append(match.describe(paths, loaded, match.Cache(None, loaded), args, "")[0])
-        thresholds.append(loaded.threshold)
-    assert thresholds == [0.75, 0.604169]
-    np.testing.assert_allclose(rows[0], rows[1], rtol=0, atol=1e-5)
+        dead_leaves(np.random.default_rng(i), 130).save(tmp_path / f"{i}.png")
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    default = onnx_network(str(DEFAULT_ONNX))
+    checkpoint = ROOT / "weights" / "v98.pth.tar"
+    by_torch = torch_network(str(checkpoint), "test_byobnet", 96, "cpu")
+    assert [default.threshold, by_torch.threshold] == [0.75, 0.604169]
+    np.testing.assert_allclose(
+        extracted(paths, default), extracted(paths, by_torch), rtol=0, atol=1e-5
+    )
 
 
 # ---- cache ----
@@ -660,8 +632,8 @@ def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
 
 def test_keys_stay_as_they_were():
     """Of the caches that users have: a change here makes all their descriptors invalid."""
-    network = match.Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, threshold=0.5)
-    assert network.key.hex() == "9390d9821e517d051978ef7a15c0e7e4e4ebf8e4f204b8f8232cb3c3f62ceefb"
+    network = Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, threshold=0.5)
+    assert network.key.hex() == "f158ba907827a6823ddfc63fdf7518dfd852336c2391fe1881045f4f21e8a5d4"
 
 
 def count_calls(monkeypatch, calls, before=lambda: None):
@@ -676,16 +648,16 @@ def count_calls(monkeypatch, calls, before=lambda: None):
     fake(monkeypatch, wrap)
 
 
-def test_only_what_is_missing_is_described(folder, do, monkeypatch):
+def test_only_missing_descriptors_are_extracted(folder, do, monkeypatch):
     calls = []
     count_calls(monkeypatch, calls)
     do(folder, "--batch-size", "4")
     assert calls == [4, 4, 3]  # 12 files, two of the same content
     shutil.copy(folder / "3.png", folder / "same.png")
     (folder / "4.png").rename(folder / "moved.png")
-    picture(50).save(folder / "new.png")
+    draw(50).save(folder / "new.png")
     _, _, err = do(folder)
-    assert calls == [4, 4, 3, 1] and "14 pictures, 1 of them new" in err
+    assert calls == [4, 4, 3, 1] and "14 images, 1 of them new" in err
     do(folder, network=write_onnx(folder.parent / "other.onnx", seed=1))
     assert calls[4:] == [8, 4]  # other weights
     do(folder, "--no-cache")
@@ -711,9 +683,8 @@ def test_goes_on_after_ctrl_c(folder, do, monkeypatch, tmp_path):
 KILLED = """
 import dataclasses, os, signal, sys
 sys.path[0] = sys.argv.pop(1)
-import make_dataset
 import match
-load, calls = match.onnx_network, []
+load, calls = match.load_network, []
 def killed(run):
     def call(images):
         calls.append(images)
@@ -724,7 +695,7 @@ def killed(run):
 def load_killed(args):
     network = load(args)
     return dataclasses.replace(network, run=killed(network.run))
-match.onnx_network = load_killed
+match.load_network = load_killed
 match.main()
 """
 
@@ -744,12 +715,12 @@ def test_goes_on_after_kill_9(folder, do, tmp_path, network_file):
     result = run("-c", KILLED, COMMAND.parent, *arguments)
     assert result.returncode == -signal.SIGKILL and result.stdout == ""
     code, rows, err = do(folder)
-    assert code == 0 and len(rows) == 10 and "12 pictures, 5 of them new" in err
+    assert code == 0 and len(rows) == 10 and "12 images, 5 of them new" in err
 
 
 def test_two_commands_at_once(folder, network_file, tmp_path):
     for seed in range(100, 160):
-        picture(seed).save(folder / f"{seed}.png")
+        draw(seed).save(folder / f"{seed}.png")
     cache = tmp_path / "cache.sqlite"
     command = [
         sys.executable,
@@ -797,7 +768,7 @@ def test_damaged_caches(folder, do, tmp_path):
     assert rows == expected and "2 of them new" in err
 
 
-def test_a_network_that_fails_on_a_picture(folder, do, monkeypatch):
+def test_a_network_that_fails_on_an_image(folder, do, monkeypatch):
     def wrap(run):
         def call(images):
             rows = run(images)
@@ -813,34 +784,28 @@ def test_a_network_that_fails_on_a_picture(folder, do, monkeypatch):
         code == 0 and err.count("descriptor of it is not finite") == 1 and "10 of them new" in err
     )
     _, _, err = do(folder)
-    assert "1 of them new" in err and "bad files" not in err
+    assert "1 of them new" in err and "unreadable files" not in err
 
 
-def test_descriptors_do_not_depend_on_workers(folder, network_file, tmp_path):
-    rows = []
-    for workers in ("1", "3"):
-        args = match.parse_args(
-            [str(folder), "--onnx", network_file, "--workers", workers, "-q", "--batch-size", "5"]
-        )
-        network = match.onnx_network(args)
-        paths, _, _ = match.collect([str(folder)])
-        rows.append(
-            match.describe(paths, network, match.Cache(None, network), args, "")[0].tobytes()
-        )
-    assert rows[0] == rows[1]
+def test_descriptors_do_not_depend_on_workers(folder, network_file):
+    paths = [str(path) for path in sorted(folder.glob("*.*"))]
+    network = onnx_network(network_file)
+    alone = extracted(paths, network, workers=1)
+    together = extracted(paths, network, workers=3)
+    np.testing.assert_array_equal(alone, together)
 
 
 def test_threads_stay_near_and_keep_the_order():
     started, taken = [], []
-    for item in match.ahead(lambda item: started.append(item) or item, range(50), 4, 7):
+    for item in map_ahead(lambda item: started.append(item) or item, range(50), 4, 7):
         taken.append(item)
         assert len(started) <= len(taken) + 7
         time.sleep(0.001)
     assert taken == list(range(50))
 
 
-def test_large_pictures_wait_for_each_other():
-    budget, held, most = match.Budget(100), [], []
+def test_large_images_wait_for_each_other():
+    budget, held, most = PixelBudget(100), [], []
 
     def decode(pixels):
         with budget.take(pixels):
@@ -867,7 +832,7 @@ def by_brute_force(descriptors, queries, references, threshold, top_k):
     found, links = {}, {file: {file} for file in range(len(descriptors))}
     for i in queries:
         others = [(k, j) for k, j in enumerate(references) if i != j]
-        scores = [(-float(match.cosine(descriptors[i], descriptors[j])), k, j) for k, j in others]
+        scores = [(-float(cosine(descriptors[i], descriptors[j])), k, j) for k, j in others]
         near = sorted(entry for entry in scores if -entry[0] >= threshold)
         for score, _, j in near[:top_k]:
             found[(min(i, j), max(i, j)) if queries is references else (i, j)] = -score
@@ -904,11 +869,9 @@ def test_pairs_and_groups_are_those_of_brute_force(
     if not same:
         order = rng.permutation(count)
         queries, references = order[: 2 * count // 3 + 1], order[count // 3 :]
-    match.SIMILARITIES, kept = similarities, match.SIMILARITIES
-    try:
-        *pairs, scores, group = match.find_pairs(descriptors, queries, references, threshold, top_k)
-    finally:
-        match.SIMILARITIES = kept
+    *pairs, scores, group = find_pairs(
+        descriptors, queries, references, threshold, top_k, max_similarities=similarities
+    )
     found, groups = by_brute_force(descriptors, queries, references, threshold, top_k)
     pairs = zip(*map(np.ndarray.tolist, pairs), strict=True)
     assert dict(zip(pairs, scores.tolist(), strict=True)) == found
@@ -920,9 +883,7 @@ def test_groups_are_over_more_than_the_reported_pairs():
     angles = np.cumsum([0, 1, 3, 1, 3, 1]) / 100
     descriptors = rows_of(*np.stack([np.cos(angles), np.sin(angles)], 1))
     files = np.arange(6)
-    query, reference, _, group = match.find_pairs(
-        descriptors, files, files, float(np.cos(0.031)), 1
-    )
+    query, reference, _, group = find_pairs(descriptors, files, files, float(np.cos(0.031)), 1)
     assert list(zip(query.tolist(), reference.tolist(), strict=True)) == [(0, 1), (2, 3), (4, 5)]
     assert group.tolist() == [0] * 6
 
@@ -932,22 +893,22 @@ def test_the_threshold_is_met_exactly():
     descriptors = np.random.default_rng(0).standard_normal((60, 256))
     descriptors = rows_of(*descriptors)
     files = np.arange(60)
-    _, _, score, _ = match.find_pairs(descriptors, files, files, -1, 100)
+    _, _, score, _ = find_pairs(descriptors, files, files, -1, 100)
     assert len(score) == 60 * 59 // 2
     for threshold in score[::97]:
-        _, _, kept, _ = match.find_pairs(descriptors, files, files, float(threshold), 100)
+        _, _, kept, _ = find_pairs(descriptors, files, files, float(threshold), 100)
         assert len(kept) == (score >= threshold).sum() and kept.min() == threshold
 
 
 def test_masses_of_copies_stay_few_pairs():
-    """Of the same picture, and of pictures that are nearly the same."""
+    """Of the same image, and of images that are nearly the same."""
     rows = rows_of(*np.random.default_rng(0).standard_normal((1000, 256)))
-    same, near = rows[:2].repeat(5000, axis=0), match.normalize(rows[:1] + 0.5 * rows[1:])
+    same, near = rows[:2].repeat(5000, axis=0), normalize(rows[:1] + 0.5 * rows[1:])
     files = np.arange(10_000)
-    query, _, score, group = match.find_pairs(same, files, files, 0.9, 2)
+    query, _, score, group = find_pairs(same, files, files, 0.9, 2)
     assert 10_000 <= len(query) <= 20_000 and (score == 1).all()
     assert group.tolist() == [0] * 5000 + [1] * 5000
-    query, _, score, group = match.find_pairs(near, files[:999], files[:999], 0.5, 2)
+    query, _, score, group = find_pairs(near, files[:999], files[:999], 0.5, 2)
     assert 500 <= len(query) <= 2000 and not group.any()
 
 
@@ -958,28 +919,26 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
     background = tmp_path / "background"
     background.mkdir()
     for seed in range(100, 115):
-        picture(seed).save(background / f"{seed}.png")
+        draw(seed).save(background / f"{seed}.png")
     (background / "bad.png").write_bytes(b"")
     code, rows, err = do(folder, "--negatives", background)
-    assert code == 0 and "bad.png: no picture" in err
+    assert code == 0 and "bad.png: no image" in err
 
-    args = match.parse_args([str(folder), "--onnx", network_file, "-q", "--batch-size", "4"])
-    network = match.onnx_network(args)
-    negatives, _, _ = match.collect([str(background)])
-    described, _ = match.describe(negatives[:-1], network, match.Cache(None, network), args, "")
+    network = onnx_network(network_file)
+    negatives = extracted([str(background / f"{seed}.png") for seed in range(100, 115)], network)
     files = [str(folder / "0.png"), str(folder / "cropped.webp")]
-    plain, _ = match.describe(files, network, match.Cache(None, network), args, "")
-    a, b = negative_embedding_subtraction(plain, database_augmentation(described))
+    plain = extracted(files, network)
+    a, b = negative_embedding_subtraction(plain, database_augmentation(negatives))
     (row,) = [row for row in rows if [row["query"], row["reference"]] == files]
     assert float(row["score"]) == pytest.approx(float(a @ b), abs=2e-6)
     assert float(row["score"]) != pytest.approx(float(plain[0] @ plain[1]), abs=2e-4)
 
     np.save(
-        tmp_path / "feats.npy", np.concatenate([described, np.zeros((1, 256), np.float32)])
-    )  # one unread
+        tmp_path / "feats.npy", np.concatenate([negatives, np.zeros((1, 256), np.float32)])
+    )  # one of an unreadable image
     _, again, _ = do(folder, "--negatives", tmp_path / "feats.npy")
     assert again == rows
-    np.save(tmp_path / "feats.npy", described[:, :64])
+    np.save(tmp_path / "feats.npy", negatives[:, :64])
     code, _, err = do(folder, "--negatives", tmp_path / "feats.npy", "-q")
     assert code == 2 and "feats.npy: has 64 dimensions, where the network has 256" in err
     code, _, err = do(folder, "--negatives", background / "bad.png", "-q")
@@ -993,52 +952,52 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
     ("arguments", "words"),
     [
         (["nowhere", "--onnx", "x"], "nowhere: no such file or folder"),
-        (["pictures", "nowhere.txt", "--onnx", "x"], "nowhere.txt: no such file or folder"),
-        (["empty", "--onnx", "x"], "empty: a folder without pictures"),
+        (["images", "nowhere.txt", "--onnx", "x"], "nowhere.txt: no such file or folder"),
+        (["empty", "--onnx", "x"], "empty: a folder without images"),
         (
             ["text.txt", "--onnx", "x"],
-            "text.txt: no picture by its suffix, and no line of it is the path of a file",
+            "text.txt: no image by its suffix, and no line of it is the path of a file",
         ),
         (
             ["binary", "--onnx", "x"],
-            "binary: no picture by its suffix, and no line of it is the path of a file",
+            "binary: no image by its suffix, and no line of it is the path of a file",
         ),
-        (["pictures", "--onnx", "missing.onnx"], "missing.onnx"),
-        (["pictures", "--onnx", "text.txt"], "text.txt: is no ONNX file of export.py"),
+        (["images", "--onnx", "missing.onnx"], "missing.onnx"),
+        (["images", "--onnx", "text.txt"], "text.txt: is not an ONNX file of export.py"),
         (
-            ["pictures", "--onnx", "plain.onnx"],
-            "plain.onnx: is no ONNX file of export.py (KeyError: 'config')",
+            ["images", "--onnx", "plain.onnx"],
+            "plain.onnx: is not an ONNX file of export.py (KeyError: 'config')",
         ),
         (
-            ["pictures", "--onnx", "small.onnx"],
+            ["images", "--onnx", "small.onnx"],
             "small.onnx: has no threshold in its metadata; give --threshold (0.604169 for isc_ft",
         ),
         (
-            ["pictures", "--onnx", "odd.onnx"],
-            "odd.onnx: is no ONNX file of export.py (ValueError: threshold 7)",
+            ["images", "--onnx", "odd.onnx"],
+            "odd.onnx: is not an ONNX file of export.py (ValueError: threshold 7)",
         ),
-        (["pictures", "--input-size", "64"], "v98.onnx: takes 96 pixels only"),
+        (["images", "--input-size", "64"], "v98.onnx: takes 96 pixels only"),
         (
-            ["pictures", "--onnx", "small.onnx", "--input-size", "64"],
+            ["images", "--onnx", "small.onnx", "--input-size", "64"],
             "small.onnx: takes 32 pixels only",
         ),
         (
-            ["pictures", "--onnx", "small.onnx", "--device", "cuda"],
+            ["images", "--onnx", "small.onnx", "--device", "cuda"],
             "--device cuda: this onnxruntime has",
         ),
         (
-            ["pictures", "--onnx", "small.onnx", "--device", "tpu"],
+            ["images", "--onnx", "small.onnx", "--device", "tpu"],
             "--device tpu: this onnxruntime has",
         ),
         (
-            ["pictures", "--onnx", "small.onnx", "--cache", "text.txt"],
+            ["images", "--onnx", "small.onnx", "--cache", "text.txt"],
             "text.txt: cannot be used as a cache",
         ),
         (
-            ["pictures", "--onnx", "small.onnx", "--cache", "text.txt/c"],
+            ["images", "--onnx", "small.onnx", "--cache", "text.txt/c"],
             "text.txt/c: cannot be used as a cache",
         ),
-        (["pictures", "--onnx", "small.onnx", "--negatives", "no.npy"], "no.npy: no such file"),
+        (["images", "--onnx", "small.onnx", "--negatives", "no.npy"], "no.npy: no such file"),
     ],
 )
 def test_refuses_in_one_line(arguments, words, folder, tmp_path, network_file, monkeypatch, capfd):
@@ -1098,4 +1057,4 @@ def test_help(capsys):
         match.parse_args(["--help"])
     text = capsys.readouterr().out
     assert "Exit code: 0 with matches" in text and "0.604169" in text
-    assert_refused(run(COMMAND, "pictures", "--weight"), "--weight: expected one argument")
+    assert_refused(run(COMMAND, "images", "--weight"), "--weight: expected one argument")

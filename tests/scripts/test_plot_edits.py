@@ -9,7 +9,7 @@ import plot_edits
 from conftest import ROOT, assert_refused, called, run
 
 SCRIPT = ROOT / "scripts" / "dev" / "plot_edits.py"
-# its reference, its edits; the first submission finds crops, the second what was not cropped
+# {query: (its reference, its edits)}. The first submission finds crops, the second the others.
 QUERIES = {
     "Q00000": ("R000000", ["crop"]),
     "Q00001": ("R000001", ["crop", "pad_square"]),
@@ -62,7 +62,7 @@ def test_draws_the_scores_of_the_table():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_bad_input_is_refused(data, capsys):
+def test_wrong_input_is_refused(data, capsys):
     truth, output = str(data / "truth.csv"), str(data / "edits.png")
     for arguments, words in (
         ((truth, "one.csv", "-o", output), ["one.csv: must be NAME=FILE"]),

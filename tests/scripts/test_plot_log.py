@@ -10,12 +10,12 @@ import time
 
 import pytest
 from PIL import Image
-from stage_process import TRAINING, log_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plot_log
 import v83
 from conftest import ROOT, assert_refused, called, run
+from stage_process import TRAINING, log_lines
 
 SCRIPT = ROOT / "scripts" / "plot_log.py"
 VALUES = dict.fromkeys(plot_log.PANELS, 1.0)
@@ -26,7 +26,8 @@ def write_log(path, steps=(50, 100, 150, 200), end=""):
         {"epoch": 0, "step": 0, "args": {}},
         {"epoch": 0, "step": 60, "bad_image": "x.jpg: is no image"},
     ]
-    lines += [{"epoch": step // 101, "step": step, **VALUES, "lr": step / 1000} for step in steps]
+    for step in steps:
+        lines.append({"epoch": step // 101, "step": step, **VALUES, "lr": step / 1000})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
     return path
 
@@ -42,22 +43,22 @@ def test_whole_command(tmp_path):
 
 
 def test_draws_what_the_log_says(tmp_path):
-    logs = {
-        name: plot_log.read_log(write_log(tmp_path / name, steps))
-        for name, steps in (("a", (50, 200)), ("b", (9,)))
-    }
+    logs = {}
+    for name, steps in (("a", (50, 200)), ("b", (9,))):
+        logs[name] = plot_log.read_log(write_log(tmp_path / name, steps))
     axes = plot_log.draw(logs).axes
     assert len(axes) == 9
     lr = next(axis for axis in axes if axis.get_title(loc="left") == "learning rate")
-    assert [line.get_xydata().tolist() for line in lr.lines] == [
-        [[50, 0.05], [200, 0.2]],
-        [[9, 0.009]],
-    ]
+    first, second = lr.lines
+    assert first.get_xydata().tolist() == [[50, 0.05], [200, 0.2]]
+    assert second.get_xydata().tolist() == [[9, 0.009]]
 
 
 def test_epochs_have_borders_in_a_single_log(tmp_path):
     log = plot_log.read_log(write_log(tmp_path / "log.jsonl"))
-    assert [line.get_xdata()[0] for line in plot_log.draw({"a": log}).axes[0].lines[1:]] == [150]
+    for axis in plot_log.draw({"a": log}).axes:
+        _, border = axis.lines
+        assert border.get_xdata()[0] == 150
 
 
 def test_a_loss_that_was_never_finite_leaves_a_gap(tmp_path):
@@ -76,7 +77,8 @@ def test_a_log_of_former_versions_has_no_overflows(tmp_path):
 
 def test_a_step_that_was_logged_again_counts_once(tmp_path):
     log = write_log(tmp_path / "log.jsonl", steps=(50, 100, 150))
-    log.write_text(log.read_text() + json.dumps({"step": 100, "loss": 7, "epoch": 0}) + "\n")
+    with log.open("a") as file:
+        print('{"step": 100, "loss": 7, "epoch": 0}', file=file)
     assert plot_log.read_log(log)["loss"].tolist() == [1, 7, 1]
 
 
@@ -96,7 +98,7 @@ def test_an_image_needs_no_torch(tmp_path):
         ("x\n{}\n", "line 1 is not JSON"),
     ],
 )
-def test_what_is_no_log(tmp_path, capsys, text, words):
+def test_refuses_what_is_not_a_log(tmp_path, capsys, text, words):
     (tmp_path / "log.jsonl").write_text(text)
     assert plot_log.main([str(tmp_path / "log.jsonl")]) == 2
     assert words in capsys.readouterr().err
@@ -112,7 +114,7 @@ def test_no_file_and_no_format(tmp_path):
 
 
 def read_board(folder):
-    """{name: {step: value}} of the scalars in a folder of event files, no step of which is there
+    """{name: {step: value}} of the scalars in a folder of event files; no step may be there
     twice.
     """
     board = EventAccumulator(str(folder))
@@ -140,10 +142,12 @@ def test_tensorboard_has_the_log_of_a_run(data, tmp_path, monkeypatch, capfd):
         result = called(plot_log.main, [log, "--tensorboard", tmp_path / "board"], capfd)
         assert (result.returncode, result.stdout) == (0, f"{tmp_path}/board/v83\n")
     lines = [line for line in log_lines(tmp_path / "v83") if "loss" in line]
+    assert len(lines) == 30
     scalars = read_board(tmp_path / "board" / "v83")
-    assert len(lines) == 30 and scalars.keys() == lines[0].keys() - {"epoch", "step"}
+    assert scalars.keys() == lines[0].keys() - {"epoch", "step"}
     for name, values in scalars.items():
-        assert values == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+        logged = {line["step"]: line[name] for line in lines}
+        assert values == pytest.approx(logged, rel=1e-6)
 
 
 def test_tensorboard_has_a_folder_for_each_run(tmp_path):
@@ -163,7 +167,8 @@ def test_tensorboard_has_a_folder_for_each_run(tmp_path):
 
 def test_tensorboard_replaces_its_own_files_and_no_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log, board = write_log(tmp_path / "log.jsonl"), tmp_path / "board" / "log"
+    log = write_log(tmp_path / "log.jsonl")
+    board = tmp_path / "board" / "log"
     show(log, "board")
     (board / "events.out.tfevents.1.others").touch()
     write_log(log, steps=(50, 150))
@@ -179,7 +184,8 @@ def test_tensorboard_leaves_a_gap_where_no_loss_was_finite(tmp_path, monkeypatch
     log.write_text(log.read_text().replace('"loss": 1.0', f'"loss": {value}', 1))
     show(log, "board")
     scalars = read_board(tmp_path / "board" / "log")
-    assert scalars["loss"].keys() == {100} and scalars["skipped"].keys() == {50, 100}
+    assert scalars["loss"].keys() == {100}
+    assert scalars["skipped"].keys() == {50, 100}
 
 
 def test_tensorboard_follows_a_running_log(tmp_path):
@@ -218,7 +224,7 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert plot_log.main([str(log), "--tensorboard", str(tmp_path / "board")]) == 2
-    error = "plot_log.py: error: --tensorboard: is not installed; pip install tensorboard\n"
+    error = "plot_log.py: error: --tensorboard: not installed; pip install tensorboard\n"
     assert capsys.readouterr().err == error
     assert not (tmp_path / "board").exists()
 

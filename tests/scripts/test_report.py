@@ -1,5 +1,5 @@
 """scripts/report.py: right thresholds, pages that a browser shows without a fault, names and
-pictures of any kind.
+images of any kind.
 """
 
 import html
@@ -19,7 +19,7 @@ from PIL import Image
 
 import report
 from common import page
-from conftest import assert_refused, called, run
+from conftest import ROOT, assert_refused, called, run
 from eval_metrics import micro_metrics, read_ground_truth
 
 SCRIPT = "scripts/report.py"
@@ -47,8 +47,8 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def photo(path, number, size=(60, 40)):
-    """Writes a picture of its own."""
+def write_image(path, number, size=(60, 40)):
+    """Write an image that differs for each number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(number).integers(0, 256, (4, 6, 3), np.uint8)
     Image.fromarray(noise).resize(size).save(path, path.suffix[1:].replace("jpg", "jpeg"))
@@ -56,7 +56,7 @@ def photo(path, number, size=(60, 40)):
 
 
 def write_truth(path, rows):
-    pd.DataFrame(rows, columns=report.PAIR).to_csv(path, index=False)
+    pd.DataFrame(rows, columns=report.PAIR_COLUMNS).to_csv(path, index=False)
     return path
 
 
@@ -65,21 +65,18 @@ def data(tmp_path_factory):
     """A data folder, 8 references and 6 queries, whose h5 has every case of the page.
 
     Q0 to Q2 are copies that are found, Q2 with an id that wants escaping; Q3's reference has a row
-    of zeros, Q4 is no copy and looks like R6, Q5's reference is the farthest of all. R1's picture
-    is broken, R3's is missing.
+    of zeros, Q4 is no copy and looks like R6, Q5's reference is the farthest of all. R1's image is
+    broken, R3's is missing.
     """
     folder = tmp_path_factory.mktemp("input")
-    query_ids, reference_ids = ["Q0", "Q1", EVIL, "Q3", "Q4", "Q5"], [f"R{i}" for i in range(8)]
-    for number, name in enumerate(["Q0", "Q1", "Q3", "Q4", "Q5", *reference_ids]):
-        kind = (
-            "query_images_phase2"
-            if name == "Q5"
-            else "query_images"
-            if name[0] == "Q"
-            else "reference_images"
-        )
-        photo(folder / kind / f"{name}{'.PNG' if name == 'Q4' else '.jpg'}", number)
-    (folder / "reference_images/R1.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    query_ids = ["Q0", "Q1", EVIL, "Q3", "Q4", "Q5"]
+    reference_ids = [f"R{i}" for i in range(8)]
+    files = ["query_images/Q0.jpg", "query_images/Q1.jpg", "query_images/Q3.jpg"]
+    files += ["query_images/Q4.PNG", "query_images_phase2/Q5.jpg"]
+    files += [f"reference_images/{name}.jpg" for name in reference_ids]
+    for number, name in enumerate(files):
+        write_image(folder / name, number)
+    (folder / "reference_images/R1.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     (folder / "reference_images/R3.jpg").unlink()
 
     reference = np.eye(8, dtype=np.float32)
@@ -89,11 +86,10 @@ def data(tmp_path_factory):
     query /= np.linalg.norm(query, axis=1, keepdims=True)
     reference[3] = 0
     with h5py.File(folder / "sub.h5", "w") as file:
-        file["query"], file["reference"] = query, reference
-        file["query_ids"], file["reference_ids"] = (
-            np.array(query_ids, "S40"),
-            np.array(reference_ids, "S4"),
-        )
+        file["query"] = query
+        file["reference"] = reference
+        file["query_ids"] = np.array(query_ids, "S40")
+        file["reference_ids"] = np.array(reference_ids, "S4")
     write_truth(
         folder / "truth.csv", zip(query_ids, ["R0", "R1", "R2", "R3", "", "R5"], strict=True)
     )
@@ -137,13 +133,15 @@ def pairs(tmp_path_factory):
         os.fsdecode(b"caf\xe9.jpg"),
         "sub/\u202egnp.jpg",
     ]
-    paths = [str(photo(folder / name, number)) for number, name in enumerate(names)] + [
-        str(folder / "gone.jpg")
+    paths = [str(write_image(folder / name, number)) for number, name in enumerate(names)]
+    paths.append(str(folder / "gone.jpg"))
+    rows = [
+        (paths[0], paths[1], 0.91, 7),
+        (paths[0], paths[2], 0.93, 7),
+        (paths[3], paths[4], 0.99, 2),
+        (paths[4], paths[5], 0.7, 3),
     ]
-    rows = [(0, 1, 0.91, 7), (0, 2, 0.93, 7), (3, 4, 0.99, 2), (4, 5, 0.7, 3)]
-    return pd.DataFrame(
-        [(paths[a], paths[b], *rest) for a, b, *rest in rows], columns=report.MATCHES
-    )
+    return pd.DataFrame(rows, columns=report.MATCH_COLUMNS)
 
 
 # ---- numbers ----
@@ -157,23 +155,21 @@ def scored(draw):
     ids = st.integers(0, 5)
     rows = draw(st.lists(st.tuples(ids, ids, st.integers(-6, 0)), min_size=1, max_size=40))
     truth = draw(st.sets(st.tuples(ids, ids), min_size=1, max_size=12))
-    candidates = pd.DataFrame(
-        [(f"Q{q}", f"R{r}", s / 5) for q, r, s in rows], columns=[*report.PAIR, "score"]
-    )
-    candidates["score"] = candidates["score"].astype(np.float32)
-    return candidates, pd.DataFrame(
-        [(f"Q{q}", f"R{r}") for q, r in sorted(truth)] + [("Q9", "")], columns=report.PAIR
-    )
+    rows = [(f"Q{q}", f"R{r}", np.float32(score / 5)) for q, r, score in rows]
+    candidates = pd.DataFrame(rows, columns=[*report.PAIR_COLUMNS, "score"])
+    copies = [(f"Q{q}", f"R{r}") for q, r in sorted(truth)]
+    return candidates, pd.DataFrame([*copies, ("Q9", "")], columns=report.PAIR_COLUMNS)
 
 
 def at_thresholds(candidates, truth):
     """{score: (pairs, precision, recall, F1)} of accepting all pairs of this score or more, by
     counting.
     """
-    positives, result = {(q, r) for q, r in truth.to_numpy() if r}, {}
+    positives = {(q, r) for q, r in truth.to_numpy() if r}
+    result = {}
     for score in candidates["score"].unique():
         accepted = candidates[candidates["score"] >= score]
-        found = sum((q, r) in positives for q, r in accepted[report.PAIR].to_numpy())
+        found = sum((q, r) in positives for q, r in accepted[report.PAIR_COLUMNS].to_numpy())
         n, p = len(accepted), len(positives)
         result[score] = n, found / n, found / p, 2 * found / (n + p)
     return result
@@ -183,7 +179,8 @@ def at_thresholds(candidates, truth):
 @given(scored(), st.sampled_from([0.99, 0.9, 0.5, 0.25, 1 / 3]))
 def test_operating_points_are_the_best_thresholds(data, precision):
     candidates, truth = data
-    ranking, counted = report.rank(candidates, truth), at_thresholds(candidates, truth)
+    ranking = report.rank(candidates, truth)
+    counted = at_thresholds(candidates, truth)
     given = candidates["score"].iloc[0]
     at, f1, threshold = report.operating_points(ranking, [precision], [float(given)])
     possible = [values for values in counted.values() if values[1] >= precision and values[2] > 0]
@@ -202,13 +199,14 @@ def test_operating_points_are_the_best_thresholds(data, precision):
 
 @settings(max_examples=50)
 @given(scored())
-def test_ranks_as_eval_metrics(data):
+def test_recall_at_90_is_the_largest_of_all_ranks(data):
     candidates, truth = data
     ranking = report.rank(candidates, truth)
-    recall = [0, *ranking.curve()[1]][ranking.depth(0.9)]
+    precision, recall = ranking.curve()
+    assert ranking.recall_at(0.9) == recall[precision >= 0.9].max(initial=0)
     assert micro_metrics(candidates, truth) == {
         "average_precision": ranking.average_precision(),
-        "recall_p90": recall,
+        "recall_p90": ranking.recall_at(0.9),
     }
 
 
@@ -219,7 +217,7 @@ def test_printed_cosine_accepts_the_same_pairs(scores):
         {"query_id": "Q", "reference_id": [f"R{i}" for i in range(len(scores))], "score": scores}
     )
     table["score"] = table["score"].astype(np.float32)
-    truth = table[report.PAIR].iloc[:1]
+    truth = table[report.PAIR_COLUMNS].iloc[:1]
     points = report.operating_points(report.rank(table, truth), (0.01,))
     header, rows = report.points_table(points, cosine=True)
     cells = dict(zip(header, rows[0], strict=True))
@@ -234,39 +232,25 @@ def test_missed_copies_worst_first_with_scores(data):
     truth = read_ground_truth(data / "truth.csv")
     candidates = pd.DataFrame(
         [("Q1", "R1", -0.5), ("Q0", "R7", -0.1), ("Q0", "R0", -0.2)],
-        columns=[*report.PAIR, "score"],
+        columns=[*report.PAIR_COLUMNS, "score"],
     )
     missed = report.missed_copies(report.rank(candidates, truth), truth)
-    assert missed["query_id"].tolist()[3:] == ["Q1", "Q0"] and missed["rank"].tolist() == [
-        0,
-        0,
-        0,
-        3,
-        2,
-    ]
+    assert missed["query_id"].tolist()[3:] == ["Q1", "Q0"]
+    assert missed["rank"].tolist() == [0, 0, 0, 3, 2]
     assert missed["score"].isna().tolist() == [True] * 3 + [False] * 2
     submission = report.read_submission(data / "sub.h5")
     missed = report.missed_copies(report.rank(candidates, truth), truth, submission)
-    assert missed["query_id"].tolist() == [
-        "Q3",
-        "Q5",
-        EVIL,
-        "Q1",
-        "Q0",
-    ]  # R3 is a row of zeros: it has no score
-    query, reference = submission["query"], submission["reference"]
-    expected = [
-        -np.square(query[q] - reference[r]).sum() for q, r in ((5, 5), (2, 2), (1, 1), (0, 0))
-    ]
+    # Q3's reference, R3, is a row of zeros: it has no score
+    assert missed["query_id"].tolist() == ["Q3", "Q5", EVIL, "Q1", "Q0"]
+    rows = [5, 2, 1, 0]
+    expected = -np.square(submission["query"][rows] - submission["reference"][rows]).sum(axis=1)
     np.testing.assert_allclose(missed["score"].tolist()[1:], expected, rtol=1e-5)
     assert np.isnan(missed["score"].iloc[0])
 
 
 def test_scores_by_edit(data):
-    truth, edits = (
-        read_ground_truth(data / "truth.csv"),
-        report.read_edits(data / "query_edits.csv"),
-    )
+    truth = read_ground_truth(data / "truth.csv")
+    edits = report.read_edits(data / "query_edits.csv")
     rows = [
         ("Q0", "R0", -0.1),
         ("Q1", "R7", -0.2),
@@ -274,14 +258,14 @@ def test_scores_by_edit(data):
         ("Q4", "R6", -0.4),
         (EVIL, "R2", -0.5),
     ]
-    ranking = report.rank(pd.DataFrame(rows, columns=[*report.PAIR, "score"]), truth)
+    ranking = report.rank(pd.DataFrame(rows, columns=[*report.PAIR_COLUMNS, "score"]), truth)
     assert report.scores_by_edit(ranking, truth, edits) == [
         ("pad", 2, 1, 0, 0, 0),
         ("over lay", 1, 1, 0, 0, 0.5),
         ("crop", 2, 2, 0.5, 0.5, (1 + 2 / 3) / 2),
         (EVIL, 1, 1, 1, 0, 1),
         ("all queries", 6, 5, 0.4, 0.2, pytest.approx((1 + 2 / 3 + 3 / 5) / 5)),
-    ]  # jpeg, which every query has, is none
+    ]  # without jpeg, which every query has
 
 
 # ---- pages ----
@@ -303,13 +287,13 @@ def test_command_prints_and_shows_the_same(submission_page, data):
         "against truth.csv",
         "cosine is 1 + score / 2",
         "Confident mistakes",
-        "none: this query is no copy",
+        "none: this query is not a copy",
     ):
         assert sentence in text
     missed = text[text.index("Missed copies") :]
     assert (
         "2 of the 5 pairs" in missed
-        and "no cosine not a candidate query Q3 no such picture reference R3" in missed
+        and "no cosine not a candidate query Q3 not found reference R3" in missed
     )
     assert "crop · over lay · jpeg" in text
 
@@ -324,18 +308,19 @@ def test_page_is_whole_and_escaped(submission_page):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert EVIL in page.text and html.escape(EVIL, quote=False) not in page.text
-    assert [len(page.all(tag)) for tag in ("h1", "title", "svg")] == [1, 1, 2]
-    assert all(image["alt"] for image in page.all("img")) and all(
-        svg["aria-label"] for svg in page.all("svg")
-    )
-    assert (
-        page.text.count("no such picture") >= 2 and "cannot be read" in page.text
-    )  # and there is a page all the same
+    for tag, count in (("h1", 1), ("title", 1), ("svg", 2)):
+        assert len(page.all(tag)) == count
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(svg["aria-label"] for svg in page.all("svg"))
+    # and there is a page all the same
+    assert page.text.count("not found") >= 2 and "unreadable" in page.text
 
 
 def test_matching_track_and_explicit_files(data, tmp_path, capsys):
     rows = [("Q0", "R0", -3), ("Q1", "R6", -7.5), ("Q5", "R5", -9)]
-    pd.DataFrame(rows, columns=[*report.PAIR, "score"]).to_csv(tmp_path / "s.csv", index=False)
+    pd.DataFrame(rows, columns=[*report.PAIR_COLUMNS, "score"]).to_csv(
+        tmp_path / "s.csv", index=False
+    )
     truth = shutil.copy(data / "truth.csv", tmp_path)
     assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
     page = Page(tmp_path / "s.csv.html")
@@ -343,19 +328,10 @@ def test_matching_track_and_explicit_files(data, tmp_path, capsys):
     assert (
         not page.all("img") and "Kinds of edit" not in page.text
     )  # neither is beside the ground truth
-    flags = (
-        "--images",
-        data,
-        "--edits",
-        data / "query_edits.csv",
-        "--gallery",
-        1,
-        "--precision",
-        0.3,
-        "--output",
-        tmp_path / "p",
-    )
-    assert report.main([str(tmp_path / "s.csv"), str(truth), *map(str, flags)]) == 0
+    flags = ["--images", data, "--edits", data / "query_edits.csv", "--gallery", 1]
+    flags += ["--precision", 0.3, "--output", tmp_path / "p"]
+    argv = [tmp_path / "s.csv", truth, *flags]
+    assert report.main([str(argument) for argument in argv]) == 0
     page = Page(tmp_path / "p")
     assert "Kinds of edit" in page.text and len(page.all("article")) == 3
     assert [image["alt"] for image in page.all("img")][:2] == ["query Q0", "reference R0"]
@@ -367,14 +343,17 @@ def test_matching_track_and_explicit_files(data, tmp_path, capsys):
     "rows", [[("Q1", "R6", -7)], [("Q1", "R6", -7), ("Q2", "R2", -7)], [("Q0", "R0", 0)]]
 )
 def test_few_candidates(rows, tmp_path, capsys):
-    pd.DataFrame(rows, columns=[*report.PAIR, "score"]).to_csv(tmp_path / "s.csv", index=False)
+    pd.DataFrame(rows, columns=[*report.PAIR_COLUMNS, "score"]).to_csv(
+        tmp_path / "s.csv", index=False
+    )
     truth = write_truth(tmp_path / "t.csv", [("Q0", "R0"), ("Q1", "R1"), ("Q2", "")])
     assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
-    text, found = Page(tmp_path / "s.csv.html").text, rows[0][0] == "Q0"
+    text = Page(tmp_path / "s.csv.html").text
+    found = rows[0][0] == "Q0"
     assert ("No pair of the ground truth is shown." in text) != found
     assert ("No wrong pair is shown." in text) == found
     assert re.search(r"precision 0\.9 +" + ("1.0000" if found else "none"), capsys.readouterr().out)
-    assert f"{1 if found else 2} of the 2 pairs of the ground truth are left out" in text
+    assert f"{1 if found else 2} of the 2 pairs of the ground truth are not found" in text
 
 
 def test_descriptors_of_other_lengths_have_no_cosine(data, tmp_path, capsys):
@@ -385,17 +364,27 @@ def test_descriptors_of_other_lengths_have_no_cosine(data, tmp_path, capsys):
     assert "cosine" not in capsys.readouterr().out + Page(tmp_path / "sub.h5.html").text
 
 
+@pytest.mark.parametrize("scores", [(0.3, 0.3), (0.30000000000000004, 0.3), (0, 0), (-1e9, 2e-9)])
+def test_scores_of_any_spread_are_drawn(scores, tmp_path, capsys):
+    rows = [("Q0", "R0", scores[0]), ("Q1", "R6", scores[1])]
+    pd.DataFrame(rows, columns=[*report.PAIR_COLUMNS, "score"]).to_csv(
+        tmp_path / "s.csv", index=False
+    )
+    truth = write_truth(tmp_path / "t.csv", [("Q0", "R0"), ("Q1", "R1")])
+    assert report.main([str(tmp_path / "s.csv"), str(truth)]) == 0
+    assert len(Page(tmp_path / "s.csv.html").all("svg")) == 2
+    capsys.readouterr()
+
+
 def test_many_queries(tmp_path, capsys):
     n = 3000
-    queries = pd.DataFrame(
-        {"query_id": np.repeat([f"Q{i}" for i in range(n)], 10), "reference_id": "R0"}
-    )
+    queries = pd.DataFrame({"query_id": np.repeat([f"Q{i}" for i in range(n)], 10)})
     queries["reference_id"] = [f"R{i}" for i in range(10 * n)]
     queries["score"] = -np.random.default_rng(0).random(10 * n)
     queries.to_csv(tmp_path / "s.csv", index=False)
-    write_truth(tmp_path / "t.csv", queries[report.PAIR].to_numpy()[::10])
+    write_truth(tmp_path / "t.csv", queries[report.PAIR_COLUMNS].to_numpy()[::10])
     assert report.main([str(tmp_path / "s.csv"), str(tmp_path / "t.csv")]) == 0
-    assert len(Page(tmp_path / "s.csv.html").all("article")) == 3 * report.PAIRS
+    assert len(Page(tmp_path / "s.csv.html").all("article")) == 3 * report.MAX_PAIRS
     assert (tmp_path / "s.csv.html").stat().st_size < 300_000
     capsys.readouterr()
 
@@ -404,9 +393,9 @@ def test_many_queries(tmp_path, capsys):
 
 
 def test_match_page(pairs, tmp_path):
-    bad = [(os.fsdecode(b"/x/\xff.heic"), 'no "picture"'), (f"/x/{EVIL}", "empty")]
-    line = report.write_match_page(tmp_path / "m.html", pairs, bad, 0.604169)
-    assert line == f"{tmp_path}/m.html: 0.0 MB, 6 pictures, 1 no such picture"
+    unreadable = [(os.fsdecode(b"/x/\xff.heic"), 'no "image"'), (f"/x/{EVIL}", "empty")]
+    line = report.write_match_page(tmp_path / "m.html", pairs, unreadable, 0.604169)
+    assert line == f"{tmp_path}/m.html: 0.0 MB, 6 images, 1 not found"
     page = Page(tmp_path / "m.html")
     assert not page.all("script")
     text = " ".join(page.text.split())
@@ -418,15 +407,15 @@ def test_match_page(pairs, tmp_path):
         r"caf\xe9.jpg",
         r"sub/\u202egnp.jpg",
         EVIL.replace("/", "-"),
-        r'/x/\xff.heic no "picture"',
+        r'/x/\xff.heic no "image"',
         f"/x/{EVIL} empty",
     ):
         assert part in text, part
-    titles = re.findall(r"\d pictures \d pairs?(?:, the best)? \S+", text)
+    titles = re.findall(r"\d images \d pairs?(?:, the best)? \S+", text)
     assert titles == [
-        "3 pictures 2 pairs, the best 0.9300",
-        "2 pictures 1 pair 0.9900",
-        "2 pictures 1 pair 0.7000",
+        "3 images 2 pairs, the best 0.9300",
+        "2 images 1 pair 0.9900",
+        "2 images 1 pair 0.7000",
     ]
     assert re.search(r"1 . 2 0\.9300 1 . 3 0\.9100", text)
 
@@ -435,82 +424,126 @@ def test_page_from_the_csv_of_match(pairs, tmp_path):
     pairs.to_csv(tmp_path / "matches.csv", index=False, errors="surrogateescape")
     result = run(SCRIPT, tmp_path / "matches.csv")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{tmp_path}/matches.csv.html: 0.0 MB, 6 pictures, 1 no such picture\n"
+    assert result.stdout == f"{tmp_path}/matches.csv.html: 0.0 MB, 6 images, 1 not found\n"
     report.write_match_page(tmp_path / "same.html", pairs)
     assert (tmp_path / "matches.csv.html").read_bytes() == (tmp_path / "same.html").read_bytes()
 
 
 def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
     report.write_match_page(tmp_path / "m.html", pairs[:0], [], 0.9)
-    assert "No two pictures are alike enough." in Page(tmp_path / "m.html").text
+    assert "No two images are similar enough." in Page(tmp_path / "m.html").text
     many = [(f"/a/{i}.jpg", f"/b/{i + 1}.jpg", 0.5 + i / 1000, i // 40) for i in range(400)]
     report.write_match_page(
         tmp_path / "m.html",
-        pd.DataFrame(many, columns=report.MATCHES),
+        pd.DataFrame(many, columns=report.MATCH_COLUMNS),
         [("x", "y")] * 900,
         gallery=2,
     )
     shown = Page(tmp_path / "m.html")
     text = " ".join(shown.text.split())
-    assert len(shown.all("article")) == 2 and text.count("no such picture") == 2 * page.GROUP
-    assert "80 pictures 40 pairs" in text and "2 of 10 groups" in text and "and 700 more" in text
-    assert "query 1" in text and "reference 2" in text and "more pairs of 80 pictures" in text
-
-
-# ---- pictures ----
-
-
-def test_pictures_of_every_kind(tmp_path):
-    for number, (mode, suffix) in enumerate(
-        [
-            ("RGBA", "png"),
-            ("P", "gif"),
-            ("CMYK", "jpg"),
-            ("I;16", "png"),
-            ("1", "bmp"),
-            ("L", "webp"),
-        ]
+    assert len(shown.all("article")) == 2
+    assert text.count("not found") == 2 * page.MAX_GROUP_IMAGES
+    for part in (
+        "80 images 40 pairs",
+        "2 of 10 groups",
+        "and 700 more",
+        "query 1",
+        "reference 2",
+        "more pairs of 80 images",
     ):
-        Image.new(mode, (300, 1000)).save(tmp_path / f"{number}.{suffix}")
-        shown = report.embed(tmp_path / f"{number}.{suffix}")
-        assert (shown["width"], shown["height"]) == (77, 256) and shown["data"].startswith(
-            "data:image/jpeg;base64,"
-        )
+        assert part in text, part
+
+
+# ---- charts ----
+
+
+def test_a_histogram_shows_every_pair_and_the_threshold():
+    chart = page.score_chart({"pairs": np.array([0.7, 0.7, 0.9])}, "cosine", 0.6)
+    outline, line = (
+        np.array([point.split(",") for point in part["points"].split()], float)
+        for part in chart.lines
+    )
+    bars = outline[outline[:, 1] < chart.height]
+    two_pairs, one_pair = sorted(set(bars[:, 1]))
+    assert chart.height - two_pairs == pytest.approx(2 * (chart.height - one_pair), abs=0.2)
+    assert set(bars[bars[:, 1] == two_pairs, 0]) < set(outline[: len(outline) // 2, 0])
+    # the threshold lies left of all bars, as far from the first as this is from the last two thirds
+    assert len(set(line[:, 0])) == 1
+    first, last = outline[0, 0], outline[-1, 0]
+    assert (first - line[0, 0]) * 2 == pytest.approx(last - first, abs=0.5)
+    assert 0 < line[0, 0] < first < last < chart.width
+    assert [text for _, text in chart.legend] == ["pairs (3)", "threshold: 0.6"]
+    assert [text for _, text in chart.y_ticks] == ["0", "1", "2"]
+
+
+@settings(max_examples=200)
+@given(st.floats(-1e3, 1e3), st.floats(1e-5, 1e9))
+def test_ticks_are_few_and_differ(low, width):
+    high = low + width
+    numbers, texts = zip(*page.ticks(low, high), strict=True)
+    assert 2 <= len(numbers) <= 7 and len(set(texts)) == len(texts)
+    rounding = 1e-12 * (abs(low) + width)
+    assert low - rounding <= numbers[0] < numbers[-1] <= high + rounding
+    for number, text in zip(numbers, texts, strict=True):
+        assert float(text.replace(",", "").replace("−", "-")) == pytest.approx(number, abs=rounding)  # noqa: RUF001
+
+
+# ---- images ----
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "bmp"), ("L", "webp")],
+)
+def test_images_of_every_kind(mode, suffix, tmp_path):
+    path = tmp_path / f"image.{suffix}"
+    Image.new(mode, (300, 1000)).save(path)
+    shown = report.thumbnail(path)
+    assert (shown["width"], shown["height"]) == (77, 256)
+    assert shown["data"].startswith("data:image/jpeg;base64,")
+
+
+def test_images_are_turned_as_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert report.embed(tmp_path / "turned.jpg")["height"] == 80  # as any other program shows it
+    assert (
+        report.thumbnail(tmp_path / "turned.jpg")["height"] == 80
+    )  # as any other program shows it
 
 
-def test_pictures_that_are_none(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     Image.new("1", (10001, 10000)).save(tmp_path / "bomb.png")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "figure.svg").write_text("<svg/>")
     os.mkfifo(tmp_path / "pipe.jpg")
-    reasons = {path.name: report.embed(path)["missing"] for path in tmp_path.iterdir()}
-    assert reasons == dict.fromkeys(("bomb.png", "empty.jpg", "figure.svg"), "cannot be read") | {
-        "pipe.jpg": "no such picture"
+    reasons = {path.name: report.thumbnail(path)["missing"] for path in tmp_path.iterdir()}
+    assert reasons == {
+        "bomb.png": "unreadable",
+        "empty.jpg": "unreadable",
+        "figure.svg": "unreadable",
+        "pipe.jpg": "not found",
     }
     for name in None, tmp_path, tmp_path / ("x" * 5000), "a\0b":
-        assert report.embed(name)["missing"] == "no such picture"
+        assert report.thumbnail(name)["missing"] == "not found"
 
 
 def test_an_id_leads_to_no_other_folder(tmp_path):
-    secret = photo(tmp_path / "secret.jpg", 0)
-    inside = photo(tmp_path / "input/reference_images/in.JPEG", 1)
+    secret = write_image(tmp_path / "secret.jpg", 0)
+    inside = write_image(tmp_path / "input/reference_images/in.JPEG", 1)
     find = [
-        report.find_picture(tmp_path / "input", "reference", name)
+        report.find_image(tmp_path / "input", "reference", name)
         for name in ("in", "../../secret", str(secret)[:-4], "..", "", "é" * 200)
     ]
     assert find == [inside, None, None, None, None, None]
 
 
-def test_needs_no_torch():
-    """match.py --onnx makes its page without it."""
-    code = (
-        "import sys; sys.path.insert(0, 'scripts'); import report; sys.exit('torch' in sys.modules)"
-    )
-    assert run("-c", code).returncode == 0
+@pytest.mark.parametrize("library", ["torch", "matplotlib"])
+def test_needs_neither_torch_nor_matplotlib(library):
+    """The light installation has neither."""
+    code = f"import sys; sys.modules[{library!r}] = None; import report"
+    result = run("-c", code, PYTHONPATH=ROOT / "scripts")
+    assert result.returncode == 0, result.stderr
 
 
 # ---- refusals ----
@@ -530,6 +563,7 @@ def test_needs_no_torch():
         (["sub.h5", "truth.csv", "--output", "sub.h5"], ["--output", "sub.h5"]),
         (["sub.h5", "truth.csv", "--output", "none/p.html"], ["none"]),
         (["matches.csv", "--threshold", "0.9"], ["--threshold", "GROUND_TRUTH"]),
+        (["matches.csv", "--matching"], ["--matching", "GROUND_TRUTH"]),
         (["nan.csv"], ["nan.csv", "finite"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""scripts/dev/simulate_ivfpq.py, by its command line: what must hold of any such index holds of its
+"""scripts/dev/simulate_ivfpq.py, by its command line: what holds of any such index holds of its
 table.
 """
 
@@ -42,9 +42,8 @@ def rows():
 def test_exact_search_finds_every_copy(rows):
     shares = ("recall@10", "copy@1", "copy@10", "copy@100", "hard@10")
     assert [rows["exact", ""][share] for share in shares] == [1] * 5
-    assert [rows["IVF32,Flat", "32"][share] for share in shares] == [
-        1
-    ] * 5  # all lists visited, nothing compressed
+    # All lists visited, nothing compressed.
+    assert [rows["IVF32,Flat", "32"][share] for share in shares] == [1] * 5
 
 
 def test_more_probes_and_bytes_find_more(rows):
@@ -70,7 +69,7 @@ def test_bytes_are_the_codes_and_an_id(rows):
 
 
 def test_nearer_copies_are_found_sooner():
-    """The queries' cosines are those asked for: near copies are found where far ones are missed."""
+    """--cosines has its effect: near copies are found where far ones are missed."""
     near, far = (
         table(simulate("--index", "IVF32,Flat", "--probes", 1, "--cosines", cosine, cosine))[
             "IVF32,Flat", "1"

@@ -1,5 +1,5 @@
-"""pretrain_mini.py: images and views are drawn from the seed alone; a resumed run is the run in one
-piece.
+"""pretrain_mini.py: images and views depend on the seed alone; a resumed run ends like one that was
+not interrupted.
 """
 
 import json
@@ -15,7 +15,7 @@ import v98
 
 @pytest.fixture
 def small(monkeypatch):
-    """Few pictures and textures; one thread, as such small steps are faster so."""
+    """Few images and textures; one thread, because such small steps are faster on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(pretrain_mini, "CHUNK", 6)
@@ -35,30 +35,30 @@ def command(out, *more):
 
 
 def views(seed=0):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 128, 128, 3), dtype=np.uint8)
-    made = pretrain_mini.Views(pictures, 48)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 128, 128, 3), dtype=np.uint8)
+    made = pretrain_mini.Views(images, 48)
     made.seed(seed)
     return made
 
 
-def test_pictures_come_from_seed_and_number(small, tmp_path):
+def test_generated_images_depend_on_seed_and_number(small, tmp_path):
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
         (tmp_path / name).mkdir()
         pretrain_mini.write_pictures(3, tmp_path / name, seed)
     a, b, c = (np.load(tmp_path / name / "0003.npy") for name in "abc")
     assert a.shape == (6, 128, 128, 3) and a.dtype == np.uint8
     assert (a == b).all() and (a != c).any()
-    assert len({picture.tobytes() for picture in a}) == 6
+    assert len({image.tobytes() for image in a}) == 6
 
 
-def test_pictures_that_are_there_are_kept(tmp_path):
+def test_existing_images_are_kept(tmp_path):
     (tmp_path / "0000.npy").write_bytes(b"kept")
     pretrain_mini.write_pictures(0, tmp_path, 0)
     assert (tmp_path / "0000.npy").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("strength", [0.5, 1])
-def test_views_come_from_the_seed(strength):
+def test_views_depend_on_the_seed(strength):
     first, again, other = (views(seed).pairs(40, strength) for seed in (0, 0, 1))
     assert first.shape == (80, 48, 48, 3) and first.dtype == np.uint8
     assert (first == again).all() and (first != other).any()
@@ -84,13 +84,13 @@ def test_views_before_the_rate_falls_do_not_depend_on_the_number_of_steps(small,
     assert ten[7].shape == (8, 48, 48, 3) and torch.equal(ten[7], ten[7])
 
 
-def test_identity_places_the_picture_as_it_is():
+def test_identity_places_the_image_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     placed = views().place(image, np.eye(3), np.zeros_like(image))
     assert (placed == image).all()
 
 
-def test_embedding_keeps_the_ground_around():
+def test_embedding_keeps_the_background():
     image, ground = np.full((128, 128, 3), 200, np.uint8), np.full((48, 48, 3), 7, np.uint8)
     placed = views().place(image, pretrain_mini.centred(pretrain_mini.scale(0.5, 0.25)), ground)
     assert (placed[24, 13:35] == 200).all() and (placed[19:29, 24] == 200).all()
@@ -120,7 +120,7 @@ def test_info_nce_is_the_cross_entropy_of_the_partner():
     assert share.item() == pytest.approx(np.mean(found))
 
 
-def test_a_resumed_run_is_the_run_in_one_piece(small, tmp_path):
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small, tmp_path):
     assert pretrain_mini.main(command(tmp_path / "whole", "--steps", "6")) == 0
     original, stop = pretrain_mini.save, KeyboardInterrupt
 

@@ -1,5 +1,5 @@
-"""weights/: what is there loads, is small, and came from the commands in make.sh, which feed one
-another.
+"""weights/: each file loads, is small, and came from the commands in make.sh; each command starts
+from what the one before wrote.
 """
 
 import argparse
@@ -23,8 +23,8 @@ NAMES = ["start", "v98", "v107"]
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """[(script, its module, its arguments)] of make.sh, whose `python` only notes them, and its
-    last command.
+    """[(script, its module, its arguments)] of make.sh, and its last command. A stand-in for
+    `python` notes the commands and runs none.
     """
     folder = tmp_path_factory.mktemp("weights")
     python, noted = folder / "python", folder / "noted"
