@@ -9,56 +9,49 @@ Needs   INPUT with the folders and ground truths of input/README.md, `train_imag
         `training_images`.
 Finds   missing folders and images (Q00000 to Q99999, R000000 to R999999, T000000 to T999999, gaps
         named), other names, names that differ in their suffix alone, files that are no images,
-        ground truth that cannot be read, names what has no image, repeats or contradicts itself,
-        and with --decode each image that extraction could not read, and why. --partial leaves
-        DISC21's numbers and names out.
+        ground truth that cannot be read, names images that do not exist, repeats or contradicts
+        itself, and with --decode each unreadable image, and why. --partial leaves out what is about
+        DISC21's numbers and names.
 Writes  nothing, but with --make-subset INPUT/rids_subset.txt: every reference of the ground truths
         and random others.
 
-Exit code: 0 without findings, 1 with some, 2 where nothing could be checked, 130 after Ctrl-C.
+Exit codes: 0 without findings, 1 with some, 2 where nothing could be checked, 130 after Ctrl-C.
 """
 
 import argparse
+import functools
 import os
 import re
 import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.parallel import parallel
 from common.submissions import read_csv
 
 EXP = Path(__file__).resolve().parents[1] / "exp"
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-)  # those that exp/ reads
+# Those that the stages in exp/ read.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DISC21 = {  # folder: letter, digits, numbers
     "training_images": ("T", 6, range(1_000_000)),
     "reference_images": ("R", 6, range(1_000_000)),
     "query_images": ("Q", 5, range(50_000)),
     "query_images_phase2": ("Q", 5, range(50_000, 100_000)),
 }
-PUBLIC_ROWS, PUBLIC_PAIRS = 25_000, 4_991
-TRUTHS = {  # file: where its queries may be
+PUBLIC_ROWS = 25_000
+PUBLIC_PAIRS = 4_991  # rows with a reference
+TRUTHS = {  # file: folders of its queries
     "public_ground_truth.csv": ["query_images"],
     "private_ground_truth.csv": ["query_images_phase2", "query_images"],
 }
-SUBSET = "rids_subset.txt"  # where exp/ looks for it
+SUBSET = "rids_subset.txt"  # the name that exp/ looks for
 SHOWN = 10  # names in a line
 
 
@@ -77,61 +70,68 @@ class Listing:
 
 
 def list_folder(root, name):
-    """The Listing of a folder of images, or None where there is none; DISC21's train_images is
-    training_images.
+    """The Listing of a folder of images, or None where there is none.
+
+    DISC21's own name for training_images, train_images, is accepted too.
     """
     folder = root / name
     if name == "training_images" and not folder.exists():
         folder = root / "train_images"
     if not folder.is_dir():
         return None
-    images, strays = [], []
+    images = []
+    strays = []
     with os.scandir(folder) as entries:
         for entry in entries:
             has_suffix = entry.name.lower().endswith(IMAGE_SUFFIXES)
-            hidden = entry.name.startswith(".")  # as macOS's ._Q00000.jpg
-            image = has_suffix and not hidden and not entry.is_dir()
-            (images if image else strays).append(entry.name)
+            hidden = entry.name.startswith(".")  # such as macOS's ._Q00000.jpg
+            if has_suffix and not hidden and not entry.is_dir():
+                images.append(entry.name)
+            else:
+                strays.append(entry.name)
     return Listing(folder, sorted(images), sorted(strays))
 
 
 def shown(names):
     """The first of some names, and how many more there are."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(str, names[:SHOWN])) + more
+    text = ", ".join(names[:SHOWN])
+    if len(names) > SHOWN:
+        text += f" and {len(names) - SHOWN:,} more"
+    return text
 
 
 # ---- findings, each a line ----
 
 
 def check_names(listing, letter, digits, numbers):
-    """Whether the ids are exactly DISC21's."""
-    form = re.compile(f"{letter}([0-9]{{{digits}}})")
-    there, others = np.zeros(numbers.stop, bool), []
+    """Whether the ids are exactly DISC21's: a letter and so many digits, of a range of numbers."""
+    pattern = re.compile(f"{letter}([0-9]{{{digits}}})")
+    present = np.zeros(numbers.stop, bool)
+    others = []
     for name in listing.ids:
-        match = form.fullmatch(name)
+        match = pattern.fullmatch(name)
         if match and int(match[1]) in numbers:
-            there[int(match[1])] = True
+            present[int(match[1])] = True
         else:
             others.append(name)
-    first, last = (f"{letter}{number:0{digits}}" for number in (numbers[0], numbers[-1]))
+
+    def image_id(number):
+        return f"{letter}{number:0{digits}}"
+
     if others:
         yield (
-            f"{listing.folder}: {len(others):,} names are none of {first} to {last}: "
-            f"{shown(others)}"
+            f"{listing.folder}: {len(others):,} names are none of {image_id(numbers[0])} to "
+            f"{image_id(numbers[-1])}: {shown(others)}"
         )
-    missing = np.flatnonzero(~there[numbers.start :]) + numbers.start
+    missing = np.flatnonzero(~present[numbers.start :]) + numbers.start
     if len(missing):
-        runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
-        ends = [
-            dict.fromkeys(f"{letter}{number:0{digits}}" for number in (run[0], run[-1]))
-            for run in runs
-        ]
-        gaps = [" to ".join(pair) for pair in ends]
+        gaps = []
+        for run in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1):
+            first, last = image_id(run[0]), image_id(run[-1])
+            gaps.append(first if first == last else f"{first} to {last}")
         yield (
             f"{listing.folder}: {len(missing):,} of DISC21's {len(numbers):,} images are missing: "
-            f"{shown(gaps)}; "
-            "download them, or say --partial"
+            f"{shown(gaps)}; download them, or give --partial"
         )
 
 
@@ -141,7 +141,7 @@ def check_folder(root, name, listing, partial):
         if not partial:
             yield (
                 f"{root / name}: no such folder; see input/README.md for what belongs where, or "
-                f"say --partial"
+                f"give --partial"
             )
         return
     if listing.folder.name == "training_images" and (root / "train_images").is_dir():
@@ -168,8 +168,9 @@ def check_folder(root, name, listing, partial):
 
 def check_truth(path, listings, partial):
     """What is wrong with a ground truth."""
+    is_disc21 = path.name == "public_ground_truth.csv" and not partial
     if not path.exists():
-        if not partial and path.name == "public_ground_truth.csv":
+        if is_disc21:
             yield f"{path}: no such file; see input/README.md for where it is"
         return
     try:
@@ -177,37 +178,41 @@ def check_truth(path, listings, partial):
     except InputError as error:
         yield str(error)
         return
-    pairs = truth[truth["reference_id"] != ""]
+    has_reference = truth["reference_id"] != ""
+    pairs = truth[has_reference]
     if not len(pairs):
         yield (
             f"{path}: no query has a reference, so there is nothing to train on and nothing to find"
         )
-    if (
-        not partial
-        and path.name == "public_ground_truth.csv"
-        and (len(truth), len(pairs)) != (PUBLIC_ROWS, PUBLIC_PAIRS)
-    ):
+    if is_disc21 and (len(truth), len(pairs)) != (PUBLIC_ROWS, PUBLIC_PAIRS):
         yield (
             f"{path}: {len(truth):,} rows, {len(pairs):,} with a reference; DISC21 has "
-            f"{PUBLIC_ROWS:,} and "
-            f"{PUBLIC_PAIRS:,}; fetch it again, or say --partial"
+            f"{PUBLIC_ROWS:,} and {PUBLIC_PAIRS:,}; fetch it again, or give --partial"
         )
-    for column, folders in ("query_id", TRUTHS[path.name]), ("reference_id", ["reference_images"]):
-        there = {name for folder in folders if listings[folder] for name in listings[folder].ids}
-        absent = sorted({*truth[column]} - there - {""})
-        if absent:
-            yield (
-                f"{path}: {len(absent):,} of column {column} have no image in "
-                f"{' or '.join(folders)}: {shown(absent)}"
-            )
+    yield from check_ids(path, truth, "query_id", TRUTHS[path.name], listings)
+    yield from check_ids(path, truth, "reference_id", ["reference_images"], listings)
     repeated = truth[truth.duplicated()]["query_id"].unique()
     if len(repeated):
         yield f"{path}: {len(repeated):,} queries have a row twice: {shown(repeated)}"
-    both = sorted({*truth[truth["reference_id"] == ""]["query_id"]} & {*pairs["query_id"]})
+    both = sorted(set(pairs["query_id"]) & set(truth[~has_reference]["query_id"]))
     if both:
         yield (
             f"{path}: {len(both):,} queries have a reference in one row and none in another: "
             f"{shown(both)}"
+        )
+
+
+def check_ids(path, truth, column, folders, listings):
+    """Whether each id in a column of the ground truth has an image in one of the folders."""
+    present = {""}
+    for folder in folders:
+        if listings[folder]:
+            present.update(listings[folder].ids)
+    absent = sorted(set(truth[column]) - present)
+    if absent:
+        yield (
+            f"{path}: {len(absent):,} of column {column} have no image in "
+            f"{' or '.join(folders)}: {shown(absent)}"
         )
 
 
@@ -221,14 +226,24 @@ def why_unreadable(path, open_image, error):
 
 
 def check_images(listing, workers):
-    """The images that cannot be decoded, judged by what extraction itself opens them with."""
+    """The unreadable images, judged by the reader of extraction itself.
+
+    Raises InputError where a worker process is lost.
+    """
     sys.path.append(str(EXP))
     from v107 import InputError as Unreadable  # here, since torch takes seconds to import
     from v107 import open_image
 
-    task = partial(why_unreadable, open_image=open_image, error=Unreadable)
+    task = functools.partial(why_unreadable, open_image=open_image, error=Unreadable)
     paths = [str(listing.folder / name) for name in listing.images]
-    yield from filter(None, parallel(task, paths, workers, f"decoding {listing.folder.name}"))
+    try:
+        for reason in parallel(task, paths, workers, f"decoding {listing.folder.name}"):
+            if reason is not None:
+                yield reason
+    except BrokenProcessPool as error:  # exit code 2: what was not decoded is no finding
+        raise InputError(
+            f"{listing.folder}: lost a worker process; give fewer --workers if memory ran out"
+        ) from error
 
 
 def findings(args, listings):
@@ -237,9 +252,10 @@ def findings(args, listings):
         yield from check_folder(args.input, name, listing, args.partial)
     for name in TRUTHS:
         yield from check_truth(args.input / name, listings, args.partial)
-    for listing in listings.values() if args.decode else ():
-        if listing:
-            yield from check_images(listing, args.workers)
+    if args.decode:
+        for listing in listings.values():
+            if listing:
+                yield from check_images(listing, args.workers)
 
 
 # ---- subset ----
@@ -249,44 +265,51 @@ def make_subset(root, number, seed):
     """Write the ids of `number` references to rids_subset.txt: all of the ground truths, and random
     others.
 
-    Returns its path and how many ids are the ground truths'. Raises InputError, then the old file
+    Returns its path and how many ids are the ground truths'. Raises InputError; then the old file
     is as it was.
     """
     listing = list_folder(root, "reference_images")
-    ids = dict.fromkeys(listing.ids) if listing else {}
-    files = [root / name for name in TRUTHS if (root / name).exists()]
-    if not files:
-        raise InputError(
-            f"{root}: has no {' nor '.join(TRUTHS)}, whose references a subset must hold"
-        )
-    wanted = {
-        reference: file
-        for file in files
-        for reference in read_csv(file, ("query_id", "reference_id"))["reference_id"]
-    }
-    wanted.pop("", None)
-    for reference, file in wanted.items():
-        if reference not in ids:
-            raise InputError(
-                f"{file}: {reference} has no image in {root / 'reference_images'}; complete it "
-                f"first"
-            )
+    ids = list(dict.fromkeys(listing.ids)) if listing else []
+    wanted = references_of_truths(root, set(ids))
     if not len(wanted) <= number <= len(ids):
         raise InputError(
             f"--make-subset {number}: must lie between {len(wanted)}, the references of the "
-            f"ground truth, "
-            f"and {len(ids)}, all in {root / 'reference_images'}"
+            f"ground truth, and {len(ids)}, all in {root / 'reference_images'}"
         )
     others = [name for name in ids if name not in wanted]
     drawn = np.random.default_rng(seed).choice(len(others), number - len(wanted), replace=False)
     subset = sorted([*wanted, *(others[i] for i in drawn)])
-    if odd := [name for name in subset if len(name.split()) != 1 or not name.isprintable()]:
-        raise InputError(
-            f"{root / 'reference_images'}: {odd[0]!r} cannot stand in a list of ids; rename it"
-        )
+    for name in subset:
+        if len(name.split()) != 1 or not name.isprintable():
+            raise InputError(
+                f"{root / 'reference_images'}: {name!r} cannot stand in a list of ids; rename it"
+            )
     with atomic(root / SUBSET) as file:
         file.write_text("".join(f"{name}\n" for name in subset))
     return root / SUBSET, len(wanted)
+
+
+def references_of_truths(root, ids):
+    """The references that the ground truths name, a set.
+
+    Raises InputError where there is no ground truth, or one names a reference that is not in `ids`.
+    """
+    paths = [root / name for name in TRUTHS if (root / name).exists()]
+    if not paths:
+        raise InputError(
+            f"{root}: has no {' nor '.join(TRUTHS)}, whose references a subset must hold"
+        )
+    wanted = set()
+    for path in paths:
+        references = set(read_csv(path, ("query_id", "reference_id"))["reference_id"]) - {""}
+        missing = sorted(references - ids)
+        if missing:
+            raise InputError(
+                f"{path}: {missing[0]} has no image in {root / 'reference_images'}; complete it "
+                f"first"
+            )
+        wanted |= references
+    return wanted
 
 
 # ---- main ----
@@ -345,40 +368,28 @@ def check(args):
     if not any(listings.values()):
         raise InputError(f"{args.input}: has none of {', '.join(DISC21)}; see input/README.md")
     count = 0
-    for count, line in enumerate(findings(args, listings), 1):  # noqa: B007  the last is used
+    for line in findings(args, listings):
+        count += 1
         tqdm.write(line)
         sys.stdout.flush()
-    numbers = ", ".join(
-        f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing
-    )
+    found = f"{count or 'no'} finding{'' if count == 1 else 's'}"
+    numbers = [f"{len(listing.images):,} {name}" for name, listing in listings.items() if listing]
     decoded = ", all decoded" if args.decode else ""
-    print(f"{args.input}: {count or 'no'} finding{'s' if count != 1 else ''}; {numbers}{decoded}")
+    print(f"{args.input}: {found}; {', '.join(numbers)}{decoded}")
     return 1 if count else 0
 
 
+@one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code."""
+    """Run the command; returns the exit code."""
     args = parse_args(argv)
-    try:
-        if not args.make_subset:
-            return check(args)
-        path, wanted = make_subset(args.input, args.make_subset, args.seed)
-        print(
-            f"{path}: {args.make_subset:,} references, {wanted:,} of them the ground truth's; for "
-            f"--eval-subset"
-        )
-    except (InputError, OSError) as error:
-        print(f"check_input.py: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            "check_input.py: error: lost a process; say fewer --workers where memory ran out",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("check_input.py: interrupted", file=sys.stderr)
-        return 130
+    if not args.make_subset:
+        return check(args)
+    path, wanted = make_subset(args.input, args.make_subset, args.seed)
+    print(
+        f"{path}: {args.make_subset:,} references, {wanted:,} of them the ground truth's; for "
+        f"--eval-subset"
+    )
     return 0
 
 

@@ -4,9 +4,9 @@
     python scripts/download_weights.py v98 --sha256 0123abcd...  # before it saw a label
 
 Writes exp/v107/train/checkpoint_0009.pth.tar or exp/v98/train/checkpoint_0001.pth.tar and prints
-its SHA-256, which the author did not publish: keep it, and give it the next time. The file appears
-under its name when it is whole and right, or not at all; one that is there already is checked and
-left as it is.
+its SHA-256. The author did not publish it: keep it, and give it the next time. The file gets its
+name only when it is complete and has the given SHA-256. An existing file is checked and left as it
+is.
 """
 
 import argparse
@@ -31,35 +31,35 @@ WEIGHTS = {
 }
 
 
-def show(bar, blocks, size, total):
-    """urlretrieve's report of its progress, as tqdm shows it."""
+def show_progress(bar, blocks, size, total):
+    """Show urlretrieve's progress in a tqdm bar."""
     bar.total = total
     bar.update(blocks * size - bar.n)
 
 
 def download(url, path, sha256=None):
-    """Download `url` to `path` unless it is there; returns its SHA-256. Raises InputError, then
-    nothing has changed.
+    """Download `url` to `path` unless it exists; returns its SHA-256.
+
+    Raises InputError where the download fails or the SHA-256 is another; then nothing has changed.
     """
     if path.exists():
-        if sha256 not in (None, digest := sha256_of(path)):
+        digest = sha256_of(path)
+        if sha256 not in (None, digest):
             raise InputError(
                 f"{path}: is not the file that --sha256 names but {digest}; move it away"
             )
         return digest
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
-        try:
-            urllib.request.urlretrieve(url, temporary, partial(show, bar))  # noqa: S310  the user names the URL
-        except (
-            urllib.error.URLError,
-            HTTPException,
-            ValueError,
-        ) as error:  # of a file that ends too soon as well
+        progress = partial(show_progress, bar)
+        try:  # the user names the URL; a file that ends too soon is a URLError
+            urllib.request.urlretrieve(url, temporary, progress)  # noqa: S310
+        except (urllib.error.URLError, HTTPException, ValueError) as error:
             raise InputError(
                 f"{url}: cannot be downloaded ({error}); check the network, or give --url"
             ) from None
-        if sha256 not in (None, digest := sha256_of(temporary)):
+        digest = sha256_of(temporary)
+        if sha256 not in (None, digest):
             raise InputError(
                 f"{url}: is not the file that --sha256 names but {digest}; nothing was kept"
             )
@@ -77,7 +77,7 @@ def parse_args(argv=None):
         "--url", help="another place that has the file (default: the author's release)"
     )
     parser.add_argument(
-        "--exp", type=Path, default=EXP, help="folder that holds the stages' (default: %(default)s)"
+        "--exp", type=Path, default=EXP, help="folder of the stages (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if args.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", args.sha256):
@@ -87,7 +87,7 @@ def parse_args(argv=None):
 
 @one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     url, name = WEIGHTS[args.stage]
     path = args.exp / name

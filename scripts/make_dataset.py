@@ -1,37 +1,36 @@
 """Build a copy-detection data set in DISC21's layout from a folder of photographs, or from the
 embedded ones.
 
-    python scripts/make_dataset.py demo/input  # embedded photographs, generated pictures
+    python scripts/make_dataset.py demo/input  # embedded photographs, generated images
     # your own photographs, any number of them
     python scripts/make_dataset.py input --photos ~/Pictures
 
 Writes OUT/
     training_images/T000000.jpg ...      what the network learns from, no query or reference among
                                          them
-    reference_images/R000000.jpg ...     photographs, and generated pictures that nothing is a copy
-                                         of
+    reference_images/R000000.jpg ...     photographs, and generated images that nothing is a copy of
     query_images/Q00000.jpg ...          phase 1; one in three is an edited copy of a reference
     query_images_phase2/Q50000.jpg ...   phase 2: other references, other distractors
     public_ground_truth.csv              query_id,reference_id for all of phase 1 (no reference_id:
                                          a distractor)
     private_ground_truth.csv             the same for phase 2
-    query_edits.csv                      query_id,source,edits,phase: what was done to which picture
-    statistics.json                      numbers of pictures and edits, sizes, what was skipped and
+    query_edits.csv                      query_id,source,edits,phase: what was done to which image
+    statistics.json                      numbers of images and edits, sizes, what was skipped and
                                          why
     contact_sheet.jpg                    a row of examples, original beside edited, for each kind of
                                          edit
 
-Killed or interrupted, the same command goes on from what OUT's neighbor `.OUT.unfinished` holds,
-to the same bytes. A file that is no photograph is named and left out; so is one with the same
-pixels as another. Copies that differ in a pixel are not noticed, and would make the ground truth
-wrong: sort them out first. HEIC needs the package pillow-heif. Exit code: 0, 2 for what cannot be
-used (one line says what), 1 for a lost process, 130 after Ctrl-C.
+The same command writes byte-identical files, for any number of workers. Killed or interrupted, it
+resumes from `.OUT.unfinished`, a folder beside OUT. An unreadable file is named and left out; so is
+an image with the same pixels as another. Copies that differ in a pixel are not noticed and make the
+ground truth wrong: sort them out first. HEIC needs the package pillow-heif. Exit codes: 0, 2 for
+input that cannot be used (one line says what), 1 for a lost worker process, 130 after Ctrl-C.
 
 The embedded photographs are those inside the wheels of scikit-image and scikit-learn, cut into
 disjoint tiles: each tile is either a reference or the source of distractor queries. Generated
-pictures are dead leaves over 1/f textures (Baradad et al. 2021, "Learning to see by looking at
-noise"). Queries are edited with AugLy by other operations and strengths than those the training
-augments with. The same command writes the same bytes, for any number of workers.
+images are dead leaves over 1/f textures (Baradad et al. 2021, "Learning to see by looking at
+noise"). Queries are edited with AugLy, by other operations and strengths than training augments
+with.
 """
 
 import argparse
@@ -44,7 +43,6 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -57,12 +55,13 @@ from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
+from common.files import atomic
 from common.images import SUFFIXES
 from common.parallel import parallel
 from common.sample_images import (
-    KINDS,
-    Picture,
+    STREAMS,
+    SourceImage,
     color,
     dead_leaves,
     embedded_tiles,
@@ -71,84 +70,99 @@ from common.sample_images import (
     open_photograph,
 )
 
-EMBEDDED_SHARES = {"references": 0.7, "distractors": 0.3}
+# How the photographs are split, and how many images a folder has at least: more where its share of
+# the photographs is larger. With --photos, 100 generated references are enough for negatives.
+EMBEDDED_SHARES = {"training": 0, "references": 0.7, "distractors": 0.3}
 PHOTOS_SHARES = {"training": 0.5, "references": 0.3, "distractors": 0.2}
+EMBEDDED_NUMBERS = {"training": 1000, "reference": 600}
+PHOTOS_NUMBERS = {"training": 100, "reference": 100}
+
 PHASE_2_START = 50_000  # DISC21's phase 2 begins at Q50000
 PHASES = (
     ("query_images", 0, "public_ground_truth.csv"),
     ("query_images_phase2", PHASE_2_START, "private_ground_truth.csv"),
 )
-EMBEDDED_NUMBERS = {
-    "training": 1000,
-    "reference": 600,
-}  # at least; more where there are more photographs
-PHOTOS_NUMBERS = {"training": 100, "reference": 100}  # enough of them for negatives
-MIN_SIDE, MAX_ASPECT = 16, 20  # smaller or thinner photographs vanish under the edits
+
+# Smaller or thinner photographs vanish under the edits.
+MIN_SIDE = 16  # pixels
+MAX_ASPECT = 20
 JPEG_QUALITY = 92
-THUMBNAIL, GAP, HEADING, LINES, EXAMPLES = (
-    160,
-    8,
-    28,
-    4,
-    4,
-)  # of the contact sheet; pixels but the last two
+
+# Contact sheet, in pixels but for LINES and EXAMPLES.
+THUMBNAIL = 160
+GAP = 8
+HEADING = 28
+LINES = 4  # of a label
+EXAMPLES = 4  # pairs in a row
+PAIR_WIDTH = 2 * THUMBNAIL + 3 * GAP
 ROW = HEADING + THUMBNAIL + 17 * LINES + GAP
-VERSIONS = {
-    name: version(name) for name in ("augly", "numpy", "pillow")
-}  # that the bytes depend on
+
+# The files depend on these versions.
+VERSIONS = {name: version(name) for name in ("augly", "numpy", "pillow")}
 
 
-def say(message):
-    """One line on stderr, above the progress bar."""
-    tqdm.write(f"make_dataset.py: {message}".replace("\n", " "), file=sys.stderr)
+def warn(message):
+    """Print one line to stderr, above the progress bar."""
+    line = f"make_dataset.py: {message}".replace("\n", " ")
+    tqdm.write(line, file=sys.stderr)
 
 
 # ---- photographs ----
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """Why a photograph is left out: the kind of reason, and a line that names the file."""
+
+    kind: str
+    reason: str
+
+
 def fingerprint(path):
-    """(SHA-256 of the decoded pixels, None, None), or (None, kind of reason, line that says why it
-    is of no use).
-    """
+    """(SHA-256 of the decoded pixels, None) of a photograph, or (None, Skipped)."""
     try:
         image = open_photograph(path)
     except InputError as error:
-        return None, "unreadable", str(error)
+        return None, Skipped("unreadable", str(error))
     if min(image.size) < MIN_SIDE or max(image.size) > MAX_ASPECT * min(image.size):
-        reason = (
-            f"{path}: {image.width} x {image.height} pixels, too small or too thin to be edited"
-        )
-        return None, "too small or thin", reason
+        size = f"{image.width} x {image.height} pixels"
+        reason = f"{path}: {size}, too small or too thin to be edited"
+        return None, Skipped("too small or thin", reason)
     digest = hashlib.sha256(str(image.size).encode())
     for top in range(0, image.height, 256):  # not all at once: a photograph may take 300 MB
-        digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
-    return digest.hexdigest(), None, None
+        strip = image.crop((0, top, image.width, min(top + 256, image.height)))
+        digest.update(strip.tobytes())
+    return digest.hexdigest(), None
 
 
 def list_photographs(folder):
-    """Sorted (path, size in bytes, time of the last change) of all files below `folder` that are
-    named like pictures.
+    """[(path, state)] of all files below `folder` that are named like images, in order of paths.
 
-    Says which folders cannot be looked into. Raises InputError when there is no such folder or
-    file.
+    The state tells whether a file has changed: absolute path, size in bytes, time of the last
+    change. Folders that cannot be listed are named on stderr. Raises InputError where there is no
+    such folder, or no file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --photos takes a folder of photographs")
-    found = []
-    for place, _, names in os.walk(
-        folder, onerror=lambda error: say(f"{error.filename}: {error.strerror}; left out")
-    ):
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
-    states = [(path, path.stat()) for path in sorted(found) if path.is_file()]
-    if not states:
+
+    def name_unlisted(error):
+        warn(f"{error.filename}: {error.strerror}; left out")
+
+    paths = []
+    for place, _, names in os.walk(folder, onerror=name_unlisted):
+        paths += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    files = []
+    for path in sorted(paths):
+        if path.is_file():
+            status = path.stat()
+            files.append((path, (str(path.absolute()), status.st_size, status.st_mtime_ns)))
+    if not files:
         raise InputError(f"{folder}: there is no photograph below it; give more photographs")
-    return [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    return files
 
 
 def read_journal(path):
-    """{(path, size, time): SHA-256} of the photographs that an interrupted reading found to be
-    readable.
-    """
+    """{state: SHA-256} of the photographs that an interrupted reading found to be readable."""
     known = {}
     for line in path.read_text().splitlines():
         with suppress(ValueError):  # the last line may be a part of one
@@ -158,38 +172,40 @@ def read_journal(path):
 
 
 def read_photographs(folder, workers, journal):
-    """Every readable photograph below `folder`, once: {Picture: SHA-256}, sorted, and what was left
-    out, a list of (kind of reason, line), which goes to stderr as well.
+    """Read every photograph below `folder`.
 
-    `journal` is a file that remembers the readable ones, so that an interrupted reading goes on.
+    Returns {SourceImage: SHA-256 of its pixels} without duplicates, in order of paths, and a list
+    of Skipped, which go to stderr as well. `journal` is a file that remembers the readable
+    photographs, so that an interrupted reading resumes.
     """
-    files = [
-        (path, (str(path.absolute()), size, time)) for path, size, time in list_photographs(folder)
-    ]
+    files = list_photographs(folder)
     known = read_journal(journal) if journal.exists() else {}
-    todo = [path for path, state in files if state not in known]
-    first, skipped = {}, []
+    unread = [path for path, state in files if state not in known]
+    path_of = {}  # by SHA-256
+    skipped = []
     with (
-        closing(parallel(fingerprint, todo, workers, "reading")) as fresh,
-        journal.open("a") as file,
+        closing(parallel(fingerprint, unread, workers, "reading")) as fingerprints,
+        journal.open("a") as journal_file,
     ):
         for path, state in files:
-            digest, kind, reason = (known[state], None, None) if state in known else next(fresh)
-            if digest and state not in known:
-                print(json.dumps([*state, digest]), file=file, flush=True)
-            if digest in first:
-                kind, reason = "duplicate", f"{path}: the same picture as {first[digest]}"
-            if reason is None:
-                first[digest] = path
+            fault = None
+            if state in known:
+                digest = known[state]
             else:
-                skipped.append((kind, reason))
-                say(f"{reason}; skipped")
-    return {
-        Picture(str(path.relative_to(folder)), path): digest for digest, path in first.items()
-    }, skipped
-
-
-# ---- generated pictures ----
+                digest, fault = next(fingerprints)
+                if digest:
+                    print(json.dumps([*state, digest]), file=journal_file, flush=True)
+            if digest in path_of:
+                fault = Skipped("duplicate", f"{path}: the same image as {path_of[digest]}")
+            if fault:
+                skipped.append(fault)
+                warn(f"{fault.reason}; skipped")
+            else:
+                path_of[digest] = path
+    photographs = {}
+    for digest, path in path_of.items():
+        photographs[SourceImage(str(path.relative_to(folder)), path)] = digest
+    return photographs, skipped
 
 
 # ---- query edits ----
@@ -202,16 +218,16 @@ def uniform(rng, low, high):
 
 def draw_crop(rng):
     """Corners of a crop that keeps 55% to 90% of each side."""
-    width, height = uniform(rng, 0.55, 0.9), uniform(rng, 0.55, 0.9)
-    x1, y1 = uniform(rng, 0, 1 - width), uniform(rng, 0, 1 - height)
-    return {
-        "x1": x1,
-        "y1": y1,
-        "x2": min(1.0, round(x1 + width, 3)),
-        "y2": min(1.0, round(y1 + height, 3)),
-    }
+    width = uniform(rng, 0.55, 0.9)
+    height = uniform(rng, 0.55, 0.9)
+    x1 = uniform(rng, 0, 1 - width)
+    y1 = uniform(rng, 0, 1 - height)
+    x2 = min(1.0, round(x1 + width, 3))
+    y2 = min(1.0, round(y1 + height, 3))
+    return {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
 
 
+# {operation of AugLy: draws its parameters}
 EDITS = {
     "overlay_onto_screenshot": lambda rng: {
         "template_filepath": str(rng.choice(["web.png", "mobile.png"]))
@@ -242,12 +258,11 @@ def draw_edits(rng):
     """One to three different edits in random order, then the JPEG encoding: a list of [operation,
     parameters].
     """
-    names = rng.choice(
-        list(EDITS), size=rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]), replace=False
-    ).tolist()
-    return [[name, EDITS[name](rng)] for name in names] + [
-        ["jpeg", {"quality": int(rng.integers(40, 91))}]
-    ]
+    number = rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])
+    names = rng.choice(list(EDITS), size=number, replace=False).tolist()
+    edits = [[name, EDITS[name](rng)] for name in names]
+    edits.append(["jpeg", {"quality": int(rng.integers(40, 91))}])
+    return edits
 
 
 def apply_edits(image, edits):
@@ -256,81 +271,61 @@ def apply_edits(image, edits):
     """
     bound = 3 * max(image.size)
     for name, parameters in edits[:-1]:
-        parameters = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in parameters.items()
-        }
+        keywords = dict(parameters)
+        for key, value in parameters.items():
+            if isinstance(value, list):  # a color, as JSON has it
+                keywords[key] = tuple(value)
         if name == "overlay_onto_screenshot":
-            parameters["template_filepath"] = str(
-                Path(SCREENSHOT_TEMPLATES_DIR) / parameters["template_filepath"]
-            )
-        image = getattr(imaugs, name)(image, **parameters).convert("RGB")
+            template = Path(SCREENSHOT_TEMPLATES_DIR) / parameters["template_filepath"]
+            keywords["template_filepath"] = str(template)
+        operation = getattr(imaugs, name)
+        image = operation(image, **keywords).convert("RGB")
         image.thumbnail((bound, bound))
     return image
 
 
-# ---- the data set ----
+# ---- plan of the data set ----
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file of the data set: `picture` as number `index` of its `kind`, edited when `edits` are
+    """One file of the data set: `source` as image `index` of its `kind`, edited when `edits` are
     given.
     """
 
     file: Path
-    picture: Picture
+    source: SourceImage
     kind: str
     index: int
     edits: list | None = None
 
 
-def original(job, seed, size):
-    """The picture of a job before its edits."""
-    if job.picture.path is None:
-        return dead_leaves(generator(seed, job.kind, job.index), size)
-    if job.picture.box is None:
-        return open_photograph(job.picture.path, size)
-    return open_embedded(job.picture.path, size).crop(job.picture.box)
-
-
-def write(job, out, seed, size):
-    """Write one picture below `out` as a JPEG, unless it is there; returns (width, height,
-    bytes).
+def split(images, shares, seed):
+    """Split the shuffled images into disjoint pools, {name: list}, by the shares of each (they sum
+    to 1).
     """
-    file = out / job.file
-    with suppress(OSError), Image.open(file, formats=["JPEG"]) as image:
-        return *image.size, file.stat().st_size
-    image, quality = original(job, seed, size), {"quality": JPEG_QUALITY}
-    if job.edits is not None:
-        image, quality = apply_edits(image, job.edits), job.edits[-1][1]
-    temporary = out.with_name(f"{os.getpid()}.jpg")
-    image.save(temporary, **quality)
-    temporary.replace(file)
-    return *image.size, file.stat().st_size
-
-
-def split(pictures, shares, seed):
-    """Shuffle the pictures and deal them into disjoint pools, {name: list}, by the shares of each
-    (they sum to 1).
-    """
-    order = generator(seed, "split").permutation(len(pictures))
-    ends = (np.cumsum(list(shares.values())) * len(pictures)).round().astype(int)
+    order = generator(seed, "split").permutation(len(images))
+    ends = (np.cumsum(list(shares.values())) * len(images)).round().astype(int)
     parts = np.split(order, ends[:-1])
-    return {name: [pictures[i] for i in part] for name, part in zip(shares, parts, strict=True)}
+    pools = {}
+    for name, part in zip(shares, parts, strict=True):
+        pools[name] = [images[i] for i in part]
+    return pools
 
 
-def plan_folder(folder, photographs, number, seed):
-    """Jobs for a folder of `number` pictures in random order: photographs, made up to the number by
-    generated ones.
+def plan_folder(kind, photographs, number, seed):
+    """Jobs for a folder of `number` images in random order: photographs, made up to the number by
+    generated images.
     """
-    kind = folder.removesuffix("_images")
-    pictures = photographs[:number] + [Picture("generated")] * (number - len(photographs))
-    order = generator(seed, "order", KINDS[kind]).permutation(len(pictures))
-    return [
-        Job(Path(folder, f"{kind[0].upper()}{i:06}.jpg"), pictures[k], kind, i)
-        for i, k in enumerate(order)
-    ]
+    letter = kind[0].upper()
+    generated = [SourceImage("generated")] * (number - len(photographs))
+    sources = photographs[:number] + generated
+    order = generator(seed, "order", STREAMS[kind]).permutation(number)
+    jobs = []
+    for i, k in enumerate(order):
+        file = Path(f"{kind}_images", f"{letter}{i:06}.jpg")
+        jobs.append(Job(file, sources[k], kind, i))
+    return jobs
 
 
 def plan_queries(folder, start, number, copied, distractors, seed):
@@ -339,22 +334,38 @@ def plan_queries(folder, start, number, copied, distractors, seed):
     `copied` are the reference jobs to copy, each once; the other queries edit the `distractors` in
     turn.
     """
-    others = [(distractors[i % len(distractors)], "") for i in range(number - len(copied))]
-    sources = [(job.picture, job.file.stem) for job in copied] + others
-    jobs, truth = [], []
-    for i, k in enumerate(generator(seed, "order", start).permutation(number), start):
-        picture, reference_id = sources[k]
-        jobs.append(
-            Job(
-                Path(folder, f"Q{i:05}.jpg"),
-                picture,
-                "query",
-                i,
-                draw_edits(generator(seed, "query", i)),
-            )
-        )
-        truth.append((f"Q{i:05}", reference_id))
+    sources = [(job.source, job.file.stem) for job in copied]
+    for i in range(number - len(copied)):
+        sources.append((distractors[i % len(distractors)], ""))
+    order = generator(seed, "order", start).permutation(number)
+    jobs = []
+    truth = []
+    for i, k in enumerate(order, start):
+        source, reference_id = sources[k]
+        query_id = f"Q{i:05}"
+        edits = draw_edits(generator(seed, "query", i))
+        jobs.append(Job(Path(folder, f"{query_id}.jpg"), source, "query", i, edits))
+        truth.append((query_id, reference_id))
     return jobs, truth
+
+
+def number_of_queries(photographed, distractors, args):
+    """How many queries a phase has: --queries, or as many as the photographs allow.
+
+    `photographed` are the reference jobs that are photographs. A third of the queries are copies of
+    these, half of them in each phase. Raises InputError where there are too few.
+    """
+    most = min(3 * (len(photographed) // 2), PHASE_2_START)
+    if len(distractors) < 2:  # each phase needs one
+        most = 0
+    number = most if args.queries is None else args.queries
+    if not 3 <= number <= most:
+        raise InputError(
+            f"{args.photos or 'embedded photographs'}: {len(photographed)} photographs as "
+            f"references and {len(distractors)} for distractors allow {most} queries a phase; "
+            "give more photographs or a smaller --queries"
+        )
+    return number
 
 
 def plan(pools, args):
@@ -363,153 +374,219 @@ def plan(pools, args):
 
     Raises InputError where they are too few.
     """
-    least, jobs = PHOTOS_NUMBERS if args.photos else EMBEDDED_NUMBERS, {}
-    for kind, pool, number in (
-        ("training", pools["training"], args.training),
-        ("reference", pools["references"], args.references),
-    ):
-        number = max(least[kind], len(pool)) if number is None else number
-        jobs[kind] = plan_folder(f"{kind}_images", pool, number, args.seed)
-    photographed = [job for job in jobs["reference"] if job.picture.path]
-    most = min(3 * (len(photographed) // 2), PHASE_2_START) if len(pools["distractors"]) > 1 else 0
-    queries = most if args.queries is None else args.queries
-    if queries < 3 or queries > most:
-        raise InputError(
-            f"{args.photos or 'embedded photographs'}: {len(photographed)} photographs as "
-            f"references and "
-            f"{len(pools['distractors'])} for distractors allow {most} queries a phase; "
-            "give more photographs or a smaller --queries"
-        )
-    tables, edits, copies = {}, [], round(queries / 3)
+    least = PHOTOS_NUMBERS if args.photos else EMBEDDED_NUMBERS
+    training_number = args.training
+    if training_number is None:
+        training_number = max(least["training"], len(pools["training"]))
+    reference_number = args.references
+    if reference_number is None:
+        reference_number = max(least["reference"], len(pools["references"]))
+    jobs = plan_folder("training", pools["training"], training_number, args.seed)
+    references = plan_folder("reference", pools["references"], reference_number, args.seed)
+    jobs += references
+
+    photographed = [job for job in references if job.source.path]
+    queries = number_of_queries(photographed, pools["distractors"], args)
+    copies = round(queries / 3)
+    tables = {}
+    edits = []
     for phase, (folder, start, truth_file) in enumerate(PHASES):
         half = slice(phase, None, 2)  # phases share neither a reference nor a distractor's source
-        copied, distractors = photographed[half][:copies], pools["distractors"][half]
-        jobs[folder], truth = plan_queries(folder, start, queries, copied, distractors, args.seed)
-        tables[truth_file] = ("query_id", "reference_id"), truth
-        edits += [
-            (job.file.stem, job.picture.name, json.dumps(job.edits), phase + 1)
-            for job in jobs[folder]
-        ]
-    tables["query_edits.csv"] = ("query_id", "source", "edits", "phase"), edits
-    return [job for part in jobs.values() for job in part], tables
+        copied = photographed[half][:copies]
+        distractors = pools["distractors"][half]
+        query_jobs, truth = plan_queries(folder, start, queries, copied, distractors, args.seed)
+        jobs += query_jobs
+        tables[truth_file] = (("query_id", "reference_id"), truth)
+        for job in query_jobs:
+            edits.append((job.file.stem, job.source.name, json.dumps(job.edits), phase + 1))
+    tables["query_edits.csv"] = (("query_id", "source", "edits", "phase"), edits)
+    return jobs, tables
 
 
-def settle(unfinished, plan):
-    """Remember the `plan`, a dict of what decides the bytes. Raises InputError when another one was
-    begun here.
+def settle(unfinished, planned):
+    """Remember `planned`, a dict of everything that the files depend on.
+
+    Raises InputError where the unfinished data set was begun with another.
     """
     file = unfinished / "plan.json"
-    begun = json.loads(file.read_text()) if file.exists() else plan
-    if changed := [name for name in plan if plan[name] != begun.get(name)]:
+    begun = json.loads(file.read_text()) if file.exists() else planned
+    changed = [name for name in planned if planned[name] != begun.get(name)]
+    if changed:
         raise InputError(
-            f"{unfinished}: was begun with other {', '.join(changed)}; go on with those, or "
+            f"{unfinished}: was begun with other {', '.join(changed)}; continue with those, or "
             f"discard it: --start-over"
         )
-    (temporary := unfinished / "plan").write_text(json.dumps(begun))
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(begun))
+
+
+# ---- images of the data set ----
+
+
+def original(job, seed, size):
+    """The image of a job before its edits."""
+    source = job.source
+    if source.path is None:
+        return dead_leaves(generator(seed, job.kind, job.index), size)
+    if source.box is None:
+        return open_photograph(source.path, size)
+    return open_embedded(source.path, size).crop(source.box)
+
+
+def write(job, out, seed, size):
+    """Write one image below `out` as a JPEG, unless it is there; returns (width, height, bytes)."""
+    file = out / job.file
+    with suppress(OSError), Image.open(file, formats=["JPEG"]) as image:
+        return *image.size, file.stat().st_size
+    image = original(job, seed, size)
+    quality = JPEG_QUALITY
+    if job.edits is not None:
+        image = apply_edits(image, job.edits)
+        quality = job.edits[-1][1]["quality"]
+    # Not beside the file: what a kill leaves there would become part of the data set.
+    temporary = out.with_name(f"{os.getpid()}.jpg")
+    image.save(temporary, quality=quality)
     temporary.replace(file)
+    return *image.size, file.stat().st_size
 
 
-# ---- what came out ----
+# ---- statistics and contact sheet ----
 
 
 def spread(values):
     """Least, median and greatest of an array of integers; nothing of an empty one."""
+    if len(values) == 0:
+        return {}
     return {
-        name: int(getattr(np, name)(values)) for name in ("min", "median", "max") if len(values)
+        "min": int(values.min()),
+        "median": int(np.median(values)),
+        "max": int(values.max()),
+    }
+
+
+def folder_statistics(jobs, sizes):
+    """Numbers and sizes of the images of one folder; `sizes` are (width, height, bytes) of each."""
+    photographed = sum(job.source.path is not None for job in jobs)
+    widths, heights, file_sizes = np.array(sizes, int).reshape(-1, 3).T
+    return {
+        "number": len(jobs),
+        "of photographs": photographed,
+        "generated": len(jobs) - photographed,
+        "width": spread(widths),
+        "height": spread(heights),
+        "bytes": int(file_sizes.sum()),
+    }
+
+
+def edit_statistics(jobs):
+    """How many queries have each edit, and how many have one, two or three of them."""
+    chains = [[name for name, _ in job.edits] for job in jobs if job.edits]
+    counts = Counter()
+    lengths = Counter()
+    for names in chains:
+        counts.update(names)
+        lengths[len(names) - 1] += 1
+    return {
+        "queries by edit": {name: counts[name] for name in (*EDITS, "jpeg")},
+        "queries by number of edits before jpeg": dict(sorted(lengths.items())),
     }
 
 
 def statistics(jobs, sizes, tables, found, skipped):
-    """What is in the data set, as a dict of plain values: sources, pictures by folder, edits, and
+    """What is in the data set, as a dict of plain values: sources, images by folder, edits, and
     what was left out.
 
     `sizes` holds each job's (width, height, bytes), `found` is the number of photographs or tiles
     to choose from.
     """
-    used = {job.picture.name for job in jobs if job.picture.path}
-    numbers = {
-        "sources": {"usable": found, "used": len(used), **Counter(kind for kind, _ in skipped)},
-        "pictures": {},
-    }
-    folders = {"training_images": [], "reference_images": []}
+    used = {job.source.name for job in jobs if job.source.path}
+    skipped_by_kind = Counter(fault.kind for fault in skipped)
+    members = {"training_images": [], "reference_images": []}
     for job, size in zip(jobs, sizes, strict=True):
-        folders.setdefault(str(job.file.parent), []).append((job.picture.path is not None, *size))
-    for folder, members in folders.items():
-        photographed, width, height, size = np.array(members, int).reshape(-1, 4).T
-        numbers["pictures"][folder] = {
-            "number": len(members),
-            "of photographs": int(photographed.sum()),
-            "generated": int((photographed == 0).sum()),
-            "width": spread(width),
-            "height": spread(height),
-            "bytes": int(size.sum()),
-        }
+        members.setdefault(str(job.file.parent), []).append((job, size))
+    folders = {}
+    for folder, pairs in members.items():
+        folder_jobs = [job for job, _ in pairs]
+        folders[folder] = folder_statistics(folder_jobs, [size for _, size in pairs])
     for folder, _, truth_file in PHASES:
-        copies = sum(reference != "" for _, reference in tables[truth_file][1])
-        numbers["pictures"][folder] |= {
-            "copies": copies,
-            "distractors": len(folders[folder]) - copies,
-        }
-    chains = [[name for name, _ in job.edits] for job in jobs if job.edits]
-    counts = Counter(name for chain in chains for name in chain)
-    numbers["queries by edit"] = {name: counts[name] for name in (*EDITS, "jpeg")}
-    lengths = Counter(len(chain) - 1 for chain in chains)
-    numbers["queries by number of edits before jpeg"] = dict(sorted(lengths.items()))
-    return numbers | {"skipped": [reason for _, reason in skipped]}
+        _, truth = tables[truth_file]
+        copies = sum(reference_id != "" for _, reference_id in truth)
+        folders[folder]["copies"] = copies
+        folders[folder]["distractors"] = len(truth) - copies
+    return {
+        "sources": {"usable": found, "used": len(used), **skipped_by_kind},
+        "pictures": folders,
+        **edit_statistics(jobs),
+        "skipped": [fault.reason for fault in skipped],
+    }
 
 
 def label(job):
-    """The name of a query and its edits with all parameters, in lines that fit below its
-    pictures.
-    """
-    edits = [
-        " ".join([name, *(f"{key}={value}" for key, value in values.items())])
-        for name, values in job.edits
-    ]
-    lines = textwrap.wrap(
-        f"{job.file.stem}: {', '.join(edits)}", 50, max_lines=LINES, placeholder=" ..."
-    )
-    return "\n".join(lines)
+    """The name of a query and its edits with all parameters, in lines that fit below its images."""
+    edits = []
+    for name, parameters in job.edits:
+        words = [f"{key}={value}" for key, value in parameters.items()]
+        edits.append(" ".join([name, *words]))
+    text = f"{job.file.stem}: {', '.join(edits)}"
+    return "\n".join(textwrap.wrap(text, 50, max_lines=LINES, placeholder=" ..."))
 
 
 def contact_sheet(jobs, out, seed, size):
-    """An RGB image with a row for each kind of edit: the first queries with it and few others,
-    original and edited.
+    """An RGB image with a row for each kind of edit: queries with it and few other edits, original
+    and edited.
     """
     queries = [job for job in jobs if job.edits]
-    sheet = Image.new(
-        "RGB", (EXAMPLES * (2 * THUMBNAIL + 3 * GAP), len(EDITS) * ROW + GAP), "white"
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    sheet = Image.new("RGB", (EXAMPLES * PAIR_WIDTH, len(EDITS) * ROW + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
     for row, kind in enumerate(EDITS):
-        having = [job for job in queries if any(name == kind for name, _ in job.edits)]
-        draw.text(
-            (GAP, row * ROW + GAP),
-            f"{kind}: {len(having)} of {len(queries)} queries",
-            "black",
-            font,
-        )
-        for column, job in enumerate(sorted(having, key=lambda job: len(job.edits))[:EXAMPLES]):
-            x, y = GAP + column * (2 * THUMBNAIL + 3 * GAP), row * ROW + HEADING
-            with Image.open(out / job.file, formats=["JPEG"]) as edited:
-                for number, image in enumerate((original(job, seed, size), edited)):
-                    place = (x + number * (THUMBNAIL + GAP), y)
-                    image = ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="gainsboro")
-                    sheet.paste(image, place)
+        edited = [job for job in queries if any(name == kind for name, _ in job.edits)]
+        heading = f"{kind}: {len(edited)} of {len(queries)} queries"
+        draw.text((GAP, row * ROW + GAP), heading, "black", font)
+        examples = sorted(edited, key=lambda job: len(job.edits))[:EXAMPLES]
+        for column, job in enumerate(examples):
+            x = GAP + column * PAIR_WIDTH
+            y = row * ROW + HEADING
+            with Image.open(out / job.file, formats=["JPEG"]) as query:
+                sheet.paste(thumbnail(original(job, seed, size)), (x, y))
+                sheet.paste(thumbnail(query), (x + THUMBNAIL + GAP, y))
             draw.multiline_text((x, y + THUMBNAIL + 2), label(job), "black", font)
     return sheet
 
 
+def thumbnail(image):
+    """The image on a gray square of THUMBNAIL pixels."""
+    return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="gainsboro")
+
+
 def summary(out, numbers):
     """The statistics in a few lines for the user."""
-    pictures = {name: part["number"] for name, part in numbers["pictures"].items()}
+    images = {name: part["number"] for name, part in numbers["pictures"].items()}
     sources = ", ".join(f"{count} {kind}" for kind, count in numbers["sources"].items())
     edits = ", ".join(f"{count} {kind}" for kind, count in numbers["queries by edit"].items())
     return (
-        f"{out}: {pictures['training_images']} training pictures, {pictures['reference_images']} "
-        f"references, "
-        f"2 x {pictures['query_images']} queries\nphotographs: {sources}\nqueries: {edits}"
+        f"{out}: {images['training_images']} training images, {images['reference_images']} "
+        f"references, 2 x {images['query_images']} queries\n"
+        f"photographs: {sources}\nqueries: {edits}"
     )
+
+
+# ---- build ----
+
+
+def find_photographs(unfinished, args):
+    """({SourceImage: SHA-256 or, of an embedded tile, None}, list of Skipped)."""
+    if args.photos:
+        return read_photographs(args.photos, args.workers, unfinished / "photographs.jsonl")
+    return dict.fromkeys(embedded_tiles(args.size)), []
+
+
+def write_table(path, header, rows):
+    """Write a csv; names that are no Unicode are escaped."""
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def build(unfinished, args):
@@ -519,25 +596,22 @@ def build(unfinished, args):
     Raises InputError for too few photographs, or when an unfinished data set of another kind is
     there.
     """
-    if args.photos:
-        photographs, skipped = read_photographs(
-            args.photos, args.workers, unfinished / "photographs.jsonl"
-        )
-    else:
-        photographs, skipped = dict.fromkeys(embedded_tiles(args.size)), []
+    photographs, skipped = find_photographs(unfinished, args)
     shares = PHOTOS_SHARES if args.photos else EMBEDDED_SHARES
-    pools = {"training": []} | split([*photographs], shares, args.seed)
-    jobs, tables = plan(pools, args)
+    jobs, tables = plan(split(list(photographs), shares, args.seed), args)
+
     settings = {
-        f"--{name}": getattr(args, name)
-        for name in ("seed", "queries", "references", "training", "size")
+        "--seed": args.seed,
+        "--queries": args.queries,
+        "--references": args.references,
+        "--training": args.training,
+        "--size": args.size,
     }
-    contents = repr([(picture.name, digest) for picture, digest in photographs.items()])
-    digest = hashlib.sha256(contents.encode(errors="backslashreplace")).hexdigest()
-    versions = VERSIONS | {
-        "make_dataset.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    }
-    settle(unfinished, settings | {"photographs": digest, "versions": versions})
+    contents = repr([(source.name, digest) for source, digest in photographs.items()])
+    contents_digest = hashlib.sha256(contents.encode(errors="backslashreplace")).hexdigest()
+    script_digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    versions = VERSIONS | {"make_dataset.py": script_digest}
+    settle(unfinished, settings | {"photographs": contents_digest, "versions": versions})
 
     out = unfinished / "data"
     for folder in {job.file.parent for job in jobs}:
@@ -545,17 +619,38 @@ def build(unfinished, args):
     task = functools.partial(write, out=out, seed=args.seed, size=args.size)
     sizes = list(parallel(task, jobs, args.workers, "writing"))
     for name, (header, rows) in tables.items():
-        with (out / name).open(
-            "w", newline="", encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    numbers = {"arguments": settings | {"--photos": args.photos and str(args.photos)}}
+        write_table(out / name, header, rows)
+    arguments = settings | {"--photos": args.photos and str(args.photos)}
+    numbers = {"arguments": arguments}
     numbers |= statistics(jobs, sizes, tables, len(photographs), skipped)
     (out / "statistics.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    contact_sheet(jobs, out, args.seed, args.size).save(
-        out / "contact_sheet.jpg", quality=JPEG_QUALITY
-    )
+    sheet = contact_sheet(jobs, out, args.seed, args.size)
+    sheet.save(out / "contact_sheet.jpg", quality=JPEG_QUALITY)
     return out, numbers
+
+
+def make(args, out, unfinished):
+    """Build the data set in `unfinished` and rename it to `out` when it is complete."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        begun = (unfinished / "plan.json").exists()
+        if begun and not (unfinished / "data").exists():  # killed after the renaming
+            shutil.rmtree(unfinished)
+        raise InputError(
+            f"{args.out}: exists and is not an empty folder; remove it or choose another"
+        )
+    if args.photos and out.is_relative_to(args.photos.resolve()):
+        raise InputError(
+            f"{args.out}: lies in --photos {args.photos}, whose images it would join; choose "
+            f"another"
+        )
+    if args.start_over:  # the journal stays: what it says of the photographs still holds
+        (unfinished / "plan.json").unlink(missing_ok=True)
+        shutil.rmtree(unfinished / "data", ignore_errors=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    data, numbers = build(unfinished, args)
+    data.replace(out)
+    shutil.rmtree(unfinished)
+    print(summary(args.out, numbers))
 
 
 # ---- main ----
@@ -582,26 +677,31 @@ def parse_args(argv=None):
         type=int,
         help="a phase, a third of them copies (default: as many as the photographs allow)",
     )
-    for name, kind in (("references", "reference"), ("training", "training")):
-        least = f"{EMBEDDED_NUMBERS[kind]}, with --photos {PHOTOS_NUMBERS[kind]}"
-        what = f"{kind} pictures: photographs, then generated ones up to this number"
-        add(
-            f"--{name}",
-            type=int,
-            help=f"{what} (default: all photographs dealt to them, at least {least})",
-        )
-    default = "(default: 100, with --photos 512)"
+    default = "(default: all photographs of its share, at least {}, with --photos {})"
+    embedded, photos = EMBEDDED_NUMBERS, PHOTOS_NUMBERS
+    add(
+        "--references",
+        type=int,
+        help="reference images: photographs, then generated images up to this number "
+        + default.format(embedded["reference"], photos["reference"]),
+    )
+    add(
+        "--training",
+        type=int,
+        help="training images: photographs, then generated images up to this number "
+        + default.format(embedded["training"], photos["training"]),
+    )
     add(
         "--size",
         type=int,
         metavar="PIXELS",
-        help=f"shorter side; photographs are scaled down to it {default}",
+        help="shorter side; photographs are scaled down to it (default: 100, with --photos 512)",
     )
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     add(
         "--start-over",
         action="store_true",
-        help="discard the pictures of an unfinished run with other arguments",
+        help="discard the images of an unfinished run with other arguments",
     )
     args = parser.parse_args(argv)
     if args.size is None:
@@ -621,55 +721,22 @@ def parse_args(argv=None):
     return args
 
 
-def make(args, out, unfinished):
-    """Build the data set in `unfinished` and rename it to `out` when it is complete."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        if (unfinished / "plan.json").exists() and not (
-            unfinished / "data"
-        ).exists():  # killed after the renaming
-            shutil.rmtree(unfinished)
-        raise InputError(
-            f"{args.out}: exists and is not an empty folder; remove it or choose another"
-        )
-    if args.photos and out.is_relative_to(args.photos.resolve()):
-        raise InputError(
-            f"{args.out}: lies in --photos {args.photos}, whose pictures it would join; choose "
-            f"another"
-        )
-    if args.start_over:  # what was read of the photographs is true of them still
-        (unfinished / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(unfinished / "data", ignore_errors=True)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    data, numbers = build(unfinished, args)
-    data.replace(out)
-    shutil.rmtree(unfinished)
-    print(summary(args.out, numbers))
-
-
+@one_line_errors
 def main(argv=None):
-    """Make the data set; returns the exit code: 0, 2 for wrong input, 1 for a lost process, 130
-    after Ctrl-C.
+    """Make the data set; returns the exit code: 0, 2 for wrong input, 1 for a lost worker process,
+    130 after Ctrl-C.
     """
     args = parse_args(argv)
     out = args.out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
         make(args, out, unfinished)
-    except (InputError, OSError) as error:
-        place = (
-            f"{args.out}: " if isinstance(error, OSError) and not error.filename else ""
-        )  # as of a full disk
-        print(f"make_dataset.py: error: {place}{error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        remedy = "the same command goes on, with fewer --workers where memory ran out"
-        print(f"make_dataset.py: error: {args.out}: lost a process; {remedy}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(
-            f"make_dataset.py: {args.out}: interrupted; the same command goes on", file=sys.stderr
-        )
-        return 130
+        raise KeyboardInterrupt("the same command resumes it") from None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise InputError(f"{args.out}: {error}") from error  # a full disk does not say where
     finally:
         with suppress(OSError):
             unfinished.rmdir()  # if nothing is in it

@@ -1,11 +1,11 @@
-"""Perceptual hashes, which need no network, as submissions to compare a descriptor with.
+"""Submissions by perceptual hashes, a baseline without a network.
 
     python scripts/dev/hash_images.py input --phase 2 --output exp/hashes
     python scripts/eval_metrics.py exp/hashes/phash.csv input/private_ground_truth.csv
 
 Hashes of 256 bits of every query and reference, by imagehash (pip install imagehash). Writes
-dhash.csv and phash.csv: the ten nearest references of each query, with minus the number of bits
-that differ as score.
+dhash.csv and phash.csv: the ten nearest references of each query; the score is minus the number of
+bits that differ.
 """
 
 import argparse
@@ -13,59 +13,86 @@ import csv
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 
 import numpy as np
 from tqdm import tqdm
 
-import v98
-from common.errors import one_line_errors
+from common.errors import InputError, one_line_errors
 from common.files import atomic
+from common.images import SUFFIXES, needs_heif, open_image
 
-HASHES = (
-    "dhash",
-    "phash",
-)  # imagehash's: signs of differences of neighbors, of cosine coefficients
+# imagehash's: the signs of differences of neighboring pixels, and of cosine coefficients.
+HASHES = ("dhash", "phash")
+
+
+def list_images(folder):
+    """Sorted paths of the images in a folder, hidden files aside.
+
+    Raises InputError where there is none, or two have one id.
+    """
+    paths = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                paths.append(path)
+    if not paths:
+        raise InputError(
+            f"{folder}: is no folder of images; see input/README.md for what belongs where"
+        )
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError(
+            f"{folder}: has images whose names differ in their suffix alone; rename one of each"
+        )
+    return sorted(paths)
+
+
+def read_image(path):
+    """The image of a file, upright, mode RGB. Raises InputError where it is unreadable."""
+    if needs_heif(path):
+        raise InputError(f"{path}: is HEIC, which needs a package; pip install pillow-heif")
+    try:
+        return open_image(path)
+    except Exception as error:  # file system, formats and decoders each fail in their own way
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def hash_folder(folder):
-    """(ids, {name of the hash: bool (n, 256)}) of the images in a folder, as the stages read them.
+    """(ids, {name of the hash: bool (n, 256)}) of the images in a folder.
 
-    Raises v98.InputError where there is none, one cannot be read, two have one id, or imagehash is
-    not installed.
+    Raises InputError where there is none, one is unreadable, two have one id, or imagehash is not
+    installed.
     """
     try:
-        import imagehash  # which only this needs, and only the demo's requirements have
+        import imagehash  # here, since only requirements-dev.txt has it
     except ImportError as error:
         message = f"{error.name}: is not installed; pip install imagehash"
-        raise v98.InputError(message) from error
+        raise InputError(message) from error
 
-    paths, bits = v98.list_images(folder), {name: [] for name in HASHES}
-    ids = [Path(path).stem for path in paths]
-    if len(set(ids)) < len(ids):
-        raise v98.InputError(
-            f"{folder}: has images whose names differ in their suffix alone; rename one of each"
-        )
-    for path in tqdm(paths, folder.name):
-        image = v98.open_image(path)
+    paths = list_images(folder)
+    bits = {name: [] for name in HASHES}
+    for path in tqdm(paths, folder.name, unit="image"):
+        image = read_image(path)
         for name in HASHES:
-            bits[name].append(getattr(imagehash, name)(image, hash_size=16).hash.ravel())
+            hash_function = getattr(imagehash, name)
+            bits[name].append(hash_function(image, hash_size=16).hash.ravel())
+    ids = [path.stem for path in paths]
     return ids, {name: np.array(rows) for name, rows in bits.items()}
 
 
 def match_hashes(query, reference, k=10):
-    """(query row, reference row, score) of each query's k nearest references; score is minus the
-    bits that differ.
+    """(query row, reference row, score) of each query's k nearest references.
+
+    query, reference: bool (n, 256). The score is minus the number of bits that differ.
     """
-    query, reference = (2 * bits.astype(np.float32) - 1 for bits in (query, reference))
+    query_signs = 2 * query.astype(np.float32) - 1
+    reference_signs = 2 * reference.astype(np.float32) - 1
     matches = []
-    for q, row in enumerate(
-        query
-    ):  # one by one: all distances at once would take 200 GB for DISC21
-        distances = (len(row) - reference @ row) / 2
-        matches += [
-            (q, r, -int(distances[r])) for r in distances.argsort(kind="stable")[:k].tolist()
-        ]
+    # One by one: all distances at once would take 200 GB for DISC21.
+    for q, signs in enumerate(query_signs):
+        distances = (len(signs) - reference_signs @ signs) / 2
+        for r in distances.argsort(kind="stable")[:k].tolist():
+            matches.append((q, r, -int(distances[r])))
     return matches
 
 
@@ -103,10 +130,9 @@ def main(argv=None):
     """Write the submissions; returns the exit code."""
     args = parse_args(argv)
     if args.output.exists() and not args.output.is_dir():
-        raise v98.InputError(f"{args.output}: is no folder; choose another --output")
-    query_ids, queries = hash_folder(
-        args.data / ("query_images" if args.phase == 1 else "query_images_phase2")
-    )
+        raise InputError(f"{args.output}: is no folder; choose another --output")
+    query_folder = "query_images" if args.phase == 1 else "query_images_phase2"
+    query_ids, queries = hash_folder(args.data / query_folder)
     reference_ids, references = hash_folder(args.data / "reference_images")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in HASHES:

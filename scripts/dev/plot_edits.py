@@ -1,11 +1,11 @@
-r"""How well submissions find the copies of each kind of edit: a table, and a picture of it.
+r"""How well submissions find the copies of each kind of edit: a table, and a plot of it.
 
     python scripts/dev/plot_edits.py input/private_ground_truth.csv v98=v98.h5 pHash=phash.csv \
         dHash=dhash.csv -o edits.png
 
-Prints, in Markdown, the micro average precision over the queries of each kind of edit alone, and
-over all, of each NAME=FILE; a query may have several edits. They stand in query_edits.csv beside
-the ground truth (of make_dataset.py).
+Prints, in Markdown, the micro average precision of each NAME=FILE over the queries of each kind of
+edit alone, and over all; a query may have several edits. make_dataset.py lists them in
+query_edits.csv, beside the ground truth.
 """
 
 import argparse
@@ -18,17 +18,19 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from common.cli import FORMATS
+from common.cli import PLOT_FORMATS
 from common.errors import one_line_errors
 from common.evaluation import load_candidates, rank, read_edits, read_ground_truth, scores_by_edit
 from common.files import atomic
 
 
 def edit_scores(submissions, ground_truth, edits):
-    """{kind of edit: {name: average precision}} of {name: file}, the first's lowest first, "all
-    queries" at the end.
+    """{kind of edit: {name: average precision}} of {name: file}.
+
+    The first submission's lowest comes first, "all queries" last.
     """
-    truth, table = read_ground_truth(ground_truth), {}
+    truth = read_ground_truth(ground_truth)
+    table = {}
     for name, path in submissions.items():
         ranking = rank(load_candidates(path, truth, ground_truth), truth)
         for kind, *_, score in scores_by_edit(ranking, truth, edits):
@@ -40,21 +42,23 @@ def edit_scores(submissions, ground_truth, edits):
 def markdown(table):
     """The scores as a table in Markdown."""
     names = list(table["all queries"])
-    lines = [["µAP", *names], ["---"] * (len(names) + 1)]
-    lines += [[kind, *(f"{scores[name]:.3f}" for name in names)] for kind, scores in table.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [["µAP", *names], ["---"] * (len(names) + 1)]
+    for kind, scores in table.items():
+        rows.append([kind, *(f"{scores[name]:.3f}" for name in names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw(table):
     """A Figure of the scores: a group of bars for each kind of edit."""
-    names, height = list(table["all queries"]), 0.8 / len(table["all queries"])
-    figure = Figure(figsize=(8, 0.9 + 0.16 * (len(names) + 1) * len(table)), layout="constrained")
+    names = list(table["all queries"])
+    bar_height = 0.8 / len(names)
+    figure_height = 0.9 + 0.16 * (len(names) + 1) * len(table)
+    figure = Figure(figsize=(8, figure_height), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
-        rows = np.arange(len(table)) + (i - (len(names) - 1) / 2) * height
-        bars = axes.barh(
-            rows, [scores[name] for scores in table.values()], height, label=name, color=f"C{i}"
-        )
+        rows = np.arange(len(table)) + (i - (len(names) - 1) / 2) * bar_height
+        widths = [scores[name] for scores in table.values()]
+        bars = axes.barh(rows, widths, bar_height, label=name, color=f"C{i}")
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set_yticks(range(len(table)), list(table))
     axes.invert_yaxis()
@@ -94,13 +98,13 @@ def parse_args(argv=None):
         type=Path,
         help="csv: query_id,edits (default: query_edits.csv beside the ground truth)",
     )
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="plot to write")
     args = parser.parse_args(argv)
     if len(dict(args.submissions)) < len(args.submissions):
         parser.error("two submissions have one NAME; give each its own")
     args.edits = args.edits or args.ground_truth.with_name("query_edits.csv")
-    if args.output.suffix not in FORMATS:
-        parser.error(f"--output {args.output}: must end in one of {', '.join(FORMATS)}")
+    if args.output.suffix not in PLOT_FORMATS:
+        parser.error(f"--output {args.output}: must end in one of {', '.join(PLOT_FORMATS)}")
     if not args.output.absolute().parent.is_dir():
         parser.error(f"--output {args.output}: there is no such folder; make it first")
     return args
@@ -112,7 +116,8 @@ def main(argv=None):
     args = parse_args(argv)
     table = edit_scores(dict(args.submissions), args.ground_truth, read_edits(args.edits))
     print(markdown(table))
-    with atomic(args.output) as path, rc_context({"text.parse_math": False}):  # a $ is a $
+    no_formulas = {"text.parse_math": False}  # a $ in a name is a $
+    with atomic(args.output) as path, rc_context(no_formulas):
         draw(table).savefig(path, format=args.output.suffix[1:], dpi=120)
     return 0
 

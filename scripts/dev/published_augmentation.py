@@ -2,8 +2,8 @@
 and benchmark.
 
 exp/v83.py, v86.py and v98.py do the same on arrays, faster, by approximations. Here nothing is
-approximated. The random draws happen in the same order as there, so that equal seeds give equal
-views, up to the errors that the stages state, but for two operations: AugLy shuffles pixels by
+approximated. The random draws happen in the same order as in the stages, so equal seeds give equal
+views, up to the errors that the stages state. Two operations differ: AugLy shuffles pixels by
 another pattern, and torchvision draws the noise of erasing before the place of the box.
 
 Needs AugLy. Imports nothing of this project.

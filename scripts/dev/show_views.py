@@ -4,9 +4,9 @@
     python scripts/dev/show_views.py v107 input/training_images --output views.png --count 4 \
         --input-size 128 --num-negatives 5
 
-A row is a sample, in the order in which training takes them: its views after augmentation and
-erasing, then its references. Other flags are the stage's own, such as --input-size, --ncrops,
---seed and --start-epoch.
+A row is a sample: its views after augmentation and erasing, then its references. Samples come in
+the order in which training takes them. Other flags are the stage's own, such as --input-size,
+--ncrops, --seed and --start-epoch.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 
 
 def create_dataset(stage, args):
-    """The TrainDataset of a stage, a module, for its arguments."""
+    """The TrainDataset of a stage, given as a module, with the stage's arguments."""
     values = {"folder": args.data}
     for name in inspect.signature(stage.TrainDataset).parameters:
         if name != "folder":
@@ -37,11 +37,10 @@ def create_dataset(stage, args):
 
 
 def first_views(stage, args, count):
-    """Views of the first `count` samples of an epoch, float32 (n, 3, size, size) in 0 to 1, and how
-    many each sample has.
+    """The views of the first `count` samples of an epoch, and the number of views of a sample.
 
-    Messages about unreadable images go to stderr. Raises the stage's InputError where data cannot
-    be used.
+    Views are float32 (n, 3, size, size) in 0 ... 1. Messages about unreadable images go to stderr.
+    Raises the stage's InputError where data cannot be used.
     """
     dataset = create_dataset(stage, args)
     dataset.epoch = args.start_epoch

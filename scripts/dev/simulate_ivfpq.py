@@ -1,4 +1,4 @@
-"""What does a compressed index keep of the exact search? Recall of faiss's inverted lists on
+"""How much of the exact search a compressed index keeps: the recall of faiss's inverted lists on
 synthetic descriptors.
 
     # the table of docs/SCALE.md: minutes, 3 GB of memory
@@ -8,7 +8,7 @@ A descriptor is normalize(R D (sqrt(0.3) t + sqrt(0.7) g)): g its own Gaussian v
 topic's, of 256 numbers; D scales axis i = 1, 2, ... by i^(-decay/2); R is one random rotation. Of
 size / 50 topics, each takes number floor(topics u^2), u uniform, so that few are large. A query is
 a copy of one descriptor x: c x + sqrt(1 - c^2) n, its cosine c uniform in `--cosines`, n a random
-direction of the same spectrum orthogonal to x. No network made any of them.
+direction of the same spectrum orthogonal to x. None of them comes from a network.
 
 Prints a table in Markdown. `recall@10`: the share of the 10 exact nearest among the first 10 found.
 `copy@k`: the share of queries whose original is among the first k. `hard@10`: copy@10 of the third
@@ -16,6 +16,7 @@ of the queries with the lowest cosines.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,102 +27,130 @@ import faiss
 import numpy as np
 
 from common.cli import at_least
-from common.errors import InputError
+from common.errors import InputError, one_line_errors
 from common.search import nearest, normalize
 
 DIMENSIONS = 256
 BLOCK = 65536  # descriptors made at once
-PER_TOPIC, SHARE = (
-    50,
-    0.3,
-)  # descriptors of a topic on average, and how much of their variance is the topic's
+PER_TOPIC = 50  # descriptors of a topic, on average
+TOPIC_SHARE = 0.3  # of a descriptor's variance
 SHORTLIST = 100  # neighbors asked for
-INDEXES = (
-    "IVF1024,Flat",
-    "IVF1024,PQ16np",
-    "IVF1024,PQ32np",
-    "IVF1024,PQ64np",
-)  # np: polysemous training is slow
+# "np": no polysemous training, since it is slow.
+INDEXES = ("IVF1024,Flat", "IVF1024,PQ16np", "IVF1024,PQ32np", "IVF1024,PQ64np")
 
 
-def make_data(args):
-    """Descriptors (size, 256), queries (q, 256), the positions of their originals and the cosines
-    to them, (q,).
-    """
-    rng = np.random.default_rng(args.seed)
-    rotation = np.linalg.qr(rng.standard_normal((DIMENSIONS, DIMENSIONS)))[0]
-    spectrum = (np.arange(1, DIMENSIONS + 1)[:, None] ** (-args.decay / 2) * rotation).astype(
-        np.float32
-    )
+class Generator:
+    """Draws random vectors (n, 256) float32 with the spectrum of --decay."""
 
-    def gauss(count):
-        return rng.standard_normal((count, DIMENSIONS), np.float32) @ spectrum
+    def __init__(self, seed, decay):
+        self.rng = np.random.default_rng(seed)
+        rotation = np.linalg.qr(self.rng.standard_normal((DIMENSIONS, DIMENSIONS)))[0]
+        scale = np.arange(1, DIMENSIONS + 1)[:, None] ** (-decay / 2)
+        self.spectrum = (scale * rotation).astype(np.float32)
 
-    topics, base = gauss(-(-args.size // PER_TOPIC)), np.empty((args.size, DIMENSIONS), np.float32)
-    for start in range(0, args.size, BLOCK):
+    def vectors(self, count):
+        return self.rng.standard_normal((count, DIMENSIONS), np.float32) @ self.spectrum
+
+
+def make_base(generator, size):
+    """Descriptors (size, 256) float32 of length 1, in topics of different sizes."""
+    topics = generator.vectors(math.ceil(size / PER_TOPIC))
+    base = np.empty((size, DIMENSIONS), np.float32)
+    for start in range(0, size, BLOCK):
         rows = base[start : start + BLOCK]
-        topic = topics[(len(topics) * rng.random(len(rows)) ** 2).astype(int)]
-        rows[:] = normalize(
-            np.float32(SHARE**0.5) * topic + np.float32((1 - SHARE) ** 0.5) * gauss(len(rows))
-        )
-    original = rng.choice(args.size, args.queries, replace=False)
-    cosine = rng.uniform(*args.cosines, (args.queries, 1)).astype(np.float32)
-    x, noise = base[original], gauss(args.queries)
+        choices = (len(topics) * generator.rng.random(len(rows)) ** 2).astype(int)
+        common = np.float32(TOPIC_SHARE**0.5) * topics[choices]
+        own = np.float32((1 - TOPIC_SHARE) ** 0.5) * generator.vectors(len(rows))
+        rows[:] = normalize(common + own)
+    return base
+
+
+def make_queries(generator, base, number, cosines):
+    """Copies of random descriptors: queries (q, 256), positions of their originals in `base` and
+    the cosines to them, both (q,).
+    """
+    original = generator.rng.choice(len(base), number, replace=False)
+    cosine = generator.rng.uniform(*cosines, (number, 1)).astype(np.float32)
+    x = base[original]
+    noise = generator.vectors(number)
     noise = normalize(noise - np.einsum("nd,nd->n", noise, x)[:, None] * x)
-    return base, cosine * x + np.sqrt(1 - cosine**2) * noise, original, cosine[:, 0]
+    queries = cosine * x + np.sqrt(1 - cosine**2) * noise
+    return queries, original, cosine[:, 0]
 
 
 def build(name, base, train_rows):
     """The faiss index of this factory name, trained on the first rows, with all of them in; and its
     inverted lists.
+
+    Raises InputError where faiss cannot build it.
     """
     try:
         index = faiss.index_factory(DIMENSIONS, name)
         lists = faiss.extract_index_ivf(index)
         index.train(base[:train_rows])
     except RuntimeError as error:
-        raise InputError(
-            f"--index {name}: faiss cannot build it ({str(error).splitlines()[-1].strip()})"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"--index {name}: faiss cannot build it ({reason})") from None
     index.add(base)
     return index, lists
+
+
+def shares(found, exact, original, cosine):
+    """The measured columns of the table: recall@10, copy@1, copy@10, copy@100, hard@10.
+
+    found and exact: positions of the neighbors of each query, (q, SHORTLIST); original and cosine
+    as make_queries returns them.
+    """
+    recalled = (found[:, :10, None] == exact[:, None, :10]).any(axis=1)
+    hit = found == original[:, None]
+    hard = cosine <= np.quantile(cosine, 1 / 3)
+    return [
+        recalled.mean(),
+        hit[:, :1].any(axis=1).mean(),
+        hit[:, :10].any(axis=1).mean(),
+        hit[:, :SHORTLIST].any(axis=1).mean(),
+        hit[hard, :10].any(axis=1).mean(),
+    ]
+
+
+def table_row(name, size, probes, seconds, values):
+    """A line of the table; `seconds` for one query."""
+    cells = [name, size, probes, *(f"{value:.3f}" for value in values), f"{1000 * seconds:.2f}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def simulate(args):
     """Yields the lines of the table: the exact search, then each index with each number of
     probes.
     """
-    base, queries, original, cosine = make_data(args)
+    generator = Generator(args.seed, args.decay)
+    base = make_base(generator, args.size)
+    queries, original, cosine = make_queries(generator, base, args.queries, args.cosines)
+
     start = time.perf_counter()
     distance, exact = nearest(queries, base, SHORTLIST, "l2")
-
-    def line(name, size, probes, found):
-        cost = 1000 * (time.perf_counter() - start) / len(queries)
-        hit = found == original[:, None]
-        shares = [(found[:, :10, None] == exact[:, None, :10]).any(axis=1).mean()]
-        shares += [hit[:, :k].any(axis=1).mean() for k in (1, 10, SHORTLIST)]
-        shares += [hit[cosine <= np.quantile(cosine, 1 / 3), :10].any(axis=1).mean()]
-        return (
-            f"| {name} | {size} | {probes} | {' | '.join(f'{share:.3f}' for share in shares)} "
-            f"| {cost:.2f} |"
-        )
-
+    seconds = (time.perf_counter() - start) / len(queries)
     yield (
         "| index | bytes | nprobe | recall@10 | copy@1 | copy@10 | copy@100 | hard@10 | ms/query |"
     )
     yield "|---" * 9 + "|"
-    yield line("exact", 4 * DIMENSIONS, "", exact)
+    values = shares(exact, exact, original, cosine)
+    yield table_row("exact", 4 * DIMENSIONS, "", seconds, values)
+
     for name in args.index:
         index, lists = build(name, base, args.train_rows)
         for lists.nprobe in args.probes:
             start = time.perf_counter()
-            yield line(name, lists.code_size + 8, lists.nprobe, index.search(queries, SHORTLIST)[1])
-    other = (
-        1 - np.where(exact == original[:, None], 4, distance).min(axis=1) / 2
-    )  # from squared distances
+            _, found = index.search(queries, SHORTLIST)
+            seconds = (time.perf_counter() - start) / len(queries)
+            values = shares(found, exact, original, cosine)
+            yield table_row(name, lists.code_size + 8, lists.nprobe, seconds, values)
+
+    others = np.where(exact == original[:, None], 4, distance)  # 4: farther than all
+    best_other = 1 - others.min(axis=1) / 2  # the cosine of a squared distance
     yield (
-        f"\nCosine of a query to the best but its original: mean {other.mean():.2f}, largest "
-        f"{other.max():.2f}"
+        f"\nCosine of a query to the best but its original: mean {best_other.mean():.2f}, largest "
+        f"{best_other.max():.2f}"
     )
 
 
@@ -130,7 +159,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count = parser.add_argument, at_least(int, 1)
+    add = parser.add_argument
+    count = at_least(int, 1)
     add(
         "--size",
         type=at_least(int, SHORTLIST),
@@ -179,14 +209,11 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
-    """Runs the command; returns the exit code: 0, or 2 with one line on stderr."""
-    try:
-        for line in simulate(parse_args(argv)):
-            print(line, flush=True)
-    except InputError as error:
-        print(f"simulate_ivfpq.py: error: {error}", file=sys.stderr)
-        return 2
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
+    for line in simulate(parse_args(argv)):
+        print(line, flush=True)
     return 0
 
 

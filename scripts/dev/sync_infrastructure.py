@@ -3,10 +3,10 @@
     python scripts/dev/sync_infrastructure.py            # write the stages that differ
     python scripts/dev/sync_infrastructure.py --check    # write nothing; exit code 1 if one differs
 
-The infrastructure is what stands below the line `# ======== infrastructure`, in sections that begin
-with `# ---- name ----`. A stage keeps the sections that it has: v107 has no augmentation
-operations. Lines that end in the stage's own tag, such as `# v107`, stay where they are: after the
-line of v83 that they follow now.
+The infrastructure is everything below the line `# ======== infrastructure`, in sections that begin
+with `# ---- name ----`. A stage keeps its own set of sections: v107 has no augmentation operations.
+Lines that end in the stage's own tag, such as `# v107`, stay where they are: after the line of v83
+that they follow now.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def split_at_banner(text):
 
 
 def split_sections(lines):
-    """{name of the section: its lines} of the infrastructure; what stands before the first has name
-    "".
+    """{name of the section: its lines} of the infrastructure; the lines before the first section
+    have the name "".
     """
     sections = {"": []}
     name = ""
@@ -48,7 +48,7 @@ def split_sections(lines):
 
 
 def insert_own_lines(lines, former, stage):
-    """The lines of v83's section, with those of the stage's former section that carry its tag.
+    """The lines of v83's section, with the tagged lines of the stage's former section.
 
     Raises ValueError where the line that a tagged one followed is no longer there, or there twice.
     """
