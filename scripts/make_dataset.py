@@ -55,8 +55,9 @@ from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from common import sample_images
 from common.errors import InputError, one_line_errors
-from common.files import atomic
+from common.files import atomic, sha256_of
 from common.images import SUFFIXES
 from common.parallel import parallel
 from common.sample_images import (
@@ -609,8 +610,9 @@ def build(unfinished, args):
     }
     contents = repr([(source.name, digest) for source, digest in photographs.items()])
     contents_digest = hashlib.sha256(contents.encode(errors="backslashreplace")).hexdigest()
-    script_digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    versions = VERSIONS | {"make_dataset.py": script_digest}
+    versions = dict(VERSIONS)
+    for source_file in (Path(__file__), Path(sample_images.__file__)):
+        versions[source_file.name] = sha256_of(source_file)
     settle(unfinished, settings | {"photographs": contents_digest, "versions": versions})
 
     out = unfinished / "data"

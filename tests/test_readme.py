@@ -50,7 +50,6 @@ FLAGS_NOT_IN_A_SOURCE = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun
     *("--max-restarts", "--extra-index-url", "--signal", "--help"),  # torchrun, pip, SLURM, any
     "--with",  # uv
-    *("--references", "--queries", "--training"),  # of make_dataset.py, added in a loop
 }
 
 

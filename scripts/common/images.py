@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from common.errors import InputError
 
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 SUFFIXES = (
@@ -103,6 +105,13 @@ def upright_rgb(image):
 
 
 def open_image(path):
-    """The image of a file, upright and RGB. Raises whatever file system and decoder raise."""
-    with open_checked(path) as image:
-        return upright_rgb(image)
+    """The image of a file, upright and RGB. Raises InputError where it is unreadable."""
+    try:
+        with open_checked(path) as image:
+            return upright_rgb(image)
+    except Exception as error:  # file system, formats and decoders each fail in their own way
+        if isinstance(error, UnidentifiedImageError) and needs_heif(path):
+            remedy = "pip install pillow-heif"
+            raise InputError(f"{path}: is HEIC, which needs a package; {remedy}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from error

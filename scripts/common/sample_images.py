@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import InputError
-from common.images import needs_heif, open_image
+from common.images import open_image
 
 # Photographs of things, {folder inside site-packages: file names}. Text pages, masks, logos and
 # test patterns are left out, as are even textures (brick, grass, gravel), whose tiles all look
@@ -67,15 +67,9 @@ def generator(seed, kind, index=0):
 def open_photograph(path, short_side=None):
     """The photograph as an RGB image, upright, its shorter side at most `short_side` pixels.
 
-    Raises InputError, FILE: what is wrong, where the file cannot be decoded.
+    Raises InputError where the file is unreadable.
     """
-    try:
-        if needs_heif(path):
-            raise ValueError("install pillow-heif for HEIC")
-        image = open_image(path)
-    except Exception as error:  # file system, formats and decoders each fail in their own way
-        reason = " ".join(str(error).split("\n"))
-        raise InputError(f"{path}: cannot be read as a photograph ({reason})") from error
+    image = open_image(path)
     if short_side is None or short_side >= min(image.size):
         return image
     scale = short_side / min(image.size)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from common.images import SUFFIXES, needs_heif, open_image
+from common.images import SUFFIXES, open_image
 
 # imagehash's: the signs of differences of neighboring pixels, and of cosine coefficients.
 HASHES = ("dhash", "phash")
@@ -47,16 +47,6 @@ def list_images(folder):
     return sorted(paths)
 
 
-def read_image(path):
-    """The image of a file, upright, mode RGB. Raises InputError where it is unreadable."""
-    if needs_heif(path):
-        raise InputError(f"{path}: is HEIC, which needs a package; pip install pillow-heif")
-    try:
-        return open_image(path)
-    except Exception as error:  # file system, formats and decoders each fail in their own way
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
-
-
 def hash_folder(folder):
     """(ids, {name of the hash: bool (n, 256)}) of the images in a folder.
 
@@ -72,7 +62,7 @@ def hash_folder(folder):
     paths = list_images(folder)
     bits = {name: [] for name in HASHES}
     for path in tqdm(paths, folder.name, unit="image"):
-        image = read_image(path)
+        image = open_image(path)
         for name in HASHES:
             hash_function = getattr(imagehash, name)
             bits[name].append(hash_function(image, hash_size=16).hash.ravel())
