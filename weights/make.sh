@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes the weights here, from nothing but generated pictures, in a good hour on two CPU cores: weights/make.sh FOLDER
+# Makes the weights here, from nothing but generated images, in a good hour on two CPU cores: weights/make.sh FOLDER
 # Started again, it goes on. FOLDER/start.pth.tar, v98.pth.tar and v107.pth.tar are the weights, in half precision.
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
