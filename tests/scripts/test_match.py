@@ -34,7 +34,7 @@ from PIL import Image
 
 import match
 import v107
-from common import images, listing, page
+from common import images, page
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.extraction import PixelBudget, extract_descriptors, map_ahead
