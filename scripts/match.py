@@ -51,18 +51,22 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from common.background import LEAST_COLLECTION, collection_background, given_background
 from common.cli import at_least, hidden_stderr
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.errors import InputError, one_line_errors
-from common.extraction import extract_descriptors, read_background
+from common.exclusions import excluded_files
+from common.extraction import Extracted, extract_descriptors, read_background
 from common.files import atomic, shown
+from common.keeping import group_record
 from common.listing import list_files
 from common.networks import (
     DEFAULT_ONNX,
@@ -73,8 +77,15 @@ from common.networks import (
     onnx_network,
     torch_network,
 )
-from common.pairs import SCORE_DECIMALS, find_pairs, group_by_label
+from common.pairs import (
+    SCORE_DECIMALS,
+    distinct_rows,
+    find_pairs,
+    group_by_label,
+    label_distinct,
+)
 from common.search import nonzero_rows
+from common.views import KINDS, WHOLE, choose_views
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -87,24 +98,64 @@ def load_network(args):
         return torch_network(
             args.weight, args.arch, args.input_size, args.device, args.amp, args.quiet
         )
-    if not (args.onnx or args.quiet):
-        print(
-            f"match.py: using the small network {DEFAULT_ONNX.relative_to(ROOT)}; for the "
-            f"published one, which is far larger, give --weight {PUBLISHED[0]}",
-            file=sys.stderr,
+    if not args.onnx:
+        say(
+            args,
+            f"using the small network {DEFAULT_ONNX.relative_to(ROOT)}; --weight {PUBLISHED[0]} "
+            f"takes the author's, 200 times larger, which needs PyTorch",
         )
     return onnx_network(args.onnx or str(DEFAULT_ONNX), args.input_size, args.device)
 
 
-def choose_threshold(args, network):
-    """--threshold or else the network's own. Raises InputError where there is neither."""
-    threshold = network.threshold if args.threshold is None else args.threshold
-    if threshold is None:
+@dataclass(frozen=True)
+class Scoring:
+    """What decides whether a pair is a match: its cosine, or its normalized score.
+
+    threshold: the least score of a match; normalized: whether the query's background is subtracted
+    from the cosine; cosine_threshold: what decides where there is too little background.
+    """
+
+    threshold: float
+    normalized: bool
+    cosine_threshold: float
+
+
+def choose_scoring(args, network, reference_count):
+    """The Scoring that the command line, the network and the size of the collection ask for.
+
+    Raises InputError where no threshold is known.
+    """
+    with_views = len(args.views) > 1
+    cosine_threshold = args.threshold
+    if cosine_threshold is None:
+        cosine_threshold = network.thresholds.for_cosine(with_views)
+    if cosine_threshold is None:
         raise InputError(
             f"{args.onnx}: has no threshold in its metadata; give --threshold "
             f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
         )
-    return threshold
+    by_cosine = Scoring(cosine_threshold, False, cosine_threshold)
+    if args.threshold is not None or args.no_normalization:
+        return by_cosine
+    threshold = args.normalized_threshold
+    if threshold is None and not args.negatives:  # NES needs a threshold of its own
+        threshold = network.thresholds.for_normalized(with_views)
+    if threshold is None:
+        return by_cosine
+    if reference_count < LEAST_COLLECTION and not args.negatives:
+        say(
+            args,
+            f"scores are cosines: {reference_count} images are too few for background "
+            f"normalization, which needs {LEAST_COLLECTION}",
+        )
+        return by_cosine
+    return Scoring(threshold, True, cosine_threshold)
+
+
+def say(args, message):
+    """Print a line on stderr, unless --quiet."""
+    if not args.quiet:
+        print(f"match.py: {message}", file=sys.stderr)
 
 
 def default_batch_size(network):
@@ -123,13 +174,60 @@ def background_descriptors(place, network, extract):
         rows = read_background(place, network)
         unreadable = {}
     else:
-        paths, _, unreadable = list_files([place])
-        rows, unreadable_images = extract(paths, title="background")
-        unreadable |= unreadable_images
+        paths, _, unreadable = list_files([place])[:3]
+        extracted = extract(paths, title="background")
+        rows = extracted.rows[:, 0]
+        unreadable |= extracted.unreadable
     rows = rows[nonzero_rows(rows)]
     if len(rows) == 0:
         raise InputError(f"{shown(place)}: has no descriptor; give images that can be read")
     return rows, unreadable
+
+
+def extract_collection(paths, members, views, extract):
+    """The descriptors of all files: queries in all views, the other files whole.
+
+    members: the numbers of the files of each place, queries first. Returns rows (files, dim),
+    query_views (queries, views, dim), and an Extracted without rows.
+    """
+    queries = members[0]
+    extracted = extract([paths[file] for file in queries], views=views)
+    dimensions = extracted.rows.shape[2]
+    rows = np.zeros((len(paths), dimensions), np.float32)
+    rows[queries] = extracted.rows[:, 0]
+    digests = np.full(len(paths), None)
+    digests[queries] = extracted.digests
+    others = np.setdiff1d(np.arange(len(paths)), queries)
+    if len(others):
+        found = extract([paths[file] for file in others], title="references")
+        rows[others] = found.rows[:, 0]
+        digests[others] = found.digests
+        extracted.unreadable |= found.unreadable
+        extracted.warnings |= found.warnings
+    query_views = extracted.rows
+    return rows, query_views, Extracted(None, digests, extracted.unreadable, extracted.warnings)
+
+
+def subtract_negatives(rows, query_views, negatives, quiet):
+    """Negative embedding subtraction of rows (files, dim) and, in place, of query_views (queries,
+    views, dim); returns both.
+    """
+    with hidden_stderr(quiet):  # both show progress
+        negatives = database_augmentation(negatives)
+        rows = negative_embedding_subtraction(rows, negatives)
+        for view in range(query_views.shape[1]):
+            subtracted = negative_embedding_subtraction(query_views[:, view], negatives)
+            query_views[:, view] = subtracted
+    return rows, query_views
+
+
+def keep_rows(array, is_kept):
+    """The rows of an array whose place in `is_kept` (n,) is true, moved without a copy."""
+    kept = np.flatnonzero(is_kept)
+    for target, source in enumerate(kept.tolist()):
+        if target != source:
+            array[target] = array[source]
+    return array[: len(kept)]
 
 
 def check_readable(places, members, rows):
@@ -141,26 +239,48 @@ def check_readable(places, members, rows):
             )
 
 
-def find_copies(paths, members, rows, threshold, top_k, quiet):
-    """Find the copies among files, by their descriptors (files, dim), zero where unreadable.
+def query_background(views, queries, references, rows, scoring, negatives, quiet):
+    """What is subtracted from the cosines of each query, (queries,) float64; 0 for cosines.
 
-    members: the numbers of the files to compare, as list_files gives them. Returns a table of
-    query, reference, score, group (from 1), and the list of paths of each group.
+    views (queries, views, dim); queries, references: numbers of files; rows (files, dim).
     """
-    readable = [files[nonzero_rows(rows[files])] for files in members]
-    queries = readable[0]
-    references = readable[-1]  # the same array where there is one place
-    query, reference, score, group = find_pairs(rows, queries, references, threshold, top_k, quiet)
+    if not scoring.normalized:
+        return np.zeros(len(queries))
+    if negatives is not None:
+        return given_background(views, negatives, quiet)
+    distinct = distinct_rows(label_distinct(rows, [b""] * len(rows)), references)
+    row_of_file = np.full(len(rows), -1)
+    for row, files in enumerate(distinct.files):
+        if len(files) == 1:  # of several equal ones, one is a copy of the other
+            row_of_file[files[0]] = row
+    neutral = scoring.cosine_threshold - scoring.threshold
+    collection = rows[distinct.first]
+    return collection_background(views, row_of_file[queries], collection, neutral, quiet)
+
+
+def as_table(pairs, paths, digests, views, normalized):
+    """The table of matches that Pairs are, and the list of paths of each group.
+
+    digests (files,): SHA-256 of each file, bytes; views: the View of each number in `pairs.view`;
+    normalized: whether the scores are.
+    """
     files = np.array(paths, object)
+    sha256 = np.array([digest.hex() if digest else "" for digest in digests], object)
+    view_names = np.array([view.name for view in views], object)
     table = pd.DataFrame(
         {
-            "query": files[query],
-            "reference": files[reference],
-            "score": score,
-            "group": group[query] + 1,
+            "query": files[pairs.query],
+            "reference": files[pairs.reference],
+            "score": pairs.score,
+            "group": pairs.groups[pairs.query] + 1,
+            "view": view_names[pairs.view],
+            "cosine": pairs.cosine,
+            "normalized": pairs.score if normalized else np.nan,
+            "query_sha256": sha256[pairs.query],
+            "reference_sha256": sha256[pairs.reference],
         }
     )
-    numbers, members_by_number = group_by_label(group, np.arange(len(files)))
+    numbers, members_by_number = group_by_label(pairs.groups, np.arange(len(files)))
     groups = []
     for number, group_members in zip(numbers, members_by_number, strict=True):
         if number >= 0:  # -1 is of files in no group
@@ -171,19 +291,27 @@ def find_copies(paths, members, rows, threshold, top_k, quiet):
 # ---- output ----
 
 
-def write_outputs(args, table, groups, unreadable, threshold):
+def write_outputs(args, table, groups, unreadable, scoring):
     """Write the table and the groups to all files that the command line names."""
     for path in args.output:
         if path.endswith(".jsonl"):
-            write(path, as_jsonl(table.to_dict("records")))
+            records = table.astype(object).where(table.notna(), None).to_dict("records")
+            write(path, as_jsonl(records))
         else:
             write(path, as_csv(table))
     if args.groups:
-        records = [{"group": number, "files": files} for number, files in enumerate(groups, 1)]
+        records = [group_record(number, files) for number, files in enumerate(groups, start=1)]
         write(args.groups, as_jsonl(records))
     if args.report:
         page = import_page()
-        page.write_match_page(Path(args.report), table, list(unreadable.items()), threshold)
+        line = page.write_match_page(
+            Path(args.report),
+            table,
+            list(unreadable.items()),
+            scoring.threshold,
+            scored_by="normalized score" if scoring.normalized else "cosine",
+        )
+        say(args, line)
 
 
 def import_page():
@@ -296,12 +424,30 @@ def parse_args(argv=None):
         help="threads that read files (default: one a core)",
     )
     add(
+        "--views",
+        type=view_kinds,
+        default=(WHOLE,),
+        metavar="KIND,...",
+        help=f"compare queries in more views than the whole image: {', '.join(KINDS)}, or all. "
+        f"Descriptors of a query: parts 5 (the whole, and four overlapping parts of 2/3 of a "
+        f"side), mirrored 2, turned 4 (by 90, 180, 270 degrees), all 13 (parts mirrored as well)",
+    )
+    add(
         "--threshold",
         type=at_least(float, -1),
-        help=f"least cosine of a match (default: the one in the ONNX file's metadata; with "
-        f"--weight {PUBLISHED_THRESHOLD}, DataComp's for {PUBLISHED[0]}: other networks have "
-        f"others)",
+        help=f"least cosine of a match, without background normalization (default: the one in "
+        f"the ONNX file's metadata; with --weight {PUBLISHED_THRESHOLD}, DataComp's for "
+        f"{PUBLISHED[0]}: other networks have others)",
     )
+    add(
+        "--normalized-threshold",
+        type=at_least(float, -2),
+        help="least normalized score of a match: the cosine less the query's background, the mean "
+        "of its next best cosines with the collection (default: the one in the ONNX file's "
+        f"metadata; networks without one, and collections of fewer than {LEAST_COLLECTION} "
+        "images, take --threshold)",
+    )
+    add("--no-normalization", action="store_true", help="cosines decide, whatever the network")
     add(
         "--top-k",
         type=count,
@@ -313,7 +459,21 @@ def parse_args(argv=None):
         metavar="FILE.npy|FOLDER",
         help="background images, of which nothing is a copy, for negative embedding subtraction: "
         "a folder, or a file of descriptors such as extraction's train_feats.npy; it lowers "
-        "scores, so choose the threshold anew",
+        "scores, so choose the threshold anew. With --normalized-threshold they are the "
+        "background, too",
+    )
+    add(
+        "--ignore",
+        action="append",
+        metavar="FILE.csv",
+        help="pairs judged not to be copies, as the page of --report saves them: csv with "
+        "query_sha256,reference_sha256 or query,reference; may be given several times",
+    )
+    add(
+        "--not-within",
+        type=count,
+        metavar="N",
+        help="do not pair files of the same folder at depth N below the argument",
     )
     add(
         "--cache",
@@ -339,7 +499,7 @@ def parse_args(argv=None):
     add(
         "--groups",
         metavar="FILE.jsonl",
-        help='groups of copies, one a line: {"group": 1, "files": [...]}',
+        help="groups of copies, JSON one a line: files, which one to keep, pixels, bytes, dates",
     )
     add("--report", metavar="FILE.html", help="page that shows the matches as images")
     add(
@@ -356,8 +516,19 @@ def parse_args(argv=None):
     )
     args = parser.parse_args(argv)
     args.output = args.output or ["-"]
+    args.ignore = args.ignore or []
     check_options(args, parser.error)
     return args
+
+
+def view_kinds(text):
+    """An argparse type: kinds of views, as "parts,mirrored" or "all"; a tuple of Views."""
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind not in (*KINDS, "all"):
+            known = ", ".join((*KINDS, "all"))
+            raise argparse.ArgumentTypeError(f"{kind}: no such view; take some of {known}")
+    return choose_views(kinds)
 
 
 def default_cache():
@@ -377,6 +548,11 @@ def check_options(args, refuse):
         refuse(f"--amp {args.amp}: goes with --weight only; {remedy}")
     if args.threshold is not None and args.threshold > 1:
         refuse(f"--threshold {args.threshold}: no cosine is above 1")
+    if args.normalized_threshold is not None:
+        if args.normalized_threshold > 1:
+            refuse(f"--normalized-threshold {args.normalized_threshold}: no score is above 1")
+        if args.threshold is not None or args.no_normalization:
+            refuse("--normalized-threshold: not with --threshold or --no-normalization")
     for path in args.output:
         if path != "-" and not path.endswith((".csv", ".jsonl")):
             refuse(f"--output {path}: must end in .csv or .jsonl, or be -")
@@ -412,7 +588,6 @@ def run(args, unreadable):
     paths, members, unreadable_folders = list_files(places)
     unreadable.update(unreadable_folders)
     network = load_network(args)
-    threshold = choose_threshold(args, network)
     cache = DescriptorCache(args.cache, network)
     extract = partial(
         extract_descriptors,
@@ -423,31 +598,65 @@ def run(args, unreadable):
         quiet=args.quiet,
     )
     try:
-        rows, unreadable_images = extract(paths)
-        unreadable.update(unreadable_images)
-        check_readable(places, members, rows)
-        if args.negatives:
-            background, unreadable_images = background_descriptors(args.negatives, network, extract)
-            unreadable.update(unreadable_images)
-            with hidden_stderr(args.quiet):  # both show progress
-                background = database_augmentation(background)
-                rows = negative_embedding_subtraction(rows, background)
-        table, groups = find_copies(paths, members, rows, threshold, args.top_k, args.quiet)
-        write_outputs(args, table, groups, unreadable, threshold)
+        match_count = compare(args, network, extract, places, paths, members, unreadable)
     except KeyboardInterrupt:
         kept = "nothing is kept"
         if args.cache:
-            kept = f"{cache.added} new descriptors are in {args.cache}"
+            kept = f"the descriptors of {len(cache.new_images)} new images are in {args.cache}"
         raise KeyboardInterrupt(kept) from None
-    if not args.quiet:
-        counts = f"{len(paths)} images, {cache.added} of them new"
-        print(f"match.py: {counts}; {len(table)} matches in {len(groups)} groups", file=sys.stderr)
+    say(args, f"{len(paths)} images, {len(cache.new_images)} of them new")
     if unreadable and args.bad_images == "error":
         count = len(unreadable)
         raise InputError(
             f"--bad-images error: {count} unreadable files; what the others match is written"
         )
-    return 0 if len(table) else 1
+    return 0 if match_count else 1
+
+
+def compare(args, network, extract, places, paths, members, unreadable):
+    """Extract descriptors, find copies, write them; returns the number of matches.
+
+    extract(paths, views=...) is extract_descriptors for the network; places, paths, members: the
+    arguments and their files, as list_files gives them. Adds to `unreadable`.
+    """
+    rows, query_views, extracted = extract_collection(paths, members, args.views, extract)
+    unreadable.update(extracted.unreadable)
+    check_readable(places, members, rows)
+    is_readable = rows.any(axis=1)
+    query_views = keep_rows(query_views, is_readable[members[0]])
+    readable = [files[is_readable[files]] for files in members]
+    queries = readable[0]
+    references = readable[-1]  # the same array where there is one place
+
+    negatives = None
+    if args.negatives:
+        negatives, unreadable_images = background_descriptors(args.negatives, network, extract)
+        unreadable.update(unreadable_images)
+        rows, query_views = subtract_negatives(rows, query_views, negatives, args.quiet)
+    scoring = choose_scoring(args, network, len(references))
+    background = query_background(
+        query_views, queries, references, rows, scoring, negatives, args.quiet
+    )
+    pairs = find_pairs(
+        rows,
+        queries,
+        references,
+        scoring.threshold,
+        args.top_k,
+        views=query_views,
+        background=background,
+        excluded=excluded_files(paths, extracted.digests, args.ignore, args.not_within, places),
+        quiet=args.quiet,
+    )
+    table, groups = as_table(pairs, paths, extracted.digests, args.views, scoring.normalized)
+    write_outputs(args, table, groups, unreadable, scoring)
+    decided_by = "normalized score" if scoring.normalized else "cosine"
+    say(
+        args,
+        f"{len(table)} matches in {len(groups)} groups: {decided_by} of at least "
+        f"{scoring.threshold:g}",
+    )
+    return len(table)
 
 
 if __name__ == "__main__":

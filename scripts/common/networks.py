@@ -17,6 +17,7 @@ from PIL import Image
 from common.cli import hidden_stderr
 from common.errors import InputError
 from common.files import sha256_of
+from common.views import WHOLE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_ONNX = ROOT / "weights" / "v98.onnx"
@@ -26,7 +27,34 @@ PUBLISHED_THRESHOLD = 0.604169  # least cosine of a copy, by DataComp for isc_ft
 PUBLISHED_INPUT_SIZE = 512
 
 # Part of the cache's key, as it stands: other words would make every cached descriptor invalid.
-PREPROCESSING = "upright, RGB, resized to a square by Pillow's bilinear filter, normalized"
+PREPROCESSING = (
+    "as viewers show it, JPEG decoded at a scale of at least 3 inputs, RGB, resized to a square by "
+    "Pillow's bilinear filter, normalized"
+)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The least scores of a copy, at a precision of 0.99; None where unknown.
+
+    cosine is for whole queries, cosine_of_views for queries in several views; normalized and
+    normalized_of_views are the same for cosines less the query's background.
+    """
+
+    cosine: float | None = None
+    cosine_of_views: float | None = None
+    normalized: float | None = None
+    normalized_of_views: float | None = None
+
+    def for_cosine(self, with_views):
+        """The threshold of cosines; that of whole queries where the other is unknown."""
+        if with_views and self.cosine_of_views is not None:
+            return self.cosine_of_views
+        return self.cosine
+
+    def for_normalized(self, with_views):
+        """The threshold of normalized scores, None where unknown."""
+        return self.normalized_of_views if with_views else self.normalized
 
 
 @dataclass(frozen=True)
@@ -45,11 +73,10 @@ class Network:
     mean: tuple
     std: tuple
     dimensions: int
-    threshold: float | None = None
+    thresholds: Thresholds = Thresholds()
 
-    @property
-    def key(self):
-        """SHA-256 of all that a descriptor depends on beside the image, 32 bytes."""
+    def key(self, view=WHOLE):
+        """SHA-256 of all that the descriptor of a view depends on beside the image, 32 bytes."""
         parts = (
             PREPROCESSING,
             self.weights,
@@ -57,6 +84,7 @@ class Network:
             self.input_size,
             self.mean,
             self.std,
+            view,
         )
         return hashlib.sha256(repr(parts).encode()).digest()
 
@@ -126,7 +154,7 @@ def torch_network(weight, arch=None, input_size=None, device=None, amp="off", qu
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         dimensions=model.fc.out_features,
-        threshold=PUBLISHED_THRESHOLD,
+        thresholds=Thresholds(cosine=PUBLISHED_THRESHOLD),
     )
 
 
@@ -225,7 +253,7 @@ def onnx_network(path, input_size=None, device=None):
         mean=config["mean"],
         std=config["std"],
         dimensions=dimensions,
-        threshold=config["threshold"],
+        thresholds=config["thresholds"],
     )
 
 
@@ -245,17 +273,20 @@ def onnx_providers(available, device):
 
 
 def read_onnx_config(session):
-    """What export.py has written into a file's metadata: input_size, mean, std, threshold or None.
+    """What export.py has written into a file's metadata: input_size, mean, std, thresholds.
 
     Raises various exceptions where that is missing or makes no sense.
     """
     config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
-    threshold = config.get("threshold")
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold}")
+    thresholds = dict(config.get("thresholds", {}))
+    if "threshold" in config:
+        thresholds["cosine"] = config["threshold"]
+    for name, value in thresholds.items():
+        if value is not None and not -2 <= value <= 1:
+            raise ValueError(f"threshold {name} {value}")
     return {
         "input_size": int(config["input_size"]),
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
-        "threshold": threshold,
+        "thresholds": Thresholds(**thresholds),
     }

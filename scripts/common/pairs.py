@@ -1,6 +1,11 @@
-"""Pairs of copies among descriptors, and the groups that these form. Exact, in bounded memory."""
+"""Pairs of copies among descriptors, and the groups that these form. Exact, in bounded memory.
 
-from dataclasses import dataclass
+Each query may have several views; a pair's cosine is the greatest over them. A score is the cosine
+less the query's background (common/background.py), which is 0 where scores are not normalized.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -10,6 +15,38 @@ from common.search import pair_scores
 
 MAX_SIMILARITIES = 2**24  # held at once, float32: 64 MiB
 SCORE_DECIMALS = 6  # A score is rounded before it is compared with the threshold.
+PAIRS_AT_ONCE = 1024  # whose views are held in double precision
+
+
+@dataclass
+class Excluded:
+    """Which files are never paired.
+
+    contents (files,): a number for each different content. ignored: pairs of such numbers, judged
+    not to be copies. folders (files,) int64: files of the same folder are not paired; -1 pairs with
+    all.
+    """
+
+    contents: np.ndarray
+    folders: np.ndarray
+    ignored: set = field(default_factory=set)
+
+
+@dataclass
+class Pairs:
+    """What find_pairs finds, arrays (pairs,).
+
+    query and reference: numbers of files. score, cosine: float64; view: the number of the query's
+    view that matches. groups (files,): the number of the group that a file is in, from 0 in the
+    order of files, or -1. A group is what all pairs connect, not only the best of each query.
+    """
+
+    query: np.ndarray
+    reference: np.ndarray
+    score: np.ndarray
+    cosine: np.ndarray
+    view: np.ndarray
+    groups: np.ndarray
 
 
 def find_pairs(
@@ -18,51 +55,189 @@ def find_pairs(
     references,
     threshold,
     top_k,
+    views=None,
+    background=None,
+    excluded=None,
     quiet=True,
     max_similarities=MAX_SIMILARITIES,
 ):
-    """Find the copies among files, and the groups that they form.
+    """Find the copies among files, and the groups that they form; returns Pairs.
 
     descriptors (files, dim) float32, unit rows; queries and references: numbers of files, int64.
-    Returns queries, references (pairs,) int64 and scores (pairs,) float64: for each query its
-    `top_k` best other files with a cosine of at least `threshold`, equal scores in the order of
-    references; a pair once where `queries is references`. Returns also groups (files,) int64: the
-    number of the group that a file is in, from 0 in the order of files, or -1. A group is what all
-    pairs at or above the threshold connect, not only the `top_k`.
+    views (queries, views, dim) float32, the whole image first (default: the whole alone).
+    background (queries,) float64: what is subtracted from each query's cosines (default: 0).
+    A query is paired with its `top_k` best other files whose score is at least `threshold`, equal
+    scores in the order of references. Where `queries is references`, a pair is listed once, in the
+    direction of the higher score.
     """
-    labels = label_distinct(descriptors)
-    reference_set = distinct_rows(descriptors, labels, references)
-    query_set = reference_set
-    if queries is not references:
-        query_set = distinct_rows(descriptors, labels, queries)
-    position = np.empty(len(descriptors), np.int64)
-    position[references] = np.arange(len(references))
-
-    connected = UnionFind(labels.max() + 1)
-    has_match = np.zeros(labels.max() + 1, bool)
-    pairs = []
-    slack = rounding_error(descriptors.shape[1])
-    candidates = similar_rows(query_set, reference_set, threshold - slack, max_similarities, quiet)
-    for row, similarity in candidates:
-        query = query_set.rows[row]
-        near = matching_rows(query, reference_set.rows, similarity, threshold, slack)
-        if len(near) == 0:
-            continue
-        matched = np.append(reference_set.labels[near], query_set.labels[row])
-        has_match[matched] = True
-        connected.unite(matched)
-        # One of the best may be the query itself.
-        count = top_k + 1
-        files, scores = best_files(query, reference_set, near, similarity, position, count, slack)
-        pairs += pairs_of_files(query_set.files[row], files, scores, top_k)
-
-    query, reference, score = concatenate_pairs(pairs)
+    if views is None:
+        views = descriptors[queries][:, None]
+    if background is None:
+        background = np.zeros(len(queries))
+    search = Search(descriptors, views, background, queries, references, threshold, excluded)
+    pairs = search.run(top_k, quiet, max_similarities)
+    query, reference = concatenate_pairs(pairs)
     if queries is references:
-        query, reference, score = each_pair_once(query, reference, score, len(descriptors))
+        query, reference = each_pair_once(query, reference, len(descriptors))
+    scored = search.score(query, reference, both_directions=queries is references)
+    query, reference, score, cosine, view = scored
     order = np.lexsort((reference, -score, query))
-    group = np.where(has_match, connected.roots(), np.nan)[labels]
-    group_numbers, _ = pd.factorize(group)  # NaN becomes -1
-    return query[order], reference[order], score[order], group_numbers
+    return Pairs(
+        query[order], reference[order], score[order], cosine[order], view[order], search.groups()
+    )
+
+
+class Search:
+    """The state of find_pairs: rows to compare, connected files."""
+
+    def __init__(self, descriptors, views, background, queries, references, threshold, excluded):
+        self.descriptors = descriptors
+        self.views = views
+        self.background = background
+        self.threshold = threshold
+        self.slack = rounding_error(descriptors.shape[1])
+        self.number_of_query = np.full(len(descriptors), -1)  # rows of views, by file
+        self.number_of_query[queries] = np.arange(len(queries))
+        self.position = np.empty(len(descriptors), np.int64)
+        self.position[references] = np.arange(len(references))
+
+        # Files that differ in what excludes them must not share a row.
+        keys = [b""] * len(descriptors)
+        if excluded:
+            keys = [
+                f"{content} {folder}".encode()
+                for content, folder in zip(excluded.contents, excluded.folders, strict=True)
+            ]
+        self.labels = label_distinct(descriptors, keys)
+        self.reference_set = distinct_rows(self.labels, references)
+        self.reference_rows = descriptors[self.reference_set.first]
+        query_labels = np.full(len(descriptors), -1)
+        query_labels[queries] = label_distinct(views, [keys[file] for file in queries])
+        self.query_set = distinct_rows(query_labels, queries)
+        self.masks = masked_rows(self.query_set, self.reference_set, excluded)
+        self.folders = excluded.folders if excluded else np.full(len(descriptors), -1)
+        self.connected = UnionFind(self.labels.max() + 1)
+        self.has_match = np.zeros(self.labels.max() + 1, bool)
+
+    def run(self, top_k, quiet, max_similarities):
+        """A list of (queries, references), arrays of file numbers: the best of each query."""
+        pairs = []
+        for row, similarity in self.similar_rows(quiet, max_similarities):
+            first = self.query_set.first[row]
+            near = self.matching_rows(first, similarity)
+            if len(near) == 0:
+                continue
+            matched = np.append(self.reference_set.labels[near], self.labels[first])
+            self.has_match[matched] = True
+            self.connected.unite(matched)
+            # One of the best may be the query itself.
+            files = self.best_files(first, near, similarity, count=top_k + 1)
+            for query_file in self.query_set.files[row]:
+                others = files[files != query_file][:top_k]
+                pairs.append((np.full(len(others), query_file), others))
+        return pairs
+
+    def similar_rows(self, quiet, max_similarities):
+        """Yield (row of query_set, similarity (m,) float32) of each query that may have a match.
+
+        The similarities are the greatest inner products of the query's views with the m distinct
+        reference rows; -inf where the pair is excluded. They are computed in blocks of at most
+        `max_similarities`, or of one query.
+        """
+        count = len(self.query_set.first)
+        view_count, dim = self.views.shape[1:]
+        step = max(1, max_similarities // (len(self.reference_rows) * view_count))
+        with tqdm(total=count, desc="comparing", unit="image", disable=quiet) as bar:
+            for start in range(0, count, step):
+                files = self.query_set.first[start : start + step]
+                numbers = self.number_of_query[files]
+                views = self.views[numbers].reshape(-1, dim)
+                similarity = views @ self.reference_rows.T
+                similarity = similarity.reshape(len(files), view_count, -1).max(axis=1)
+                for offset, file in enumerate(files):
+                    similarity[offset, self.masks[start + offset]] = -np.inf
+                    similarity[offset, self.in_folder_of(file)] = -np.inf
+                least = self.threshold + self.background[numbers] - self.slack
+                may_match = (similarity >= least[:, None]).any(axis=1)
+                for offset in np.flatnonzero(may_match):
+                    yield start + offset, similarity[offset]
+                bar.update(len(files))
+
+    def in_folder_of(self, file):
+        """The reference rows, as an index, that are not paired with a file for their folder."""
+        if self.folders[file] < 0:
+            return []
+        return self.folders[self.reference_set.first] == self.folders[file]
+
+    def matching_rows(self, query, similarity):
+        """The distinct reference rows whose score with a query file is at least the threshold.
+
+        similarity (m,) float32 is off by less than the slack. So only the scores of those rows are
+        computed exactly that are closer to the threshold than that. Returns int64, ascending.
+        """
+        threshold = self.threshold + self.background[self.number_of_query[query]]
+        near = np.flatnonzero(similarity >= threshold - self.slack)
+        unsure = np.flatnonzero(similarity[near] < threshold + self.slack)
+        score = self.exact_scores(query, self.reference_rows[near[unsure]])
+        return np.delete(near, unsure[score < self.threshold])
+
+    def best_files(self, query, near, similarity, count):
+        """The `count` best files among the distinct reference rows `near`, best first, int64.
+
+        Files of equal scores are in the order of the references.
+        """
+        if len(near) > count:
+            count_th_best = np.partition(similarity[near], -count)[-count]
+            near = near[similarity[near] >= count_th_best - 2 * self.slack]
+        files_by_row = [self.reference_set.files[row][:count] for row in near]
+        row_sizes = [len(files) for files in files_by_row]
+        files = np.concatenate(files_by_row)
+        scores = np.repeat(self.exact_scores(query, self.reference_rows[near]), row_sizes)
+        best = np.lexsort((self.position[files], -scores))[:count]
+        return files[best]
+
+    def exact_scores(self, query, rows):
+        """Scores (n,) float64 of a query file with reference rows (n, dim)."""
+        number = self.number_of_query[query]
+        cosines = cosine(self.views[number], rows[:, None]).max(axis=1)
+        return subtract(cosines, self.background[number])
+
+    def score(self, query, reference, both_directions):
+        """Scores of pairs (n,): query, reference, score, cosine and view, (n,) each.
+
+        both_directions: a pair is turned round where the reference as a query scores higher.
+        """
+        score, best_cosine, view = self.score_one_way(query, reference)
+        if both_directions:
+            turned_score, turned_cosine, turned_view = self.score_one_way(reference, query)
+            turned = turned_score > score
+            query, reference = (
+                np.where(turned, reference, query),
+                np.where(turned, query, reference),
+            )
+            score = np.where(turned, turned_score, score)
+            best_cosine = np.where(turned, turned_cosine, best_cosine)
+            view = np.where(turned, turned_view, view)
+        return query, reference, score, best_cosine, view
+
+    def score_one_way(self, query, reference):
+        """Scores, cosines (n,) float64 and numbers of the best views of pairs (n,) of files."""
+        best_cosine = np.empty(len(query))
+        view = np.empty(len(query), np.int64)
+        numbers = self.number_of_query[query]
+        for start in range(0, len(query), PAIRS_AT_ONCE):
+            block = slice(start, start + PAIRS_AT_ONCE)
+            rows = self.descriptors[reference[block]]
+            cosines = cosine(self.views[numbers[block]], rows[:, None])
+            view[block] = cosines.argmax(axis=1)
+            best_cosine[block] = cosines.max(axis=1)
+        return subtract(best_cosine, self.background[numbers]), best_cosine, view
+
+    def groups(self):
+        """The number of each file's group, (files,) int64, from 0 in the order of files, or -1."""
+        roots = np.where(self.has_match, self.connected.roots(), np.nan)
+        group_numbers, _ = pd.factorize(roots[self.labels])  # NaN becomes -1
+        return group_numbers
 
 
 # ---- equal descriptors, which are compared once ----
@@ -70,30 +245,37 @@ def find_pairs(
 
 @dataclass(frozen=True)
 class DistinctRows:
-    """The m different descriptors of a set of files.
+    """The m different rows of a set of files.
 
-    rows (m, dim) float32. labels (m,) int64, ascending: the numbers of these descriptors among the
-    different ones of all files. files: m arrays int64, the files that have the descriptor, in the
-    order of the set.
+    labels (m,) int64, ascending: the numbers of these rows among the different ones of all files.
+    files: m arrays int64, the files that have the row, in the order of the set. first (m,) int64:
+    the first of each.
     """
 
-    rows: np.ndarray
     labels: np.ndarray
     files: list
+    first: np.ndarray
 
 
-def label_distinct(descriptors):
-    """For each row of (files, dim) float32 the number of its value among the different rows."""
-    as_bytes = descriptors.view(f"V{descriptors[0].nbytes}").ravel()
-    _, labels = np.unique(as_bytes, return_inverse=True)
+def label_distinct(rows, keys):
+    """For each row of (n, ...) float32 the number of its value and key among the different ones.
+
+    keys: n bytes objects. Rows are told apart by a hash of 128 bits, so that nothing is copied.
+    """
+    hashes = []
+    for row, key in zip(rows, keys, strict=True):
+        digest = hashlib.blake2b(np.ascontiguousarray(row), digest_size=16)
+        digest.update(key)
+        hashes.append(digest.digest())
+    _, labels = np.unique(np.frombuffer(b"".join(hashes), "V16"), return_inverse=True)
     return labels
 
 
-def distinct_rows(descriptors, labels, files):
+def distinct_rows(labels, files):
     """The DistinctRows of some files, int64; labels (all files,) are those of label_distinct."""
     distinct_labels, files_by_label = group_by_label(labels, files)
-    first_files = [same[0] for same in files_by_label]
-    return DistinctRows(descriptors[first_files], distinct_labels, files_by_label)
+    first = np.array([same[0] for same in files_by_label], np.int64)
+    return DistinctRows(distinct_labels, files_by_label, first)
 
 
 def group_by_label(labels, files):
@@ -104,6 +286,51 @@ def group_by_label(labels, files):
     sorted_files = files[np.argsort(labels[files], kind="stable")]
     distinct_labels, starts = np.unique(labels[sorted_files], return_index=True)
     return distinct_labels, np.split(sorted_files, starts[1:])
+
+
+# ---- pairs that are left out ----
+
+
+def own_rows(query_set, reference_set):
+    """For each row of query_set the row of reference_set that stands for the same single file.
+
+    Returns (queries,) int64; -1 where there is none, or where several files share the row.
+    """
+    row_of_file = {}
+    for row, files in enumerate(reference_set.files):
+        if len(files) == 1:
+            row_of_file[files[0]] = row
+    own_row = np.full(len(query_set.files), -1)
+    for row, files in enumerate(query_set.files):
+        if len(files) == 1:
+            own_row[row] = row_of_file.get(files[0], -1)
+    return own_row
+
+
+def masked_rows(query_set, reference_set, excluded):
+    """For each row of query_set the rows of reference_set with its own file alone, or with a
+    content that `excluded` (or None) says to ignore: lists of int.
+    """
+    masks = [[row] if row >= 0 else [] for row in own_rows(query_set, reference_set).tolist()]
+    if excluded is None:
+        return masks
+    ignored_with = {}
+    for a, b in excluded.ignored:
+        ignored_with.setdefault(a, set()).add(b)
+        ignored_with.setdefault(b, set()).add(a)
+    rows_of_content = rows_by_value(excluded.contents[reference_set.first])
+    for mask, content in zip(masks, excluded.contents[query_set.first].tolist(), strict=True):
+        for other in ignored_with.get(content, ()):
+            mask += rows_of_content.get(other, [])
+    return masks
+
+
+def rows_by_value(values):
+    """{value: list of the rows that have it} of an int64 array."""
+    rows = {}
+    for row, value in enumerate(values.tolist()):
+        rows.setdefault(value, []).append(row)
+    return rows
 
 
 # ---- groups ----
@@ -144,104 +371,30 @@ def cosine(a, b):
     return np.round(1 - squared_distance / 2, SCORE_DECIMALS)
 
 
+def subtract(cosines, background):
+    """Scores of cosines, rounded to SCORE_DECIMALS."""
+    return np.round(cosines - background, SCORE_DECIMALS)
+
+
 def rounding_error(dim):
     """More than a float32 product of two unit rows differs from their cosine."""
     return (dim + 64) * 2.0**-24
 
 
-def similar_rows(query_set, reference_set, least, max_similarities, quiet):
-    """Yield (row of query_set, similarity (m,) float32) of each query that has one >= `least`.
-
-    The similarities are inner products with the m rows of reference_set. They are computed in
-    blocks of at most `max_similarities`, or of one query. A file is no copy of itself: where a
-    query's own file is the only one with its descriptor, the similarity is -inf.
-    """
-    own_row = own_rows(query_set, reference_set)
-    count = len(query_set.rows)
-    step = max(1, max_similarities // len(reference_set.rows))
-    with tqdm(total=count, desc="comparing", unit="image", disable=quiet) as bar:
-        for start in range(0, count, step):
-            block = slice(start, start + step)
-            similarity = query_set.rows[block] @ reference_set.rows.T
-            has_own_row = np.flatnonzero(own_row[block] >= 0)
-            similarity[has_own_row, own_row[block][has_own_row]] = -np.inf
-            for offset in np.flatnonzero((similarity >= least).any(axis=1)):
-                yield start + offset, similarity[offset]
-            bar.update(len(similarity))
-
-
-def own_rows(query_set, reference_set):
-    """For each row of query_set the row of reference_set that stands for the same single file.
-
-    Returns (queries,) int64; -1 where there is none, or where several files share the descriptor.
-    """
-    own_row = np.full(len(query_set.labels), -1)
-    candidates = np.searchsorted(reference_set.labels, query_set.labels)
-    for row, candidate in enumerate(candidates):
-        files = query_set.files[row]
-        if len(files) > 1 or candidate == len(reference_set.labels):
-            continue
-        if np.array_equal(files, reference_set.files[candidate]):
-            own_row[row] = candidate
-    return own_row
-
-
-def matching_rows(query, references, similarity, threshold, slack):
-    """The rows of `references` (m, dim) whose cosine with `query` (dim,) is at least `threshold`.
-
-    similarity (m,) float32 is off by less than `slack`. So only the cosines of those rows are
-    computed exactly that are closer to the threshold than that. Returns int64, ascending.
-    """
-    near = np.flatnonzero(similarity >= threshold - slack)
-    unsure = np.flatnonzero(similarity[near] < threshold + slack)
-    exact = cosine(query, references[near[unsure]])
-    return np.delete(near, unsure[exact < threshold])
-
-
-# ---- the best of a query ----
-
-
-def best_files(query, reference_set, near, similarity, position, count, slack):
-    """The `count` best files among the rows `near` of reference_set, best first.
-
-    query (dim,); near (n,) int64; similarity (m,) float32 of all rows, off by less than `slack`.
-    Files of equal scores are in the order of position (all files,). Returns files int64 and their
-    exact scores float64.
-    """
-    if len(near) > count:
-        count_th_best = np.partition(similarity[near], -count)[-count]
-        near = near[similarity[near] >= count_th_best - 2 * slack]
-    files_by_row = [reference_set.files[row][:count] for row in near]
-    row_sizes = [len(files) for files in files_by_row]
-    files = np.concatenate(files_by_row)
-    scores = np.repeat(cosine(query, reference_set.rows[near]), row_sizes)
-    best = np.lexsort((position[files], -scores))[:count]
-    return files[best], scores[best]
-
-
-def pairs_of_files(query_files, files, scores, top_k):
-    """(query, reference, score) arrays, one triple for each of the equal `query_files`.
-
-    Each gets the first `top_k` of `files`, best first, without itself.
-    """
-    pairs = []
-    for query_file in query_files:
-        others = np.flatnonzero(files != query_file)[:top_k]
-        pairs.append((np.full(len(others), query_file), files[others], scores[others]))
-    return pairs
+# ---- lists of pairs ----
 
 
 def concatenate_pairs(pairs):
-    """A list of (query, reference, score) arrays as three arrays (n,): int64, int64, float64."""
+    """A list of (queries, references) arrays as two arrays (n,) int64."""
     if not pairs:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
-    query, reference, score = zip(*pairs, strict=True)
-    return np.concatenate(query), np.concatenate(reference), np.concatenate(score)
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    query, reference = zip(*pairs, strict=True)
+    return np.concatenate(query), np.concatenate(reference)
 
 
-def each_pair_once(query, reference, score, file_count):
+def each_pair_once(query, reference, file_count):
     """Pairs (n,) of one set with itself, each once, its smaller file number as the query."""
     smaller = np.minimum(query, reference)
     larger = np.maximum(query, reference)
-    _, first = np.unique(smaller * file_count + larger, return_index=True)
-    return smaller[first], larger[first], score[first]
+    numbers = np.unique(smaller * file_count + larger)
+    return numbers // file_count, numbers % file_count

@@ -51,13 +51,13 @@ def pair_scores(a, b, metric):
     return np.einsum("...d,...d->...", a, b, dtype=np.float64).astype(np.float32)
 
 
-def nearest(queries, base, k, metric):
+def nearest(queries, base, k, metric, quiet=False):
     """The `k` rows of `base` nearest to each query, best first; equal scores in the order of
     `base`.
 
     queries (q, dim), base (n, dim); metric "ip" (inner product) or "l2". Returns scores (q, k)
-    float32, inner products or squared distances, and indices (q, k) int64; k is at most n. Raises
-    InputError where shapes or k make no sense.
+    float32, inner products or squared distances, and indices (q, k) int64; k is at most n.
+    `quiet` hides the progress bar. Raises InputError where shapes or k make no sense.
     """
     queries = as_float32(queries)
     base = as_float32(base)
@@ -70,7 +70,8 @@ def nearest(queries, base, k, metric):
     search = flat_search(base, metric)
     scores = np.empty((len(queries), k), np.float32)
     indices = np.empty((len(queries), k), np.int64)
-    with tqdm(total=len(queries), desc=f"search among {len(base)}", unit="query") as bar:
+    title = f"search among {len(base)}"
+    with tqdm(total=len(queries), desc=title, unit="query", disable=quiet) as bar:
         for start in range(0, len(queries), BLOCK):
             block = queries[start : start + BLOCK]
             _, candidates = search(block, fetched)

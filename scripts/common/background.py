@@ -1,0 +1,80 @@
+"""Background normalization: how similar a query is to images that are no copies of it.
+
+A gray sky resembles many images, a face few. So what a cosine is worth depends on the query: the
+score of a pair is its cosine less the query's background, the mean of its next best cosines with
+the collection.
+"""
+
+import numpy as np
+from tqdm import tqdm
+
+from common.search import nearest, pair_scores
+
+RANKS = 9  # how many cosines make the background: in a collection those of rank 2 to 10
+ALIKE = 0.8  # least cosine with a query's best match of an image that does not count either
+LEAST_COLLECTION = 50  # images; the background of fewer says nothing
+FIRST_SEARCH = 32  # neighbors fetched at first; more where most of them do not count
+BLOCK = 1024  # queries at once
+
+
+def collection_background(views, own_rows, collection, neutral, quiet=True):
+    """The background of queries in the collection in which their copies are searched.
+
+    views (queries, views, dim) float32; collection (n, dim) float32; own_rows (queries,) int64: the
+    row of the collection that is the query itself, or -1. Returns (queries,) float64: for each view
+    the mean of its best RANKS cosines, without the query itself, its best match and what resembles
+    this (copies in numbers must not cancel each other); of a query's views the largest mean.
+    `neutral` stands for each cosine that is missing, where nearly all images resemble the best one.
+    """
+    view_count = views.shape[1]
+    result = np.empty(len(views))
+    with tqdm(total=len(views), desc="background", unit="image", disable=quiet) as bar:
+        for start in range(0, len(views), BLOCK):
+            block = slice(start, start + BLOCK)
+            rows = views[block].reshape(-1, views.shape[2])
+            own = np.repeat(own_rows[block], view_count)
+            means = mean_beyond_best(rows, own, collection, neutral)
+            result[block] = means.reshape(-1, view_count).max(axis=1)
+            bar.update(len(means) // view_count)
+    return result
+
+
+def mean_beyond_best(rows, own, collection, neutral):
+    """What collection_background says of each view, for rows (n, dim) whose own rows are `own`."""
+    means = np.empty(len(rows))
+    pending = np.arange(len(rows))
+    count = FIRST_SEARCH
+    while len(pending):
+        scores, neighbors = nearest(rows[pending], collection, count, "ip", quiet=True)
+        counts = background_members(neighbors, own[pending], collection)
+        is_complete = (counts.sum(axis=1) >= RANKS) | (neighbors.shape[1] == len(collection))
+        for place in np.flatnonzero(is_complete):
+            cosines = scores[place, counts[place]][:RANKS].astype(float)
+            missing = RANKS - len(cosines)
+            means[pending[place]] = (cosines.sum() + missing * neutral) / RANKS
+        pending = pending[~is_complete]
+        count *= 4
+    return means
+
+
+def background_members(neighbors, own, collection):
+    """Which neighbors (n, k), best first, count as background: bool (n, k).
+
+    Not the query itself, not the best of the others, and not what resembles that.
+    """
+    is_own = neighbors == own[:, None]
+    best = np.where(is_own[:, 0], neighbors[:, min(1, neighbors.shape[1] - 1)], neighbors[:, 0])
+    likeness = pair_scores(collection[neighbors], collection[best][:, None], "ip")
+    return ~is_own & (neighbors != best[:, None]) & (likeness < ALIKE)
+
+
+def given_background(views, background, quiet=True):
+    """The background of queries in images of which nothing is a copy of them.
+
+    views (queries, views, dim), background (n, dim) float32. Returns (queries,) float64: for each
+    view the mean of its best RANKS cosines; of a query's views the largest mean.
+    """
+    rows = views.reshape(-1, views.shape[2])
+    scores, _ = nearest(rows, background, RANKS, "ip", quiet=quiet)
+    means = scores.astype(float).mean(axis=1)
+    return means.reshape(len(views), -1).max(axis=1)
