@@ -119,6 +119,11 @@ class Scoring:
     normalized: bool
     cosine_threshold: float
 
+    @property
+    def name(self):
+        """What decides, in words."""
+        return "normalized score" if self.normalized else "cosine"
+
 
 def choose_scoring(args, network, reference_count):
     """The Scoring that the command line, the network and the size of the collection ask for.
@@ -134,6 +139,8 @@ def choose_scoring(args, network, reference_count):
             f"{args.onnx}: has no threshold in its metadata; give --threshold "
             f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
         )
+    if args.threshold is None and args.weight not in (None, PUBLISHED[0]):
+        say(args, f"the threshold {cosine_threshold} is {PUBLISHED[0]}'s; choose your own")
     by_cosine = Scoring(cosine_threshold, False, cosine_threshold)
     if args.threshold is not None or args.no_normalization:
         return by_cosine
@@ -309,7 +316,7 @@ def write_outputs(args, table, groups, unreadable, scoring):
             table,
             list(unreadable.items()),
             scoring.threshold,
-            scored_by="normalized score" if scoring.normalized else "cosine",
+            scored_by=scoring.name,
         )
         say(args, line)
 
@@ -598,23 +605,26 @@ def run(args, unreadable):
         quiet=args.quiet,
     )
     try:
-        match_count = compare(args, network, extract, places, paths, members, unreadable)
+        table, groups, scoring = compare(args, network, extract, places, paths, members, unreadable)
     except KeyboardInterrupt:
         kept = "nothing is kept"
         if args.cache:
-            kept = f"the descriptors of {len(cache.new_images)} new images are in {args.cache}"
+            kept = f"descriptors of {len(cache.new_images)} new images are in {args.cache}"
         raise KeyboardInterrupt(kept) from None
-    say(args, f"{len(paths)} images, {len(cache.new_images)} of them new")
+    counts = f"{len(paths)} images, {len(cache.new_images)} of them new"
+    matches = f"{len(table)} matches in {len(groups)} groups"
+    say(args, f"{counts}; {matches}, by {scoring.name} of at least {scoring.threshold:g}")
     if unreadable and args.bad_images == "error":
         count = len(unreadable)
         raise InputError(
             f"--bad-images error: {count} unreadable files; what the others match is written"
         )
-    return 0 if match_count else 1
+    return 0 if len(table) else 1
 
 
 def compare(args, network, extract, places, paths, members, unreadable):
-    """Extract descriptors, find copies, write them; returns the number of matches.
+    """Extract descriptors, find copies, write them; returns the table of matches, the groups, and
+    the Scoring that decided.
 
     extract(paths, views=...) is extract_descriptors for the network; places, paths, members: the
     arguments and their files, as list_files gives them. Adds to `unreadable`.
@@ -650,13 +660,7 @@ def compare(args, network, extract, places, paths, members, unreadable):
     )
     table, groups = as_table(pairs, paths, extracted.digests, args.views, scoring.normalized)
     write_outputs(args, table, groups, unreadable, scoring)
-    decided_by = "normalized score" if scoring.normalized else "cosine"
-    say(
-        args,
-        f"{len(table)} matches in {len(groups)} groups: {decided_by} of at least "
-        f"{scoring.threshold:g}",
-    )
-    return len(table)
+    return table, groups, scoring
 
 
 if __name__ == "__main__":

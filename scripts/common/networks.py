@@ -283,7 +283,7 @@ def read_onnx_config(session):
         thresholds["cosine"] = config["threshold"]
     for name, value in thresholds.items():
         if value is not None and not -2 <= value <= 1:
-            raise ValueError(f"threshold {name} {value}")
+            raise ValueError(f"{name} threshold {value}")
     return {
         "input_size": int(config["input_size"]),
         "mean": tuple(config["mean"]),

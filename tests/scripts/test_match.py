@@ -22,26 +22,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pandas as pd
 import pillow_heif
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import match
 import v107
-from common import images, page
+from common import images
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.extraction import PixelBudget, extract_descriptors, map_ahead
-from common.networks import DEFAULT_ONNX, Network, onnx_network, torch_network
-from common.pairs import cosine, find_pairs
+from common.networks import DEFAULT_ONNX, Network, Thresholds, onnx_network, torch_network
 from common.sample_images import dead_leaves
-from common.search import normalize
+from common.views import ALL_VIEWS
 from conftest import ROOT, assert_refused, called, run
 
 COMMAND = ROOT / "scripts" / "match.py"
@@ -50,7 +46,7 @@ SIZE, GRID = 32, 8
 THRESHOLD = "0.95"  # of the thumbnails below
 
 
-def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
+def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None, thresholds=None):
     """A network whose descriptors are random projections of an image's thumbnail without its
     mean.
     """
@@ -72,6 +68,7 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     if metadata:
         config = {"input_size": size, "mean": MEAN, "std": STD, "threshold": threshold}
+        config["thresholds"] = thresholds or {}
         helper.set_model_props(model, {"config": json.dumps(config)})
     onnx.save(model, path)
     return str(path)
@@ -111,16 +108,9 @@ def do(tmp_path, network_file, capfdbinary):
     """Run main() in this process; returns exit code, matches as dicts from stdout, and stderr."""
 
     def do(*arguments, threshold=THRESHOLD, network=network_file):
-        options = [
-            "--onnx",
-            network,
-            "--cache",
-            tmp_path / "cache.sqlite",
-            "--threshold",
-            threshold,
-            "--workers",
-            "2",
-        ]
+        options = ["--onnx", network, "--cache", tmp_path / "cache.sqlite", "--workers", "2"]
+        if threshold is not None:
+            options += ["--threshold", threshold]
         code = match.main([*map(str, options), *map(str, arguments)])
         out, err = capfdbinary.readouterr()
         rows = list(csv.DictReader(io.StringIO(out.decode("utf-8", "surrogateescape"), newline="")))
@@ -147,9 +137,9 @@ def fake(monkeypatch, wrap):
 def extracted(paths, network, workers=2):
     """The descriptors of readable image files, without a cache file."""
     cache = DescriptorCache(None, network)
-    rows, unreadable = extract_descriptors(paths, network, cache, 8, workers, quiet=True)
-    assert unreadable == {}
-    return rows
+    found = extract_descriptors(paths, network, cache, 8, workers, quiet=True)
+    assert found.unreadable == {}
+    return found.rows[:, 0]
 
 
 def rows_of(*lists):
@@ -188,7 +178,8 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
     }
     assert all(Path(row["query"]).is_relative_to(folder) for row in rows)
     assert len({row["group"] for row in rows}) == 2
-    assert "13 images, 11 of them new; 5 matches in 2 groups" in err
+    line = "13 images, 11 of them new; 5 matches in 2 groups, by cosine of at least 0.95"
+    assert line in err
 
 
 def test_an_image_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
@@ -289,7 +280,9 @@ def test_outputs(folder, do, tmp_path):
     with table.open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
     for line, row in zip(lines.read_text().splitlines(), rows, strict=True):
-        assert {**row, "score": float(row["score"]), "group": int(row["group"])} == json.loads(line)
+        numbers = {"score": float(row["score"]), "cosine": float(row["cosine"])}
+        expected = row | numbers | {"group": int(row["group"]), "normalized": None}
+        assert expected == json.loads(line)
     (group,) = map(json.loads, groups.read_text().splitlines())
     assert group["group"] == 1 and {Path(path).name for path in group["files"]} >= {
         "0.png",
@@ -329,25 +322,11 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
 
 
 def test_report(folder, do, tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(page, "write_match_page", lambda *arguments: given.append(arguments))
     (folder / "bad.jpg").write_bytes(b"")
-    _, rows, _ = do(folder, "--report", tmp_path / "page.html")
-    ((output, matches, unreadable, threshold),) = given
-    assert output == tmp_path / "page.html" and threshold == float(THRESHOLD)
-    assert isinstance(matches, pd.DataFrame) and list(matches) == [
-        "query",
-        "reference",
-        "score",
-        "group",
-    ]
-    assert (
-        matches["query"].tolist() == [row["query"] for row in rows]
-        and matches["score"].dtype == float
-    )
-    assert [(Path(path).name, reason[:10]) for path, reason in unreadable] == [
-        ("bad.jpg", "no image i")
-    ]
+    do(folder, "--report", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    for word in ("turned.jpg", "cropped.webp", "bad.jpg", "data:image/jpeg", THRESHOLD):
+        assert word in text
     monkeypatch.setitem(sys.modules, "common.page", None)
     monkeypatch.delattr(sys.modules["common"], "page")
     code, _, err = do(folder, "--report", tmp_path / "page.html")
@@ -535,11 +514,12 @@ def test_extracts_what_torch_hub_does(folder, checkpoint, tmp_path, capfd):
     network = torch_network(str(checkpoint), "test_efficientnet", 64, "cpu")
     cache = DescriptorCache(path, network)
     paths = sorted(str(path) for path in folder.glob("*.png"))
-    rows, unreadable = extract_descriptors(paths, network, cache, batch_size=4, workers=2)
+    found = extract_descriptors(paths, network, cache, batch_size=4, workers=2)
     with torch.inference_mode():
         expected = model(torch.stack([preprocess(Image.open(path)) for path in paths]))
-    assert unreadable == {} and cache.added == 0  # all from the first command's cache
-    np.testing.assert_allclose(rows, expected.numpy(), rtol=0, atol=2e-6)
+    # All are from the first command's cache.
+    assert found.unreadable == {} and not cache.new_images
+    np.testing.assert_allclose(found.rows[:, 0], expected.numpy(), rtol=0, atol=2e-6)
 
 
 def test_fp16_is_for_cuda(folder, checkpoint, capfd):
@@ -608,7 +588,7 @@ def test_the_small_network_is_the_default(tmp_path, capfd):
         for line in out.splitlines()[1:]
     }
     assert found == {(f"{i}", f"{i}-copy") for i in range(8)}
-    assert "match.py: using the small network weights/v98.onnx; for the published one" in err
+    assert "match.py: using the small network weights/v98.onnx; --weight isc_ft_v107" in err
     assert match.main([str(tmp_path), "--no-cache", "--quiet"]) == 0
     assert capfd.readouterr().err == ""
 
@@ -621,10 +601,243 @@ def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
     default = onnx_network(str(DEFAULT_ONNX))
     checkpoint = ROOT / "weights" / "v98.pth.tar"
     by_torch = torch_network(str(checkpoint), "test_byobnet", 96, "cpu")
-    assert [default.threshold, by_torch.threshold] == [0.75, 0.604169]
+    assert [default.thresholds.cosine, by_torch.thresholds.cosine] == [0.75, 0.604169]
     np.testing.assert_allclose(
         extracted(paths, default), extracted(paths, by_torch), rtol=0, atol=1e-5
     )
+
+
+# ---- views ----
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Six images; a mirrored, a turned and a recompressed copy; one with a copy in a corner."""
+    root = tmp_path / "edited"
+    root.mkdir()
+    for seed in range(6):
+        draw(seed).save(root / f"{seed}.png")
+    draw(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / "mirrored.jpg", quality=95)
+    draw(1).transpose(Image.Transpose.ROTATE_90).save(root / "turned.jpg", quality=95)
+    draw(2).save(root / "recompressed.jpg", quality=90)
+    larger = draw(99, (135, 90))
+    larger.paste(draw(3), (45, 30))
+    larger.save(root / "inside.png")
+    return root
+
+
+IN_A_CORNER = ("3.png", "inside.png", "bottom right")
+MIRRORED = ("0.png", "mirrored.jpg", "mirrored")
+TURNED = ("1.png", "turned.jpg", "turned 90")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (None, set()),
+        ("parts", {IN_A_CORNER}),
+        ("mirrored", {MIRRORED}),
+        ("turned", {TURNED}),
+        ("mirrored,turned", {MIRRORED, TURNED}),
+        ("all", {IN_A_CORNER, MIRRORED, TURNED}),
+    ],
+)
+def test_views_find_what_the_whole_does_not(edited, do, kinds, found):
+    """In one folder a pair is found if a view of either image resembles the other's whole; `query`
+    is the image whose view that is.
+    """
+    options = ["--views", kinds] if kinds else []
+    code, rows, _ = do(edited, *options)
+    assert code == 0
+    by_view = set()
+    for row in rows:
+        view = row["view"]
+        query, reference = Path(row["query"]).name, Path(row["reference"]).name
+        if view == "turned 270":  # from the copy's side
+            query, reference, view = reference, query, "turned 90"
+        by_view.add((*sorted((query, reference)), view))
+    assert by_view == found | {("2.png", "recompressed.jpg", "whole")}
+
+
+def test_views_are_of_queries_only(edited, do, tmp_path):
+    """With two folders: a part of a reference is not looked for, a part of a query is."""
+    small = tmp_path / "small"
+    small.mkdir()
+    (edited / "3.png").rename(small / "3.png")
+    assert do(small, edited, "--views", "parts")[0] == 1
+    code, rows, _ = do(edited, small, "--views", "parts")
+    assert code == 0 and names(rows) == {("3.png", "inside.png")}
+
+
+def test_views_asked_for_later_are_added(edited, do, monkeypatch):
+    """The cache holds each view, and what is there is not extracted again; the whole image's
+    descriptor does not depend on the views.
+    """
+    calls = []
+    count_calls(monkeypatch, calls)
+    alone = do(edited)
+    assert sum(calls) == 10
+    do(edited, "--views", "turned")
+    assert sum(calls) == 10 + 3 * 10
+    do(edited, "--views", "all")
+    assert sum(calls) == 13 * 10
+    together = do(edited, "--no-cache", "--views", "all")
+    scores = {row["view"]: row["score"] for row in together[1]}
+    assert scores["whole"] == alone[1][0]["score"]
+
+
+def test_an_unknown_view(edited, capfd):
+    result = called(match.main, [edited, "--views", "parts,upside-down"], capfd)
+    assert_refused(result, "--views", "upside-down", "parts, mirrored, turned")
+
+
+# ---- normalization ----
+
+
+def with_thresholds(tmp_path, **thresholds):
+    return write_onnx(tmp_path / "normalized.onnx", threshold=0.95, thresholds=thresholds)
+
+
+@pytest.fixture
+def many(folder):
+    """The folder with fifty more images."""
+    for seed in range(100, 150):
+        draw(seed).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_the_networks_normalized_threshold_decides(many, do, tmp_path):
+    network = with_thresholds(tmp_path, normalized=0.5)
+    code, rows, err = do(many, network=network, threshold=None)
+    assert code == 0 and "by normalized score of at least 0.5" in err
+    copies = ["0.png", "renamed.png", "recompressed.jpg", "cropped.webp", "turned.jpg"]
+    assert names(rows) == {tuple(sorted((a, b))) for a in copies for b in copies if a < b}
+    for row in rows:
+        assert row["score"] == row["normalized"] != row["cosine"]
+        assert 0.5 <= float(row["score"]) < float(row["cosine"])
+
+
+@pytest.mark.parametrize("flag", ["--threshold", "--no-normalization"])
+def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
+    network = with_thresholds(tmp_path, normalized=0.5)
+    options = [flag, 0.95] if flag == "--threshold" else [flag]
+    code, rows, err = do(many, *options, network=network, threshold=None)
+    assert code == 0 and "by cosine of at least 0.95" in err
+    assert all(row["score"] == row["cosine"] and row["normalized"] == "" for row in rows)
+    assert rows == do(many)[1]  # as a network without a normalized threshold
+
+
+def test_a_small_collection_takes_cosines(folder, do, tmp_path):
+    network = with_thresholds(tmp_path, normalized=0.5)
+    _, rows, err = do(folder, network=network, threshold=None)
+    assert "12 images are too few for background normalization, which needs 50" in err
+    assert rows == do(folder)[1]
+
+
+def test_views_have_thresholds_of_their_own(many, do, tmp_path):
+    thresholds = {"normalized": 0.5, "normalized_of_views": 0.6, "cosine_of_views": 0.97}
+    network = with_thresholds(tmp_path, **thresholds)
+    flags = ["--views", "mirrored"]
+    assert "score of at least 0.6" in do(many, *flags, network=network, threshold=None)[2]
+    flags.append("--no-normalization")
+    assert "cosine of at least 0.97" in do(many, *flags, network=network, threshold=None)[2]
+
+
+def test_a_normalized_threshold_for_a_network_without_one(many, do, tmp_path):
+    flags = ["--normalized-threshold", 0.5]
+    network = with_thresholds(tmp_path)
+    code, rows, err = do(many, *flags, threshold=None, network=network)
+    assert code == 0 and len(rows) == 10 and "by normalized score of at least 0.5" in err
+
+
+def test_copies_in_numbers_are_one_group(many, do, tmp_path):
+    """Thirty recompressed copies do not lower each other's normalized scores."""
+    for quality in range(60, 90):
+        draw(5).save(many / f"copy{quality}.jpg", quality=quality)
+    network = with_thresholds(tmp_path, normalized=0.5)
+    _, _, _ = do(many, "--groups", tmp_path / "groups.jsonl", network=network, threshold=None)
+    sizes = [
+        len(json.loads(line)["files"])
+        for line in (tmp_path / "groups.jsonl").open(encoding="utf-8")
+    ]
+    assert sorted(sizes) == [5, 31]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--normalized-threshold", "0.3", "--threshold", "0.9"], "--normalized-threshold"),
+        (["--normalized-threshold", "0.3", "--no-normalization"], "--no-normalization"),
+        (["--normalized-threshold", "1.5"], "no score is above 1"),
+        (["--not-within", "0"], "--not-within"),
+    ],
+)
+def test_options_that_contradict_each_other(folder, capfd, options, words):
+    assert_refused(called(match.main, [folder, *options], capfd), words)
+
+
+# ---- pairs that are left out ----
+
+
+def test_ignored_pairs_do_not_come_back(folder, do, tmp_path):
+    """Also after renaming; and not over others: the group falls apart."""
+    judged = tmp_path / "judged.csv"
+    _, rows, _ = do(folder, "--output", judged, "--output", "-")
+    header, *lines = judged.read_text().splitlines()
+    cropped = [line for line in lines if "cropped" in line]
+    judged.write_text("\n".join([header, *cropped]))
+    (folder / "cropped.webp").rename(folder / "other.webp")
+    code, left, _ = do(folder, "--ignore", judged)
+    assert code == 0 and len(left) == len(rows) - len(cropped)
+    assert not any("other.webp" in row["query"] + row["reference"] for row in left)
+
+
+def test_ignored_pairs_by_path(folder, do, tmp_path):
+    judged = tmp_path / "judged.csv"
+    pair = f"query,reference\n{folder}/0.png,{folder}/recompressed.jpg\n"
+    judged.write_bytes(b"\xef\xbb\xbf" + pair.encode())
+    _, before, _ = do(folder)
+    _, after, _ = do(folder, "--ignore", judged)
+    gone = names(before) - names(after)
+    # 0.png and renamed.png have the same content, so that both are judged.
+    assert gone == {("0.png", "recompressed.jpg"), ("recompressed.jpg", "renamed.png")}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "judged.csv"), (b"a,b\n1,2\n", "no column query")]
+)
+def test_an_unusable_ignore_file(folder, network_file, tmp_path, capfd, content, words):
+    if content:
+        (tmp_path / "judged.csv").write_bytes(content)
+    argv = [folder, "--no-cache", "--onnx", network_file, "--threshold", "0.95"]
+    result = called(match.main, [*argv, "--ignore", tmp_path / "judged.csv", "-q"], capfd)
+    assert_refused(result, "judged.csv", words)
+
+
+def test_files_of_one_folder_are_not_paired(do, tmp_path):
+    for name in ("a/1/x.png", "a/2/y.png", "b/1/z.png", "top.png"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(0).save(path.with_suffix(".bmp" if name == "top.png" else ".png"))
+    everything = {("x.png", "y.png"), ("x.png", "z.png"), ("y.png", "z.png")}
+    with_top = {("top.bmp", name) for name in ("x.png", "y.png", "z.png")}
+    tree = tmp_path / "tree"
+    assert names(do(tree)[1]) == everything | with_top
+    assert names(do(tree, "--not-within", 1)[1]) == everything - {("x.png", "y.png")} | with_top
+    assert names(do(tree, "--not-within", 2)[1]) == everything | with_top
+
+
+# ---- files to keep ----
+
+
+def test_groups_say_which_file_to_keep(folder, do, tmp_path):
+    draw(0, (180, 120)).save(folder / "large.jpg", quality=60)
+    do(folder, "--groups", tmp_path / "groups.jsonl", threshold=0.9)
+    (group,) = map(json.loads, (tmp_path / "groups.jsonl").read_text().splitlines())
+    assert Path(group["keep"]).name == "large.jpg"
+    details = {Path(entry["path"]).name: entry for entry in group["details"]}
+    assert (details["large.jpg"]["width"], details["large.jpg"]["height"]) == (180, 120)
+    assert details["turned.jpg"]["bytes"] == (folder / "turned.jpg").stat().st_size
 
 
 # ---- cache ----
@@ -632,8 +845,10 @@ def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
 
 def test_keys_stay_as_they_were():
     """Of the caches that users have: a change here makes all their descriptors invalid."""
-    network = Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, threshold=0.5)
-    assert network.key.hex() == "f158ba907827a6823ddfc63fdf7518dfd852336c2391fe1881045f4f21e8a5d4"
+    network = Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, Thresholds(cosine=0.5))
+    assert network.key().hex() == "8c65f44c01d39cb7954d66162db4303f3ba739c69451c764dad62cc0523cc40c"
+    keys = {network.key(view) for view in ALL_VIEWS}
+    assert len(keys) == len(ALL_VIEWS) and network.key() in keys
 
 
 def count_calls(monkeypatch, calls, before=lambda: None):
@@ -675,7 +890,10 @@ def test_goes_on_after_ctrl_c(folder, do, monkeypatch, tmp_path):
         count_calls(patch, calls, interrupt)
         code, rows, err = do(folder, "--batch-size", "4", "-q")
     assert code == 130 and rows == []
-    assert err == f"match.py: interrupted; 8 new descriptors are in {tmp_path}/cache.sqlite\n"
+    assert (
+        err
+        == f"match.py: interrupted; descriptors of 8 new images are in {tmp_path}/cache.sqlite\n"
+    )
     code, rows, err = do(folder, "--batch-size", "4")
     assert code == 0 and len(rows) == 10 and "3 of them new" in err
 
@@ -886,7 +1104,7 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
         ),
         (
             ["images", "--onnx", "odd.onnx"],
-            "odd.onnx: is not an ONNX file of export.py (ValueError: threshold 7)",
+            "odd.onnx: is not an ONNX file of export.py (ValueError: cosine threshold 7)",
         ),
         (["images", "--input-size", "64"], "v98.onnx: takes 96 pixels only"),
         (
