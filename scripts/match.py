@@ -29,7 +29,8 @@ read once. A file that two paths lead to is one file, and no copy of itself.
 Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first
         frame of an animation; upright as EXIF says and viewers show it; at most 100 million
         pixels. In a folder, files are chosen by suffix, then read by content. Unreadable files are
-        named at the end, on stderr.
+        named at the end, on stderr, and so are images without content (one color, but for slight
+        noise or a slight gradient), which are left out of the comparison.
 Needs   requirements-match.txt only, not torch: descriptors are those of the small network
         weights/v98.onnx, by ONNX Runtime. --onnx takes another file of export.py. --weight takes
         the published network, which is fetched once, or a checkpoint; it needs requirements.txt.
@@ -47,6 +48,7 @@ only where they are all of QUERIES or of REFERENCES, or with --bad-images error:
 """
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -58,16 +60,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.background import LEAST_COLLECTION, collection_background, given_background
+from common.background import (
+    LEAST_COLLECTION,
+    collection_background,
+    given_background,
+    threshold_for,
+)
 from common.cli import at_least, hidden_stderr
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.errors import InputError, one_line_errors
 from common.exclusions import excluded_files
 from common.extraction import Extracted, extract_descriptors, read_background
-from common.files import atomic, shown
+from common.files import atomic, names_as_utf8, shown
 from common.keeping import group_record
-from common.listing import list_files
+from common.listing import describe_left_out, list_files
 from common.networks import (
     DEFAULT_ONNX,
     PUBLISHED,
@@ -147,6 +154,8 @@ def choose_scoring(args, network, reference_count):
     threshold = args.normalized_threshold
     if threshold is None and not args.negatives:  # NES needs a threshold of its own
         threshold = network.thresholds.for_normalized(with_views)
+        if threshold is not None:
+            threshold = threshold_for(threshold, reference_count)
     if threshold is None:
         return by_cosine
     if reference_count < LEAST_COLLECTION and not args.negatives:
@@ -332,13 +341,21 @@ def import_page():
 
 def as_csv(table):
     """A table of matches as the bytes of a csv."""
-    text = table.to_csv(index=False, float_format=f"%.{SCORE_DECIMALS}f", lineterminator="\n")
-    return text.encode("utf-8", sys.getfilesystemencodeerrors())
+    quoting = csv.QUOTE_MINIMAL
+    if (table["query"] + table["reference"]).str.contains("\r").any():
+        quoting = csv.QUOTE_ALL  # Python up to 3.12 does not quote a carriage return alone
+    text = table.to_csv(
+        index=False,
+        float_format=f"%.{SCORE_DECIMALS}f",
+        lineterminator="\n",
+        quoting=quoting,
+    )
+    return os.fsencode(text)  # whatever the locale, file names keep their bytes
 
 
 def as_jsonl(records):
     """Dicts as bytes, JSON one a line."""
-    lines = [json.dumps(record) + "\n" for record in records]
+    lines = [json.dumps(names_as_utf8(record)) + "\n" for record in records]
     return "".join(lines).encode()
 
 
@@ -539,8 +556,11 @@ def view_kinds(text):
 
 
 def default_cache():
-    """The file of --cache: in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    """The file of --cache: in the user's cache folder; None where the user has no home."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return None
     return folder / "isc21" / "descriptors.sqlite"
 
 
@@ -592,8 +612,10 @@ def run(args, unreadable):
     places = [args.queries]
     if args.references:
         places.append(args.references)
-    paths, members, unreadable_folders = list_files(places)
+    paths, members, unreadable_folders, left_out = list_files(places)
     unreadable.update(unreadable_folders)
+    if left_out:
+        say(args, describe_left_out(left_out))
     network = load_network(args)
     cache = DescriptorCache(args.cache, network)
     extract = partial(

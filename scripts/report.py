@@ -14,7 +14,8 @@ that match.py found.
 
 Prints the scores and the operating points, each with its threshold, precision and recall. Writes
 the page: one file that needs no network, with charts, scores by kind of edit, and the images of
-pairs.
+pairs. The page of matches.csv also tells which file of a group is worth keeping, and saves the
+pairs that you tick as not copies, for match.py's --ignore.
 
 Needs   a submission and its ground truth, as eval_metrics.py does. Images are looked for in
         --images: query_images/, query_images_phase2/ and reference_images/; edits in its
@@ -45,12 +46,14 @@ from common.evaluation import (
     read_ground_truth,
     scores_by_edit,
 )
+from common.files import shown
 from common.images import SUFFIXES
 from common.page import (
     MATCH_COLUMNS,
     MAX_GROUPS,
     MAX_PAIRS,
     Chart,
+    as_file_name,
     score_chart,
     thumbnail,
     write_match_page,
@@ -243,6 +246,7 @@ def find_image(folder, kind, name):
     """
     if Path(name).name != name:
         return None
+    name = as_file_name(name)
     suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
     for subfolder in FOLDERS[kind]:
         for suffix in suffixes:
@@ -341,8 +345,8 @@ def report_submission(args):
     precisions = args.precision or PRECISIONS
     points = operating_points(ranking, precisions, args.threshold or (), cosine)
     header, rows = points_table(points, cosine)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(pd.DataFrame(rows, columns=header).to_string(index=False))
+    print_escaped(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print_escaped(pd.DataFrame(rows, columns=header).to_string(index=False))
 
     limit = MAX_PAIRS if args.gallery is None else args.gallery
     return write_page(
@@ -368,29 +372,65 @@ def report_submission(args):
 
 
 def read_pairs(path):
-    """The csv of match.py: `query`, `reference` (str; bytes that are not UTF-8 as surrogates),
-    `score`, `group`. Raises InputError where it is not one.
+    """The csv of match.py, of any version: its columns, where it has them; paths (str) as
+    os.fsdecode() gives them, `score`, `cosine` and `normalized` as numbers, the last NaN where it
+    is empty. Raises InputError where it is no such csv.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
+        raise InputError(f"{shown(path)}: no such file; check the path")
     try:
         table = pd.read_csv(
             path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape"
         )
-        table = table[MATCH_COLUMNS].assign(score=table["score"].astype(float))
-    except KeyError:
-        raise InputError(
-            f"{path}: its first line is not {','.join(MATCH_COLUMNS)}, as match.py writes it; "
-            f"for a submission, give GROUND_TRUTH too"
-        ) from None
     except ValueError as error:
-        raise InputError(f"{path}: not a readable csv ({error})") from None
-    if not np.isfinite(table["score"]).all():
-        raise InputError(f"{path}: a score is not a finite number; run match.py again")
+        raise InputError(f"{shown(path)}: not a readable csv ({error})") from None
+    missing = [column for column in MATCH_COLUMNS if column not in table]
+    if missing:
+        raise InputError(
+            f"{shown(path)}: its first line is not {','.join(MATCH_COLUMNS)}, with or without more "
+            f"columns, as match.py writes it; for a submission, give GROUND_TRUTH too"
+        )
+    for column in ("score", "cosine", "normalized"):
+        if column in table:
+            table[column] = as_numbers(table[column], shown(path))
+    for column in ("query", "reference"):
+        table[column] = table[column].map(as_file_name)
     return table
 
 
+def as_numbers(texts, place):
+    """A column of a csv as numbers, float64. Raises InputError for one that is not finite.
+
+    place: where it stands, for the message. Only `normalized` may be empty, which is NaN.
+    """
+    values = pd.to_numeric(texts, errors="coerce").astype(float)
+    bad = ~np.isfinite(values)
+    if texts.name == "normalized":
+        bad &= texts != ""
+    if bad.any():
+        text = texts[bad].iloc[0]
+        raise InputError(
+            f"{place}: {texts.name} {text!r} is not a finite number; run match.py again"
+        )
+    return values
+
+
+def report_matches(args):
+    """Write the page of match.py's csv; returns its line for the user."""
+    matches = read_pairs(args.submission)
+    gallery = MAX_GROUPS if args.gallery is None else args.gallery
+    normalized = "normalized" in matches and matches["normalized"].notna().any()
+    scored_by = "normalized score" if normalized else "cosine"
+    return write_match_page(args.output, matches, gallery=gallery, scored_by=scored_by)
+
+
 # ---- main ----
+
+
+def print_escaped(text):
+    """Print text; characters that the terminal's encoding lacks are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def parse_args(argv=None):
@@ -478,11 +518,9 @@ def main(argv=None):
     """Run the command; returns the exit code: 0, or 2 with one line on stderr."""
     args = parse_args(argv)
     if args.ground_truth:
-        print(report_submission(args))
+        print_escaped(report_submission(args))
     else:
-        matches = read_pairs(args.submission)
-        gallery = MAX_GROUPS if args.gallery is None else args.gallery
-        print(write_match_page(args.output, matches, gallery=gallery))
+        print_escaped(report_matches(args))
     return 0
 
 

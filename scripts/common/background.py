@@ -5,6 +5,8 @@ score of a pair is its cosine less the query's background, the mean of its next 
 the collection.
 """
 
+import math
+
 import numpy as np
 from tqdm import tqdm
 
@@ -13,8 +15,20 @@ from common.search import nearest, pair_scores
 RANKS = 9  # how many cosines make the background: in a collection those of rank 2 to 10
 ALIKE = 0.8  # least cosine with a query's best match of an image that does not count either
 LEAST_COLLECTION = 50  # images; the background of fewer says nothing
+CALIBRATED_ON = 600  # images of the collection that the networks' thresholds were measured with
+SLOPE = 0.12  # of the threshold over the logarithm of a smaller collection's size, measured
 FIRST_SEARCH = 32  # neighbors fetched at first; more where most of them do not count
-BLOCK = 1024  # queries at once
+BLOCK = 2048  # views at once, whose neighbors are held
+
+
+def threshold_for(threshold, collection_size):
+    """The least normalized score of a copy in a collection of so many images.
+
+    The fewer images, the less similar are those of rank 2 to 10: scores rise, and so must the
+    threshold, for the same precision. Above CALIBRATED_ON, precision does not fall.
+    """
+    missing = max(1, CALIBRATED_ON / collection_size)
+    return round(threshold + SLOPE * math.log(missing), 2)
 
 
 def collection_background(views, own_rows, collection, neutral, quiet=True):
@@ -27,10 +41,11 @@ def collection_background(views, own_rows, collection, neutral, quiet=True):
     `neutral` stands for each cosine that is missing, where nearly all images resemble the best one.
     """
     view_count = views.shape[1]
+    step = max(1, BLOCK // view_count)
     result = np.empty(len(views))
     with tqdm(total=len(views), desc="background", unit="image", disable=quiet) as bar:
-        for start in range(0, len(views), BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, len(views), step):
+            block = slice(start, start + step)
             rows = views[block].reshape(-1, views.shape[2])
             own = np.repeat(own_rows[block], view_count)
             means = mean_beyond_best(rows, own, collection, neutral)

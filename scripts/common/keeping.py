@@ -18,10 +18,6 @@ ORIENTATION = 0x0112  # EXIF tag
 ON_THEIR_SIDE = (5, 6, 7, 8)  # its values that swap width and height
 PNG_SIGNATURE = 8  # bytes at the beginning of a PNG
 
-KB = 1000  # bytes, as file managers count
-MB = 1000 * KB
-GB = 1000 * MB
-
 
 @dataclass(frozen=True)
 class FileDetails:
@@ -49,21 +45,21 @@ class FileDetails:
 
     @property
     def bytes_text(self):
-        """The size of the file, such as 340 kB or 2.9 MB."""
-        if self.bytes < KB:
+        """The size of the file, such as 340 kB or 2.9 MB: a kB is 1000 bytes."""
+        if self.bytes < 1000:
             return f"{self.bytes} bytes"
-        if self.bytes < 999_500:  # what rounds to less than 1,000 kB
-            return f"{self.bytes / KB:.0f} kB"
-        if self.bytes < 999_950_000:
-            return f"{self.bytes / MB:.1f} MB"
-        return f"{self.bytes / GB:.1f} GB"
+        if self.bytes < 999_500:  # more rounds to 1000 kB
+            return f"{self.bytes / 1e3:.0f} kB"
+        if self.bytes < 999_950_000:  # more rounds to 1000.0 MB
+            return f"{self.bytes / 1e6:.1f} MB"
+        return f"{self.bytes / 1e9:.1f} GB"
 
 
 UNKNOWN = {field.name: None for field in fields(FileDetails)}
 
 
 def file_details(path):
-    """FileDetails of an image file, by its header only; None where it cannot be read as an image."""
+    """FileDetails of an image file, by its header only; None where it is unreadable."""
     try:
         status = os.stat(path)  # noqa: PTH116  (paths here are str, of any bytes)
         with open_checked(path) as image:

@@ -1,6 +1,8 @@
 """The HTML page of report.py and match.py: charts, embedded images, groups of copies."""
 
 import base64
+import csv
+import hashlib
 import io
 import math
 import os
@@ -11,18 +13,28 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.files import atomic
+from common.files import atomic, shown
 from common.images import open_checked, upright_rgb
+from common.keeping import file_details, kept_and_reason
+from common.views import VIEW_OF_NAME, WHOLE
 
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 JPEG_QUALITY = 70
 
 MAX_PAIRS = 12  # shown of each kind; --gallery changes it
 MAX_GROUPS = 50  # shown; --gallery changes it
-MAX_GROUP_IMAGES = 12  # shown of a group, and as many of its scores
+MAX_GROUP_IMAGES = 12  # shown of a group
+MAX_GROUP_PAIRS = MAX_GROUP_IMAGES**2  # at least all pairs of these images
+OPEN_PAIRS = 12  # of a group: the others are listed below a line that opens
 MAX_UNREADABLE = 200  # names of unreadable files
 
-MATCH_COLUMNS = ["query", "reference", "score", "group"]  # of match.py's csv
+MATCH_COLUMNS = ["query", "reference", "score", "group"]  # that match.py's csv has always had
+NOT_COPY_COLUMNS = ["query", "reference", "query_sha256", "reference_sha256"]  # of --ignore's csv
+MEANING = {  # of the score that decided
+    "cosine": "Cosine of the descriptors of each pair.",
+    "normalized score": "Normalized score of each pair: the cosine of its descriptors, less the "
+    "mean cosine of the query with the images that resemble it most without being copies.",
+}
 
 BINS = 40  # of a histogram
 
@@ -141,14 +153,6 @@ def bin_edges(values):
 # ---- images ----
 
 
-def shown(name):
-    """A name as text that can be printed: bytes that are not UTF-8, and characters that would not
-    show, as escapes.
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def read_thumbnail(path):
     """The image of a file: RGB, upright, no side longer than THUMBNAIL_SIDE.
 
@@ -178,6 +182,34 @@ def thumbnail(path):
     return {"missing": None, "data": data, "width": image.width, "height": image.height}
 
 
+# ---- text ----
+
+
+def escaped(text):
+    """Text that is no file name, for one line: bytes that are not UTF-8 (surrogates), and
+    unprintable characters, as escapes.
+    """
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
+
+
+def as_file_name(text):
+    """A file name that was read as UTF-8, as this system's locale has it: os.fsencode() gives the
+    same bytes back.
+    """
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def sha256_base64(text):
+    """SHA-256 of a script as a page's Content-Security-Policy writes it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 # ---- page ----
 
 
@@ -201,8 +233,10 @@ def write_page(output, thumbnail_of, **values):
         lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
+    environment.filters["escaped"] = escaped
+    environment.filters["sha256_base64"] = sha256_base64
     template = environment.get_template("page.html.jinja")
-    page = template.render(values, show=show).encode()
+    page = template.render(values, show=show).encode("utf-8", "backslashreplace")
     with atomic(Path(output)) as file:
         file.write_bytes(page)
 
@@ -211,13 +245,20 @@ def write_page(output, thumbnail_of, **values):
     return f"{shown(output)}: {len(page) / 1e6:.1f} MB, {', '.join(images)}"
 
 
-def write_match_page(output, matches, unreadable=(), threshold=None, gallery=MAX_GROUPS):
+# ---- page of match.py ----
+
+
+def write_match_page(
+    output, matches, unreadable=(), threshold=None, gallery=MAX_GROUPS, scored_by="cosine"
+):
     """Write the page of copies that match.py found; returns its line for the user.
 
-    matches: DataFrame of `query`, `reference` (paths as str), `score` (cosine), `group`;
-    unreadable: (path, reason) of each file that could not be read; threshold: the least cosine of a
-    match. Shows at most `gallery` groups, largest first.
+    matches: DataFrame of `query`, `reference` (paths as str), `score`, `group` and, where known,
+    `view`, `cosine`, `normalized`, `query_sha256`, `reference_sha256`; unreadable: (path, reason)
+    of each file that could not be read; threshold: the least score of a match. scored_by: which
+    number the score is, a key of MEANING. Shows at most `gallery` groups, largest first.
     """
+    matches = with_all_columns(matches)
     matches = matches.sort_values("score", ascending=False, kind="stable")
     members = group_members(matches)
     groups_by_score = matches["group"].unique()
@@ -225,9 +266,9 @@ def write_match_page(output, matches, unreadable=(), threshold=None, gallery=MAX
     largest = sizes.sort_values(ascending=False, kind="stable")[:gallery]
     two_sets = set(matches["query"]).isdisjoint(matches["reference"])
     groups = []
-    for group, size in largest.items():
+    for group in largest.index:
         pairs = matches[matches["group"] == group]
-        groups.append(group_card(pairs, size, two_sets))
+        groups.append(group_card(pairs, two_sets))
 
     facts = {
         "groups of copies": f"{len(sizes):,}",
@@ -236,24 +277,46 @@ def write_match_page(output, matches, unreadable=(), threshold=None, gallery=MAX
         "unreadable files": f"{len(unreadable):,}",
     }
     if threshold is not None:
-        facts["threshold"] = f"{threshold:.6g}"
+        name = "threshold" if scored_by == "cosine" else "normalized threshold"
+        facts[name] = f"{threshold:.6g}"
     charts = []
     if len(matches):
         scores = {"pairs": matches["score"].to_numpy(float)}
-        charts.append(score_chart(scores, "cosine", threshold))
+        charts.append(score_chart(scores, scored_by, threshold))
     return write_page(
         output,
         thumbnail,
         title="Copies",
         subtitle="",
         facts=facts,
-        score_meaning="Cosine of the descriptors of each pair.",
+        score_meaning=MEANING[scored_by],
         charts=charts,
         groups=groups,
+        open_pairs=OPEN_PAIRS,
+        not_copy_columns=NOT_COPY_COLUMNS,
         root=common_folder(members["path"]),
         unreadable=unreadable,
         max_unreadable=MAX_UNREADABLE,
     )
+
+
+def with_all_columns(matches):
+    """A table of matches with every column of today's csv, whichever it has.
+
+    `normalized` is NaN where scores are not normalized, a SHA-256 is "" where it is not known.
+    """
+    defaults = {
+        "view": WHOLE.name,
+        "cosine": matches["score"],
+        "normalized": np.nan,
+        "query_sha256": "",
+        "reference_sha256": "",
+    }
+    missing = {name: value for name, value in defaults.items() if name not in matches}
+    matches = matches.assign(**missing)
+    normalized = pd.to_numeric(matches["normalized"], errors="coerce")  # empty text as well
+    digests = matches[["query_sha256", "reference_sha256"]].fillna("")
+    return matches.assign(normalized=normalized, **digests)
 
 
 def group_members(matches):
@@ -264,35 +327,101 @@ def group_members(matches):
     return pd.concat(sides).drop_duplicates()
 
 
-def group_card(pairs, size, two_sets):
-    """What the page shows of a group of `size` images: some of them, and the scores between these.
+def group_card(pairs, two_sets):
+    """What the page shows of a group: some of its images, and the pairs between these.
 
     pairs: the group's rows of `matches`, best first. two_sets: queries and references are
     different files; then the images are called so.
     """
     paths = pairs[["query", "reference"]].to_numpy().ravel()
-    paths = list(dict.fromkeys(paths))[:MAX_GROUP_IMAGES]
-    numbers = {path: number for number, path in enumerate(paths, start=1)}
+    members = list(dict.fromkeys(paths))
+    details = {path: file_details(path) for path in members}
+    kept, reason = kept_and_reason(members, details)
+    chosen = members[:MAX_GROUP_IMAGES]
+    if kept not in chosen:
+        chosen[-1] = kept
+
     queries = set(pairs["query"])
-    images = []
-    for path, number in numbers.items():
+    images = {}
+    for number, path in enumerate(chosen, start=1):
         role = ""
         if two_sets:
             role = "query " if path in queries else "reference "
-        images.append((path, f"{role}{number}"))
+        images[path] = {
+            "path": path,
+            "number": number,
+            "role": f"{role}{number}",
+            "details": details[path],
+            "keep": reason if path == kept and details[path] else "",
+            "pairs": [],  # that it is in, by their place in the list
+            "parts": [],  # of it that match: (place of the pair, View)
+        }
 
-    inside = pairs["query"].isin(paths) & pairs["reference"].isin(paths)
-    scores = []
-    for pair in pairs[inside][:MAX_GROUP_IMAGES].itertuples():
-        first, second = sorted((numbers[pair.query], numbers[pair.reference]))
-        scores.append((first, second, pair.score))
+    inside = pairs["query"].isin(chosen) & pairs["reference"].isin(chosen)
+    lines = []
+    for place, pair in enumerate(pairs[inside][:MAX_GROUP_PAIRS].itertuples()):
+        query = images[pair.query]
+        reference = images[pair.reference]
+        line = pair_line(pair, query["number"], reference["number"])
+        query["pairs"].append(place)
+        reference["pairs"].append(place)
+        if line["part"]:
+            query["parts"].append((place, line["part"]))
+        lines.append(line)
     return {
-        "size": size,
+        "size": len(members),
         "pairs": len(pairs),
         "best": pairs["score"].max(),
-        "images": images,
-        "scores": scores,
+        "images": list(images.values()),
+        "lines": lines,
     }
+
+
+def pair_line(pair, query, reference):
+    """What the page says of a pair; query, reference: the numbers of its images in the group."""
+    view = VIEW_OF_NAME.get(pair.view)
+    first, second = sorted((query, reference))
+    return {
+        "first": first,
+        "second": second,
+        "cosine": pair.cosine,
+        "normalized": None if np.isnan(pair.normalized) else pair.normalized,
+        "view": view_text(pair.view, query),
+        "part": view if view and view.size < 1 else None,
+        "row": not_copy_row(pair),
+    }
+
+
+def view_text(name, number):
+    """Which view of image `number` matches, such as "top left part of 1, mirrored"; "" for the
+    whole.
+    """
+    if name == WHOLE.name:
+        return ""
+    view = VIEW_OF_NAME.get(name)
+    if view is None:  # a view of a later version
+        return f"{name} of {number}"
+    changes = []
+    if view.mirrored:
+        changes.append("mirrored")
+    if view.turned == 180:
+        changes.append("turned 180°")
+    elif view.turned:
+        changes.append(f"turned {view.turned}° counterclockwise")
+    if view.size == 1:
+        return f"{number} {', '.join(changes)}"
+    place = view.name.removesuffix(" mirrored")
+    return ", ".join([f"{place} part of {number}", *changes])
+
+
+def not_copy_row(pair):
+    """The pair's row of the csv that --ignore reads, in base64: paths keep bytes that no HTML can
+    hold.
+    """
+    values = [getattr(pair, column) for column in NOT_COPY_COLUMNS]
+    text = io.StringIO()
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(values)
+    return base64.b64encode(os.fsencode(text.getvalue())).decode()
 
 
 def common_folder(paths):

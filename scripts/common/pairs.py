@@ -108,16 +108,17 @@ class Search:
                 f"{content} {folder}".encode()
                 for content, folder in zip(excluded.contents, excluded.folders, strict=True)
             ]
-        self.labels = label_distinct(descriptors, keys)
-        self.reference_set = distinct_rows(self.labels, references)
+        self.reference_set = distinct_rows(label_distinct(descriptors, keys), references)
         self.reference_rows = descriptors[self.reference_set.first]
         query_labels = np.full(len(descriptors), -1)
         query_labels[queries] = label_distinct(views, [keys[file] for file in queries])
         self.query_set = distinct_rows(query_labels, queries)
         self.masks = masked_rows(self.query_set, self.reference_set, excluded)
         self.folders = excluded.folders if excluded else np.full(len(descriptors), -1)
-        self.connected = UnionFind(self.labels.max() + 1)
-        self.has_match = np.zeros(self.labels.max() + 1, bool)
+        # Connected are rows: those of query_set, then those of reference_set.
+        row_count = len(self.query_set.first) + len(self.reference_set.first)
+        self.connected = UnionFind(row_count)
+        self.has_match = np.zeros(row_count, bool)
 
     def run(self, top_k, quiet, max_similarities):
         """A list of (queries, references), arrays of file numbers: the best of each query."""
@@ -127,7 +128,7 @@ class Search:
             near = self.matching_rows(first, similarity)
             if len(near) == 0:
                 continue
-            matched = np.append(self.reference_set.labels[near], self.labels[first])
+            matched = np.append(near + len(self.query_set.first), row)
             self.has_match[matched] = True
             self.connected.unite(matched)
             # One of the best may be the query itself.
@@ -235,8 +236,17 @@ class Search:
 
     def groups(self):
         """The number of each file's group, (files,) int64, from 0 in the order of files, or -1."""
-        roots = np.where(self.has_match, self.connected.roots(), np.nan)
-        group_numbers, _ = pd.factorize(roots[self.labels])  # NaN becomes -1
+        file_count = len(self.descriptors)
+        as_query = self.query_set.row_of_file(file_count)
+        as_reference = self.reference_set.row_of_file(file_count)
+        as_reference[as_reference >= 0] += len(self.query_set.first)
+        as_query[~self.has_match[as_query]] = -1
+        as_reference[~self.has_match[as_reference]] = -1
+        for file in np.flatnonzero((as_query >= 0) & (as_reference >= 0)):
+            self.connected.unite(np.array([as_query[file], as_reference[file]]))
+        row = np.maximum(as_query, as_reference)
+        roots = np.where(row >= 0, self.connected.roots()[row], np.nan)
+        group_numbers, _ = pd.factorize(roots)  # NaN becomes -1
         return group_numbers
 
 
@@ -247,14 +257,19 @@ class Search:
 class DistinctRows:
     """The m different rows of a set of files.
 
-    labels (m,) int64, ascending: the numbers of these rows among the different ones of all files.
     files: m arrays int64, the files that have the row, in the order of the set. first (m,) int64:
     the first of each.
     """
 
-    labels: np.ndarray
     files: list
     first: np.ndarray
+
+    def row_of_file(self, file_count):
+        """The row of each of `file_count` files, int64; -1 of files that are not in the set."""
+        rows = np.full(file_count, -1)
+        for row, files in enumerate(self.files):
+            rows[files] = row
+        return rows
 
 
 def label_distinct(rows, keys):
@@ -273,9 +288,9 @@ def label_distinct(rows, keys):
 
 def distinct_rows(labels, files):
     """The DistinctRows of some files, int64; labels (all files,) are those of label_distinct."""
-    distinct_labels, files_by_label = group_by_label(labels, files)
+    _, files_by_label = group_by_label(labels, files)
     first = np.array([same[0] for same in files_by_label], np.int64)
-    return DistinctRows(distinct_labels, files_by_label, first)
+    return DistinctRows(files_by_label, first)
 
 
 def group_by_label(labels, files):

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pillow_heif
 import pytest
 import timm
 import torch
@@ -182,18 +181,6 @@ def test_finds_the_copies_between_two_folders(folder, do, tmp_path):
     assert line in err
 
 
-def test_an_image_and_lists_of_paths(folder, do, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for separator in ("\n", "\r\n", "\0"):
-        Path("list.txt").write_text(
-            separator.join(["images/1.png", "", "images/recompressed.jpg", ""])
-        )
-        code, rows, _ = do("images/0.png", "list.txt")
-        assert code == 0 and [row["reference"] for row in rows] == ["images/recompressed.jpg"]
-    code, rows, _ = do("images/0.png", "images/1.png")
-    assert code == 1 and rows == []
-
-
 def test_overlapping_sets_do_not_match_a_file_with_itself(folder, do):
     code, rows, _ = do(folder, folder / "below")
     assert code == 0 and all(row["query"] != row["reference"] for row in rows)
@@ -204,28 +191,18 @@ def test_overlapping_sets_do_not_match_a_file_with_itself(folder, do):
     assert code == 1 and rows == []
 
 
-def test_links_and_hidden_files(folder, do):
-    (folder / "below" / "loop").symlink_to(folder)
-    (folder / "link.png").symlink_to(folder / "1.png")
+def test_a_dangling_link_is_named(folder, do):
     (folder / "dangling.png").symlink_to(folder / "nowhere.png")
-    shutil.copy(folder / "2.png", folder / ".hidden.png")
-    (folder / ".thumbnails").mkdir()
-    shutil.copy(folder / "2.png", folder / ".thumbnails" / "2.png")
-    shutil.copy(folder / "2.png", folder / "notes.txt")
     code, rows, err = do(folder)
-    assert code == 0 and len(rows) == 10
-    assert "13 images" in err  # 12 and the dangling link
+    assert code == 0 and len(rows) == 10 and "13 images" in err
     assert err.rstrip().endswith("dangling.png: no such file")
 
 
-def test_suffixes_of_any_case(folder, do, tmp_path):
-    pillow_heif.register_heif_opener()
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    for suffix in ("JPG", "jfif", "Heic"):
-        draw(0).save(copies / f"copy.{suffix}", format="JPEG" if suffix == "jfif" else None)
-    code, rows, err = do(copies, folder / "0.png")
-    assert code == 0 and len(rows) == 3 and "unreadable files" not in err
+def test_other_files_are_counted_in_a_line(folder, do):
+    shutil.copy(folder / "2.png", folder / "notes.txt")
+    shutil.copy(folder / "2.png", folder / "film.mp4")
+    line = "match.py: 2 other files left out: .mp4 1, .txt 1\n"
+    assert line in do(folder)[2] and line not in do(folder, "--quiet")[2]
 
 
 def test_unreadable_files_are_named_and_do_not_end_the_job(folder, do):
@@ -244,7 +221,7 @@ def test_unreadable_files_are_named_and_do_not_end_the_job(folder, do):
     code, rows, err = do(folder)
     assert code == 0 and len(rows) == 10
     report = dict(
-        line.rsplit(": ", 1) for line in err.split("unreadable files (7):\n")[1].splitlines()
+        line.split(": ", 1) for line in err.split("unreadable files (7):\n")[1].splitlines()
     )
     reasons = {Path(path).name: reason for path, reason in report.items()}
     assert reasons.keys() == {*unreadable, "truncated.png", "huge.png", "huger.png", "pipe.jpg"}
@@ -298,6 +275,7 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
     odd = [
         b"a, \" and 'b'.png",
         b"line\nbreak.png",
+        b"carriage\rreturn.png",
         b"latin \xe9.png",
         "ünïcode 図.png".encode(),
         b" =1.png",
@@ -317,7 +295,7 @@ def test_paths_keep_their_bytes(folder, do, tmp_path):
         assert files >= {*odd, b"5.png"}
     assert err.splitlines()[-1].endswith(
         r"bad\n\xff.png: no image in a known format "
-        "(AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, HEIF)"
+        "(AVIF, BMP, DIB, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, HEIF)"
     )
 
 
@@ -707,8 +685,9 @@ def many(folder):
 
 
 def test_the_networks_normalized_threshold_decides(many, do, tmp_path):
-    network = with_thresholds(tmp_path, normalized=0.5)
+    network = with_thresholds(tmp_path, normalized=0.23)
     code, rows, err = do(many, network=network, threshold=None)
+    # 0.23 for 600 images, more for 62
     assert code == 0 and "by normalized score of at least 0.5" in err
     copies = ["0.png", "renamed.png", "recompressed.jpg", "cropped.webp", "turned.jpg"]
     assert names(rows) == {tuple(sorted((a, b))) for a in copies for b in copies if a < b}
@@ -719,7 +698,7 @@ def test_the_networks_normalized_threshold_decides(many, do, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--threshold", "--no-normalization"])
 def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
-    network = with_thresholds(tmp_path, normalized=0.5)
+    network = with_thresholds(tmp_path, normalized=0.23)
     options = [flag, 0.95] if flag == "--threshold" else [flag]
     code, rows, err = do(many, *options, network=network, threshold=None)
     assert code == 0 and "by cosine of at least 0.95" in err
@@ -728,14 +707,14 @@ def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
 
 
 def test_a_small_collection_takes_cosines(folder, do, tmp_path):
-    network = with_thresholds(tmp_path, normalized=0.5)
+    network = with_thresholds(tmp_path, normalized=0.23)
     _, rows, err = do(folder, network=network, threshold=None)
     assert "12 images are too few for background normalization, which needs 50" in err
     assert rows == do(folder)[1]
 
 
 def test_views_have_thresholds_of_their_own(many, do, tmp_path):
-    thresholds = {"normalized": 0.5, "normalized_of_views": 0.6, "cosine_of_views": 0.97}
+    thresholds = {"normalized": 0.23, "normalized_of_views": 0.33, "cosine_of_views": 0.97}
     network = with_thresholds(tmp_path, **thresholds)
     flags = ["--views", "mirrored"]
     assert "score of at least 0.6" in do(many, *flags, network=network, threshold=None)[2]
@@ -754,7 +733,7 @@ def test_copies_in_numbers_are_one_group(many, do, tmp_path):
     """Thirty recompressed copies do not lower each other's normalized scores."""
     for quality in range(60, 90):
         draw(5).save(many / f"copy{quality}.jpg", quality=quality)
-    network = with_thresholds(tmp_path, normalized=0.5)
+    network = with_thresholds(tmp_path, normalized=0.23)
     _, _, _ = do(many, "--groups", tmp_path / "groups.jsonl", network=network, threshold=None)
     sizes = [
         len(json.loads(line)["files"])

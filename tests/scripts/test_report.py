@@ -2,12 +2,20 @@
 images of any kind.
 """
 
+import base64
+import csv
+import hashlib
 import html
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -19,6 +27,8 @@ from PIL import Image
 
 import report
 from common import page
+from common.files import sha256_of
+from common.views import ALL_VIEWS, VIEW_OF_NAME
 from conftest import ROOT, assert_refused, called, run
 from eval_metrics import micro_metrics, read_ground_truth
 
@@ -397,7 +407,6 @@ def test_match_page(pairs, tmp_path):
     line = report.write_match_page(tmp_path / "m.html", pairs, unreadable, 0.604169)
     assert line == f"{tmp_path}/m.html: 0.0 MB, 6 images, 1 not found"
     page = Page(tmp_path / "m.html")
-    assert not page.all("script")
     text = " ".join(page.text.split())
     for part in (
         "groups of copies 3",
@@ -417,7 +426,7 @@ def test_match_page(pairs, tmp_path):
         "2 images 1 pair 0.9900",
         "2 images 1 pair 0.7000",
     ]
-    assert re.search(r"1 . 2 0\.9300 1 . 3 0\.9100", text)
+    assert re.search(r"1 . 2 0\.9300 not a copy 1 . 3 0\.9100", text)
 
 
 def test_page_from_the_csv_of_match(pairs, tmp_path):
@@ -452,6 +461,275 @@ def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
         "more pairs of 80 images",
     ):
         assert part in text, part
+
+
+# ---- pages of match.py: files, views, scores ----
+
+
+MATCHES = [*report.MATCH_COLUMNS, "view", "cosine", "normalized", *page.NOT_COPY_COLUMNS[2:]]
+# A name that csv, HTML and UTF-8 each have trouble with.
+HARD_NAMES = [
+    'a,b "c".jpg',
+    "line\nend.jpg",
+    "carriage\rreturn.jpg",
+    os.fsdecode(b"caf\xe9, \xff.jpg"),
+    "ümläut 😀.jpg",
+    EVIL.replace("/", "-"),
+    " blank .jpg",
+    "=1+1.jpg",
+]
+
+
+def row(query, reference, score, group=1, view="whole", normalized=""):
+    """A row of match.py's csv, with the digests of files that exist."""
+    decided = score if normalized == "" else normalized
+    digests = []
+    for path in map(Path, (query, reference)):
+        digests.append(sha256_of(path) if path.exists() else "")
+    return (query, reference, decided, group, view, score, normalized, *digests)
+
+
+def table(*rows):
+    return pd.DataFrame(rows, columns=MATCHES)
+
+
+def written(tmp_path, *rows, **options):
+    """The Page of these matches."""
+    report.write_match_page(tmp_path / "m.html", table(*rows), **options)
+    return Page(tmp_path / "m.html")
+
+
+def test_details_of_each_file_and_the_one_to_keep(tmp_path):
+    small = write_image(tmp_path / "small.png", 0, (60, 40))
+    wide = write_image(tmp_path / "wide.png", 0, (80, 40))
+    tall = tmp_path / "tall.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(wide).save(tall, exif=exif, quality=95)
+    with tall.open("ab") as file:  # as many pixels as `wide`, more bytes
+        file.write(b"\0" * 1_234_567)
+    os.utime(small, (1_000_000_000, 1_000_000_000))
+    rows = [row(str(small), str(wide), 0.9), row(str(wide), str(tall), 0.8)]
+    rows.append(row("/gone/a.jpg", "/gone/b.jpg", 0.7, 2))
+    text = " ".join(written(tmp_path, *rows).text.split())
+    assert re.search(r"small.png 60 × 40 · \d+ (bytes|kB) 2001-09-0[89] \d\d:\d\d", text)  # noqa: RUF001
+    assert re.search(r"wide.png 80 × 40 · \d+ (bytes|kB) 20", text)  # noqa: RUF001
+    assert re.search(
+        r"tall.jpg 40 × 80 · 1.2 MB 20\S+ \S+ keep: most pixels, then most bytes",  # noqa: RUF001
+        text,
+    )
+    assert text.count("keep:") == 1  # nothing is known of files that are gone
+
+
+def test_the_one_to_keep_is_shown_of_a_large_group(tmp_path):
+    many = page.MAX_GROUP_IMAGES + 6
+    paths = [str(write_image(tmp_path / f"{n}.png", n, (20 + n, 20))) for n in range(many)]
+    rows = [row(paths[0], other, 0.9 - n / 100) for n, other in enumerate(paths[1:])]
+    shown = written(tmp_path, *rows)
+    assert len(shown.all("img")) == page.MAX_GROUP_IMAGES
+    text = " ".join(shown.text.split())
+    assert re.search(rf"{many - 1}\.png {19 + many} × 20 \S+ [^k]*kB?[^k]*keep: most pixels", text)  # noqa: RUF001
+    assert text.count("keep:") == 1
+
+
+def test_all_pairs_of_the_shown_images_can_be_ticked(tmp_path):
+    paths = [f"/gone/{number}.jpg" for number in range(page.MAX_GROUP_IMAGES + 3)]
+    rows = [row(one, other, 0.9) for one, other in combinations(paths, 2)]
+    shown = written(tmp_path, *rows)
+    ticks = {frozenset(decoded(box)[:2]) for box in shown.all("input")}
+    chosen = set().union(*ticks)
+    assert len(chosen) == page.MAX_GROUP_IMAGES
+    assert ticks == set(map(frozenset, combinations(chosen, 2)))
+    assert f"and {len(rows) - 66} more pairs of 15 images" in " ".join(shown.text.split())
+
+
+def decoded(box):
+    """The cells of a tick box's row of csv."""
+    content = os.fsdecode(base64.b64decode(box["data-row"]))
+    (cells,) = csv.reader(io.StringIO(content, newline=""))
+    return cells
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS, ids=lambda view: view.name)
+def test_the_view_that_matched_is_named_and_its_part_outlined(view, tmp_path):
+    query = str(write_image(tmp_path / "query.png", 0, (90, 60)))
+    reference = str(write_image(tmp_path / "reference.png", 1, (60, 60)))
+    shown = written(tmp_path, row(query, reference, 0.9, view=view.name))
+    text = " ".join(shown.text.split())
+    assert ("mirrored" in text) == view.mirrored
+    assert ("turned" in text) == bool(view.turned)
+    assert f"turned {view.turned}°" in text or not view.turned
+    overlays = [svg for svg in shown.all("svg") if svg.get("class", "").startswith("part")]
+    if view.size == 1:
+        assert not overlays and "part of 1" not in text
+        return
+    assert f"{view.name.removesuffix(' mirrored')} part of 1" in text
+    (overlay,) = overlays
+    _, _, width, height = map(float, overlay["viewbox"].split())
+    box = next(element for element in shown.all("rect") if "rx" not in element)
+    assert float(box["x"]) / width == pytest.approx(view.left, abs=0.01)
+    assert float(box["y"]) / height == pytest.approx(view.top, abs=0.01)
+    assert float(box["width"]) / width == pytest.approx(view.size, abs=0.01)
+    assert float(box["height"]) / height == pytest.approx(view.size, abs=0.01)
+
+
+def test_a_view_of_a_later_version_is_named(tmp_path):
+    shown = written(tmp_path, row("/gone/a", "/gone/b", 0.9, view="<b>center"))
+    assert "<b>center of 1" in shown.text
+
+
+def test_views_of_a_larger_group_name_their_image(tmp_path):
+    rows = [
+        row("/gone/a", "/gone/b", 0.9, view="mirrored"),
+        row("/gone/c", "/gone/b", 0.8, view="top left mirrored"),
+        row("/gone/c", "/gone/a", 0.7, view="turned 90"),
+    ]
+    text = " ".join(written(tmp_path, *rows).text.split())
+    assert re.search(r"1 . 2 0\.9000 1 mirrored", text)
+    assert re.search(r"2 . 3 0\.8000 top left part of 3, mirrored", text)
+    assert re.search(r"1 . 3 0\.7000 3 turned 90°", text)
+
+
+def test_scores_are_cosines_or_normalized(tmp_path):
+    rows = [
+        row("/gone/a", "/gone/b", 0.9123, 1, normalized=0.4321),
+        row("/gone/a", "/gone/c", 0.8123, 1, normalized=-0.0321),
+        row("/gone/d", "/gone/e", 0.7123, 2, normalized=0.2221),
+    ]
+    shown = written(tmp_path, *rows, threshold=-0.1, scored_by="normalized score")
+    text = " ".join(shown.text.split())
+    for part in (
+        "normalized threshold -0.1",
+        "Normalized score of each pair",
+        "normalized 0.4321 cosine 0.9123",
+        "normalized -0.0321 cosine 0.8123",
+        "normalized 0.2221 cosine 0.7123",
+        "2 pairs, the best 0.4321",
+    ):
+        assert part in text, part
+    assert "normalized score" in shown.all("svg")[0]["aria-label"]
+    plain = written(tmp_path, row("/gone/a", "/gone/b", 0.9), threshold=0.5)
+    text = " ".join(plain.text.split())
+    assert "normalized" not in text and "Cosine of the descriptors" in text
+    assert "cosine" in plain.all("svg")[0]["aria-label"]
+
+
+def test_page_from_todays_csv_is_the_same(tmp_path, capsys):
+    paths = [str(write_image(tmp_path / f"{n}.png", n)) for n in range(3)]
+    rows = [
+        row(paths[0], paths[1], 0.9, 1, "bottom left", 0.5),
+        row(paths[1], paths[2], 0.8, 1, "turned 180", 0.4),
+    ]
+    matches = table(*rows)
+    matches.to_csv(tmp_path / "m.csv", index=False, float_format="%.6f")
+    report.write_match_page(tmp_path / "direct.html", matches, scored_by="normalized score")
+    assert report.main([str(tmp_path / "m.csv")]) == 0
+    assert (tmp_path / "m.csv.html").read_bytes() == (tmp_path / "direct.html").read_bytes()
+    matches["normalized"] = np.nan
+    matches["score"] = matches["cosine"]
+    matches.to_csv(tmp_path / "m.csv", index=False, float_format="%.6f")
+    assert report.main([str(tmp_path / "m.csv")]) == 0
+    assert "normalized" not in Page(tmp_path / "m.csv.html").text
+    capsys.readouterr()
+
+
+def test_rows_of_an_old_csv_have_paths_only(pairs, tmp_path):
+    report.write_match_page(tmp_path / "m.html", pairs)
+    rows = [decoded(box) for box in Page(tmp_path / "m.html").all("input")]
+    assert {tuple(cells[:2]) for cells in rows} == set(
+        pairs[["query", "reference"]].itertuples(index=False, name=None)
+    )
+    assert all(cells[2:] == ["", ""] for cells in rows)
+
+
+def test_only_its_own_script_may_run(pairs, tmp_path):
+    report.write_match_page(tmp_path / "m.html", pairs)
+    text = (tmp_path / "m.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    (policy,) = re.findall(r'"Content-Security-Policy" content="(.*?)"', text)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    # and there is none where nothing can be ticked
+    report.write_match_page(tmp_path / "none.html", pairs[:0])
+    empty = (tmp_path / "none.html").read_text()
+    assert "<script" not in empty and "script-src" not in empty
+
+
+# ---- locales ----
+
+
+@pytest.fixture(scope="module", params=["C", "latin1", "utf8"])
+def locale(request, tmp_path_factory):
+    """Variables of the environment that make Python use a locale's encoding."""
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if request.param == "C":
+        return plain | {"LC_ALL": "C"}
+    if request.param == "utf8":
+        return {"LC_ALL": "C.UTF-8"}
+    if shutil.which("localedef") is None:
+        pytest.skip("no localedef on this machine")
+    folder = tmp_path_factory.mktemp("locales")
+    name = "en_US.ISO-8859-1"
+    command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", folder / name]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no source of locales on this machine")
+    return plain | {"LC_ALL": name, "LOCPATH": str(folder)}
+
+
+def run_in(locale, *argv):
+    """Run report.py in a locale; returns the CompletedProcess, its text as Latin-1."""
+    return subprocess.run(
+        [sys.executable, ROOT / SCRIPT, *argv],
+        env=os.environ | locale,
+        capture_output=True,
+        encoding="latin-1",
+        timeout=300,
+    )
+
+
+def test_names_survive_in_any_locale(locale, tmp_path):
+    folder = tmp_path / "Ordner ü"
+    paths = [folder / name for name in HARD_NAMES]
+    for number, path in enumerate(paths):
+        write_image(folder / "image.png", number).rename(path)
+    lines = ["query,reference,score,group"]
+    for query, reference in pairwise(paths):
+        cells = ['"{}"'.format(str(path).replace('"', '""')) for path in (query, reference)]
+        lines.append(",".join([*cells, "0.9", "1"]))
+    matches = folder / os.fsdecode(b"m\xe9.csv")
+    matches.write_bytes(os.fsencode("\n".join(lines)))
+    result = run_in(locale, matches)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert f"{len(paths)} images" in result.stdout and "not found" not in result.stdout
+    shown = Page(Path(f"{matches}.html"))
+    saved = set()
+    for box in shown.all("input"):
+        saved.update(decoded(box)[:2])
+    assert saved == set(map(str, paths))
+    for text in ("ümläut 😀.jpg", r"caf\xe9, \xff.jpg", "Ordner ü"):
+        assert text in shown.text, text
+
+
+def test_ids_of_a_submission_survive_in_any_locale(locale, tmp_path):
+    write_image(tmp_path / "query_images/é 😀.jpg", 0)
+    write_image(tmp_path / "reference_images/R0.jpg", 1)
+    truth = write_truth(tmp_path / "truth.csv", [("é 😀", "R0")])
+    (tmp_path / "s.csv").write_text("query_id,reference_id,score\né 😀,R0,-1\n", encoding="utf-8")
+    result = run_in(locale, tmp_path / "s.csv", truth)
+    assert result.returncode == 0, result.stderr
+    assert "AP 1.0000" in result.stdout and "2 images" in result.stdout
+    assert "not found" not in result.stdout
+    shown = Page(tmp_path / "s.csv.html")
+    assert "query é 😀" in [image["alt"] for image in shown.all("img")]
+
+
+def test_refusals_and_help_in_any_locale(locale, tmp_path):
+    result = run_in(locale, tmp_path / "gibt es nicht ü.csv")
+    assert_refused(result, "no such file")
+    assert run_in(locale, "--help").returncode == 0
 
 
 # ---- charts ----
@@ -553,6 +831,8 @@ def test_needs_neither_torch_nor_matplotlib(library):
     "flags, words",
     [
         (["truth.csv"], ["query,reference,score,group", "GROUND_TRUTH"]),
+        (["text.csv"], ["text.csv", "normalized"]),
+        (["infinite.csv"], ["infinite.csv", "cosine"]),
         (["none.csv"], ["none.csv", "no such file"]),
         (["sub.h5"], ["sub.h5"]),
         (["sub.h5", "none.csv"], ["none.csv", "no such file"]),
@@ -574,6 +854,9 @@ def test_refusals(flags, words, data, tmp_path, monkeypatch, capsys):
         'query_id,edits\nQ0,"[[""crop"", {}]]"\nQ1,"{""a"": 1}"\n'
     )
     (tmp_path / "nan.csv").write_text("query,reference,score,group\na,b,nan,0\n")
+    header = "query,reference,score,group,cosine,normalized\n"
+    (tmp_path / "text.csv").write_text(f"{header}a,b,0.5,0,0.9,high\n")
+    (tmp_path / "infinite.csv").write_text(f"{header}a,b,0.5,0,inf,\n")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert_refused(called(report.main, flags, capsys), *words)
@@ -605,12 +888,21 @@ def browser():
         browser.close()
 
 
-@pytest.mark.parametrize("kind", ["submission", "matches"])
-def test_browser(kind, browser, submission_page, pairs, tmp_path):
-    path = submission_page[1]
-    if kind == "matches":
-        path = tmp_path / "m.html"
+@pytest.mark.parametrize("kind", ["submission", "matches", "views", "hard names"])
+def test_browser(kind, browser, submission_page, pairs, hard, tmp_path):
+    path = tmp_path / "m.html"
+    if kind == "submission":
+        path = submission_page[1]
+    elif kind == "matches":
         report.write_match_page(path, pairs, [("/x/" + "long" * 100, "empty")], 0.604169)
+    elif kind == "views":
+        image = str(write_image(tmp_path / "image.png", 0))
+        names = [view.name for view in ALL_VIEWS]
+        rows = [row(image, f"/{'long' * 30}/{name}", 0.9, 1, name, -0.1234) for name in names]
+        rows.append(row(image, "/gone/b", 0.8, 2, "bottom right mirrored", -0.2))
+        report.write_match_page(path, table(*rows), scored_by="normalized score")
+    else:
+        path = hard[0]
     page, faults, requests, brightness = browser.new_page(), [], [], {}
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -637,3 +929,112 @@ def test_browser(kind, browser, submission_page, pairs, tmp_path):
     assert all(
         brightness["light", width] > 150 > 100 > brightness["dark", width] for width in (1280, 400)
     )
+
+
+@pytest.fixture
+def hard(tmp_path):
+    """The page of a group with names that are hard to keep, and of a part, and its table."""
+    folder = tmp_path / "images"
+    paths = [str(folder / name) for name in HARD_NAMES]
+    for number, path in enumerate(paths):
+        write_image(folder / "image.png", number).rename(path)
+    query = str(write_image(folder / "query.png", 20, (200, 100)))
+    reference = str(write_image(folder / "reference.png", 21))
+    rows = [row(one, other, 0.9 - n / 100) for n, (one, other) in enumerate(pairwise(paths))]
+    rows.append(row(query, reference, 0.7, 2, "bottom right"))
+    matches = table(*rows)
+    report.write_match_page(tmp_path / "hard.html", matches)
+    return tmp_path / "hard.html", matches
+
+
+def test_ticked_pairs_are_saved_byte_for_byte(hard, browser, tmp_path):
+    path, matches = hard
+    page = browser.new_page()
+    faults, requests = [], []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    button = page.get_by_role("button", name="Save the pairs ticked as not copies")
+    assert not button.is_visible()
+    boxes = page.get_by_role("checkbox").all()
+    assert len(boxes) == len(matches)
+    for box in boxes:
+        box.check()
+    boxes[1].uncheck()
+    assert "7 pairs ticked" in page.locator("main").inner_text()
+    assert "--ignore not_copies.csv" in page.locator("main").inner_text()
+    with page.expect_download() as download:
+        button.click()
+    assert download.value.suggested_filename == "not_copies.csv"
+    download.value.save_as(tmp_path / "saved.csv")
+    page.close()
+    content = os.fsdecode((tmp_path / "saved.csv").read_bytes())
+    header, *rows = csv.reader(io.StringIO(content, newline=""))
+    assert header == ["query", "reference", "query_sha256", "reference_sha256"]
+    expected = matches.drop(index=1)[header].to_numpy().tolist()
+    assert rows == expected
+    assert all(len(digest) == 64 for cells in rows for digest in cells[2:])
+    read = pd.read_csv(tmp_path / "saved.csv", encoding_errors="surrogateescape")
+    assert read.to_numpy().tolist() == expected
+    assert faults == []
+    assert {url.partition(":")[0] for url in requests} <= {"file", "data", "blob"}
+
+
+def test_no_other_script_runs(hard, browser):
+    page = browser.new_page()
+    page.goto(hard[0].as_uri())
+    page.evaluate(
+        """() => {
+        const script = document.createElement("script");
+        script.textContent = "window.foreign = true";
+        document.body.append(script);
+        document.body.insertAdjacentHTML("beforeend", '<img src="x" onerror="window.foreign=1">');
+        }"""
+    )
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.foreign === undefined")
+    page.close()
+
+
+def test_without_javascript_there_is_nothing_to_tick(hard, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(hard[0].as_uri())
+    text = page.locator("main").inner_text()
+    assert "keep:" in text and "bottom right part of 1" in text and "0.9000" in text
+    assert "not a copy" not in text and "Tick" not in text and "Save" not in text
+    assert page.locator("input:visible, button:visible").count() == 0
+    context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_outline_lies_over_the_part(hard, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(hard[0].as_uri())
+    assert page.locator(".part:visible").count() == 1
+    image = page.get_by_alt_text("query.png").bounding_box()
+    outline = page.locator(".part:visible rect").bounding_box()
+    page.close()
+    side = image["width"]  # of a square, in whose middle the image of 200 x 100 lies
+    part = VIEW_OF_NAME["bottom right"]
+    expected = {
+        "x": image["x"] + side * part.left,
+        "y": image["y"] + side / 4 + side / 2 * part.top,
+        "width": side * part.size,
+        "height": side / 2 * part.size,
+    }
+    assert outline == pytest.approx(expected, abs=3)
+
+
+def test_a_pair_of_a_large_group_shows_its_images(browser, tmp_path):
+    paths = [str(write_image(tmp_path / f"{n}.png", n)) for n in range(3)]
+    rows = [row(paths[0], paths[1], 0.9), row(paths[2], paths[1], 0.8, view="top left")]
+    report.write_match_page(tmp_path / "m.html", table(*rows))
+    page = browser.new_page()
+    page.goto((tmp_path / "m.html").as_uri())
+    assert page.locator(".part:visible").count() == 0
+    page.get_by_role("checkbox", name="2 and 3").focus()
+    assert page.locator("figure", has_text="2.png").locator(".part").is_visible()
+    page.get_by_role("checkbox", name="1 and 2").focus()
+    assert page.locator(".part:visible").count() == 0
+    page.close()
