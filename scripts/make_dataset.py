@@ -21,10 +21,11 @@ Writes OUT/
                                          edit
 
 The same command writes byte-identical files, for any number of workers. Killed or interrupted, it
-resumes from `.OUT.unfinished`, a folder beside OUT. An unreadable file is named and left out; so is
-an image with the same pixels as another. Copies that differ in a pixel are not noticed and make the
-ground truth wrong: sort them out first. HEIC needs the package pillow-heif. Exit codes: 0, 2 for
-input that cannot be used (one line says what), 1 for a lost worker process, 130 after Ctrl-C.
+resumes from `.OUT.unfinished`, a folder beside OUT. Hidden files are left out. An unreadable file
+is named and left out; so is an image with the same pixels as another (transparent ones on white).
+Copies that differ in a pixel are not noticed and make the ground truth wrong: sort them out first.
+HEIC needs the package pillow-heif. Exit codes: 0, 2 for input that cannot be used (one line says
+what), 1 for a lost worker process, 130 after Ctrl-C.
 
 The embedded photographs are those inside the wheels of scikit-image and scikit-learn, cut into
 disjoint tiles: each tile is either a reference or the source of distractor queries. Generated
@@ -58,7 +59,7 @@ from tqdm import tqdm
 from common import sample_images
 from common.errors import InputError, one_line_errors
 from common.files import atomic, sha256_of
-from common.images import SUFFIXES
+from common.listing import is_image_name, is_visible
 from common.parallel import parallel
 from common.sample_images import (
     STREAMS,
@@ -137,7 +138,8 @@ def fingerprint(path):
 
 
 def list_photographs(folder):
-    """[(path, state)] of all files below `folder` that are named like images, in order of paths.
+    """[(path, state)] of all visible files below `folder` that are named like images, in order of
+    paths.
 
     The state tells whether a file has changed: absolute path, size in bytes, time of the last
     change. Folders that cannot be listed are named on stderr. Raises InputError where there is no
@@ -150,8 +152,9 @@ def list_photographs(folder):
         warn(f"{error.filename}: {error.strerror}; left out")
 
     paths = []
-    for place, _, names in os.walk(folder, onerror=name_unlisted):
-        paths += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    for place, folders, names in os.walk(folder, onerror=name_unlisted):
+        folders[:] = filter(is_visible, folders)
+        paths += [Path(place, name) for name in names if is_visible(name) and is_image_name(name)]
     files = []
     for path in sorted(paths):
         if path.is_file():

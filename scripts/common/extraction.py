@@ -1,29 +1,32 @@
 """Descriptors of anybody's image files: read by threads, kept in a cache, computed in batches."""
 
 import hashlib
+import math
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from common.descriptors import read_train
 from common.errors import InputError
 from common.images import (
     MAX_PIXELS,
-    formats,
-    needs_heif,
+    check_content,
+    decode,
     open_checked,
     pixels_to_decode,
-    upright_rgb,
+    why_unreadable,
 )
 from common.search import normalize
+from common.views import WHOLE
+
+DECODED_INPUTS = 3  # sides of the input that a decoded JPEG's side has at least
 
 # ---- reading ----
 
@@ -56,53 +59,66 @@ class PixelBudget:
 class LoadedFile:
     """What is known of a file after reading it.
 
-    digest is the SHA-256 of its content, 32 bytes. Of the others one is set: `descriptor`
-    (dimensions,) from the cache, `network_input` (3, size, size), or `problem`, why the file is
-    unreadable.
+    digest is the SHA-256 of its content, 32 bytes. descriptors {view: (dimensions,)} are from the
+    cache; network_inputs {view: (3, size, size)} are of the other views. problem: why the file is
+    unreadable, None where it is not; warning: what is wrong with one that is read all the same.
     """
 
     digest: bytes | None = None
-    descriptor: np.ndarray | None = None
-    network_input: np.ndarray | None = None
+    descriptors: dict = field(default_factory=dict)
+    network_inputs: dict = field(default_factory=dict)
     problem: str | None = None
+    warning: str | None = None
 
 
-def load_file(path, network, cache, budget):
+def load_file(path, network, cache, budget, views):
     """Read one file, as a LoadedFile. Raises InputError where the cache cannot be used."""
     try:
         if not Path(path).is_file():  # opening a pipe would wait for ever
             raise OSError("not a regular file" if Path(path).exists() else "no such file")
         with Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
-            descriptor = cache.get(digest)
-            if descriptor is not None:
-                return LoadedFile(digest, descriptor=descriptor)
-            file.seek(0)
-            network_input = load_image(file, network.preprocess, budget)
-            return LoadedFile(digest, network_input=network_input)
+            loaded = LoadedFile(digest)
+            missing = []
+            for view in views:
+                descriptor = cache.get(digest, view)
+                if descriptor is None:
+                    missing.append(view)
+                else:
+                    loaded.descriptors[view] = descriptor
+            if missing:
+                file.seek(0)
+                preprocess = partial(preprocess_views, network=network, views=missing)
+                least_side = DECODED_INPUTS * network.input_size
+                loaded.network_inputs, loaded.warning = load_image(
+                    file, preprocess, budget, least_side
+                )
+            return loaded
     except InputError:
         raise
     except Exception as error:  # file system, formats and decoders each fail in their own way
-        return LoadedFile(problem=problem_of(error, path))
+        return LoadedFile(problem=why_unreadable(error, path))
 
 
-def load_image(file, preprocess, budget):
-    """preprocess(image) of the image in an open file, upright and RGB.
+def preprocess_views(image, network, views):
+    """The network's inputs {view: (3, size, size) float32} of views of a PIL image, mode RGB."""
+    return {view: network.preprocess(view.of(image)) for view in views}
 
-    Raises whatever its decoder raises.
+
+def load_image(file, preprocess, budget, least_side):
+    """preprocess(image) of the image in an open file, upright and RGB; and a warning about the file
+    or None, which cached descriptors do not repeat.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where both sides then still have
+    `least_side` pixels: libjpeg does that far faster. Raises ValueError where the image has no
+    content to compare, and whatever its decoder raises.
     """
-    with open_checked(file) as image, budget.take(pixels_to_decode(image)):
-        return preprocess(upright_rgb(image))
-
-
-def problem_of(error, path):
-    """Why a file is unreadable, in a few words."""
-    if isinstance(error, UnidentifiedImageError):
-        if needs_heif(path):
-            return "HEIC needs pillow-heif: pip install pillow-heif"
-        return f"no image in a known format ({', '.join(formats())})"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
+    with open_checked(file) as image:
+        image.draft(None, (least_side, least_side))
+        with budget.take(pixels_to_decode(image)):
+            image_as_seen, warning = decode(image)
+            check_content(image_as_seen)
+            return preprocess(image_as_seen), warning
 
 
 def map_ahead(function, items, workers, limit):
@@ -126,59 +142,96 @@ def map_ahead(function, items, workers, limit):
 # ---- descriptors ----
 
 
-def extract_descriptors(
-    paths, network, cache, batch_size, workers, quiet=False, title="extracting descriptors"
-):
-    """Extract the descriptors of image files.
+@dataclass
+class Extracted:
+    """The descriptors of image files.
 
-    Returns unit rows (n, dimensions) float32, zero for unreadable files, and {path: problem} of
-    these. Files are read by `workers` threads, since decoders release the interpreter. The network
-    takes batches in the order of `paths`, and each content once. So nothing depends on the number
-    of threads.
+    rows (files, views, dimensions) float32, unit rows, zero for unreadable files; digests: SHA-256
+    of each file's content, 32 bytes, None where unreadable; unreadable {path: problem}; warnings
+    {path: what is wrong with a file that is read all the same}.
     """
-    rows = np.zeros((len(paths), network.dimensions), np.float32)
-    row_of_content = np.arange(len(paths))  # for each path, the first path with the same content
-    first_row = {}  # of each SHA-256
-    unreadable = {}
-    batch = {}  # row: LoadedFile
 
-    load = partial(load_file, network=network, cache=cache, budget=PixelBudget(MAX_PIXELS))
-    loaded_files = map_ahead(load, paths, workers, limit=2 * batch_size + workers)
+    rows: np.ndarray
+    digests: list
+    unreadable: dict
+    warnings: dict
+
+
+def extract_descriptors(
+    paths,
+    network,
+    cache,
+    batch_size,
+    workers,
+    views=(WHOLE,),
+    quiet=False,
+    title="extracting descriptors",
+):
+    """Extract the descriptors of image files, in each of `views`; returns them as Extracted.
+
+    Files are read by `workers` threads, since decoders release the interpreter. The network takes
+    batches of one view, in the order of `paths`, and each content once. So a descriptor depends
+    neither on the number of threads nor on the other views.
+    """
+    rows = np.zeros((len(paths), len(views), network.dimensions), np.float32)
+    result = Extracted(rows, [None] * len(paths), {}, {})
+    first_file = {}  # of each SHA-256
+    copies = {}  # number of a file: the first one with the same content
+    batches = {view: {} for view in views}  # {number of a file: network input}
+
+    def run(view):
+        batch = batches[view]
+        numbers = list(batch)
+        digests = [result.digests[number] for number in numbers]
+        descriptors = run_batch(list(batch.values()), digests, view, network, cache)
+        rows[numbers, views.index(view)] = descriptors
+        batch.clear()
+
+    load = partial(
+        load_file, network=network, cache=cache, budget=PixelBudget(MAX_PIXELS), views=views
+    )
+    limit = 2 * math.ceil(batch_size / len(views)) + workers
+    loaded_files = map_ahead(load, paths, workers, limit)
     bar = tqdm(loaded_files, title, len(paths), unit="image", disable=quiet)
-    for row, loaded in enumerate(bar):
+    for number, loaded in enumerate(bar):
         if loaded.problem:
-            unreadable[paths[row]] = loaded.problem
+            result.unreadable[paths[number]] = loaded.problem
             continue
-        row_of_content[row] = first_row.setdefault(loaded.digest, row)
-        if row_of_content[row] != row:
+        if loaded.warning:
+            result.warnings[paths[number]] = loaded.warning
+        result.digests[number] = loaded.digest
+        first = first_file.setdefault(loaded.digest, number)
+        if first != number:
+            copies[number] = first
             continue
-        if loaded.descriptor is not None:
-            rows[row] = loaded.descriptor
-            continue
-        batch[row] = loaded
-        if len(batch) == batch_size:
-            rows[list(batch)] = run_batch(batch.values(), network, cache)
-            batch.clear()
-    if batch:
-        rows[list(batch)] = run_batch(batch.values(), network, cache)
+        for view, descriptor in loaded.descriptors.items():
+            rows[number, views.index(view)] = descriptor
+        for view, network_input in loaded.network_inputs.items():
+            batches[view][number] = network_input
+            if len(batches[view]) == batch_size:
+                run(view)
+    for view, batch in batches.items():
+        if batch:
+            run(view)
 
-    rows = rows[row_of_content]
-    for row in np.flatnonzero(~rows.any(axis=1)).tolist():
-        unreadable.setdefault(paths[row], "the network's descriptor of it is not finite")
-    return rows, unreadable
+    for number, first in copies.items():
+        rows[number] = rows[first]
+    for number in np.flatnonzero(~rows.any(axis=2).all(axis=1)).tolist():
+        rows[number] = 0
+        result.unreadable.setdefault(paths[number], "the network's descriptor of it is not finite")
+    return result
 
 
-def run_batch(files, network, cache):
-    """The descriptors of a batch of LoadedFiles, (n, dimensions) float32, which the cache keeps.
+def run_batch(network_inputs, digests, view, network, cache):
+    """The descriptors of a batch of one view, (n, dimensions) float32, which the cache keeps.
 
     Unit rows; zero rows, and nothing in the cache, where the network's result is not finite.
     """
-    network_inputs = [file.network_input for file in files]
     descriptors = network.run(np.stack(network_inputs))
     is_valid = np.isfinite(descriptors).all(axis=1) & descriptors.any(axis=1)
     descriptors = normalize(np.where(is_valid[:, None], descriptors, np.float32(0)))
-    digests = [file.digest for file, valid in zip(files, is_valid, strict=True) if valid]
-    cache.put(digests, descriptors[is_valid])
+    valid_digests = [digest for digest, valid in zip(digests, is_valid, strict=True) if valid]
+    cache.put(valid_digests, view, descriptors[is_valid])
     return descriptors
 
 

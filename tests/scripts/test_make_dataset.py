@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from common import images
 from conftest import ROOT, assert_refused, children, run
@@ -37,8 +37,10 @@ from make_dataset import (
     apply_edits,
     dead_leaves,
     embedded_tiles,
+    fingerprint,
     generator,
     label,
+    list_photographs,
     main,
     open_embedded,
     open_photograph,
@@ -371,6 +373,30 @@ def test_the_next_run_removes_what_a_kill_after_the_last_step_left(tmp_path, cap
 # ---- photographs ----
 
 
+def test_transparent_photographs_are_as_viewers_show_them(tmp_path):
+    """Different drawings in black on transparent black are different photographs."""
+    digests = set()
+    for name, box in {"wide": (5, 20, 60, 30), "tall": (20, 5, 30, 60)}.items():
+        drawing = Image.new("RGBA", (64, 64))
+        ImageDraw.Draw(drawing).rectangle(box, fill="black")
+        drawing.save(tmp_path / f"{name}.png")
+        seen = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(seen).rectangle(box, fill="black")
+        seen.save(tmp_path / f"{name}.bmp")
+        digest, _ = fingerprint(tmp_path / f"{name}.png")
+        assert digest == fingerprint(tmp_path / f"{name}.bmp")[0]
+        digests.add(digest)
+    assert len(digests) == 2
+
+
+def test_hidden_files_are_no_photographs(tmp_path):
+    dead_leaves(generator(7, "training", 0), 48).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS leaves such
+    (tmp_path / ".trash").mkdir()
+    dead_leaves(generator(7, "training", 1), 48).save(tmp_path / ".trash" / "b.png")
+    assert [path.name for path, _ in list_photographs(tmp_path)] == ["a.png"]
+
+
 def test_photographs_are_split_without_overlap_and_unreadable_ones_named(tmp_path):
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
@@ -450,8 +476,8 @@ def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     (tmp_path / "empty.webp").touch()
     reasons = {
         "bomb": "100001 x 1000 pixels",
-        "text": "cannot identify",
-        "script": "cannot identify",
+        "text": "no image in a known format",
+        "script": "no image in a known format",
         "empty": "",
     }
     for name, reason in reasons.items():
