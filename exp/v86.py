@@ -1871,7 +1871,7 @@ def on_rank_0(function, *arguments):
 
 
 def exchange(stop_requested, unreadable):
-    """What the ranks tell each other after a step: whether any shall stop, and the sorted messages
+    """What the ranks all-gather after a step: whether any shall stop, and the sorted messages
     of all about unreadable images."""
     stopping = False
     messages = set()
@@ -1961,8 +1961,8 @@ def launch_name():
 
 # ---- checkpoints ----
 def save_atomically(path, write, size):
-    """Call write(temporary path), of `size` bytes, so that `path` is the old or the complete new file
-    at any time. Raises InputError where there is no room."""
+    """Call write(temporary path), of `size` bytes, so that `path` is the old or the complete new
+    file at any time. Raises InputError where there is no room."""
     unfinished = path.with_name(f"unfinished{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
