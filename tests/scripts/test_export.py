@@ -546,7 +546,7 @@ def test_refuses_flags_in_one_line(capsys):
         "isc.pt --precision fp16": "--precision",
         "isc.onnx --input-size 8": "--input-size",
         "isc.bin": ".onnx, .pt",
-        "isc.onnx --threshold 1.5": "--threshold 1.5",
+        "isc.onnx --threshold 1.5": "--threshold: invalid float from -1 to 1 value: '1.5'",
         "isc.onnx --threshold nan": "--threshold",
     }
     for wrong, words in flags.items():
