@@ -5,7 +5,7 @@ PYTHON ?= python3
 .DEFAULT_GOAL := help
 .PHONY: demo test faults benchmark gpu figures sync lint clean help
 
-demo: .venv/ready  ## the whole solution on a small data set, on any machine, in some minutes
+demo: .venv/ready  ## all steps on a small data set, on any machine, in some minutes
 	.venv/bin/python scripts/demo.py
 
 test: .venv/ready  ## all tests
@@ -25,8 +25,9 @@ gpu: .venv/ready  ## on a machine with a GPU: its tests, memory and speed, into 
 	.venv/bin/python scripts/dev/benchmark.py training-step search evaluation-search ranks >> gpu-report.md; \
 	benchmark=$$?; cat gpu-report.md; exit $$((tests | benchmark))
 
-# The demo prints its table for one seed; that of docs/EVIDENCE.md, "The demo", has the means of three. `edits` prints that of
-# docs/MATCHING.md, "Kinds of edits". Both go into the pages by hand.
+# `report` runs the demo with three seeds, up to half an hour, and prints the table of docs/EVIDENCE.md, "The demo". `edits`
+# prints that of docs/MATCHING.md, "Kinds of edits". Both go into the pages by hand, the best values in bold. No other table
+# of docs/ is redrawn here.
 figures: .venv/ready  ## redraw docs/report.png and, with PHOTOS=FOLDER, docs/edits.png; print the tables beside them
 	.venv/bin/python scripts/dev/draw_figures.py report
 	$(if $(PHOTOS),.venv/bin/python scripts/dev/draw_figures.py edits "$(PHOTOS)",@echo 'docs/edits.png is not redrawn: it needs PHOTOS=FOLDER')

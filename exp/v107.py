@@ -721,7 +721,7 @@ def add_run_arguments(parser):
         "--timeout",
         type=positive_int,
         default=10,
-        help="minutes after which a silent rank or data loader worker counts as lost",
+        help="minutes after which a silent rank or data loader worker counts as dead",
     )
     add("--gpu", type=nonnegative_int, help="the one GPU to use (default: all, or number 0)")
 
@@ -1296,12 +1296,12 @@ def start_loader(items, load, args, device):
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if len(multiprocessing.active_children()) < workers:  # torch would notice after the timeout
-        raise RuntimeError("a data loader worker was lost when it started")
+        raise RuntimeError("a data loader worker died when it started")
     return receive_batches(iterator)
 
 
 def receive_batches(iterator):
-    """Iterate over the batches of a DataLoader's iterator, and name a worker that is lost.
+    """Iterate over the batches of a DataLoader's iterator, and name a worker that dies.
 
     torch does so itself, unless the worker is killed while it hands over a tensor and the system
     does not count it as ended yet.
@@ -1309,7 +1309,7 @@ def receive_batches(iterator):
     try:
         yield from iterator
     except (ConnectionError, EOFError) as error:
-        raise RuntimeError("a DataLoader worker was lost while it handed over a batch") from error
+        raise RuntimeError("a DataLoader worker died while it handed over a batch") from error
 
 
 def kill_workers():
@@ -1317,7 +1317,7 @@ def kill_workers():
 
     multiprocessing would send them SIGTERM, which they block, and wait for them for ever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as dead
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -1477,7 +1477,7 @@ def init_distributed(gpu, backend, timeout):
     """Join the process group that torchrun's environment describes, if any; returns the device.
 
     gpu: number of the one to use, or None; backend: of CUDA tensors; timeout: timedelta after which
-    a silent rank counts as lost.
+    a silent rank counts as dead.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -1485,7 +1485,7 @@ def init_distributed(gpu, backend, timeout):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, world_size = rendezvous_with_fresh_keys(timeout)
-        # gloo for what the ranks tell each other, which need not wait for the GPU.
+        # gloo for what the ranks all-gather, which need not wait for the GPU.
         backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=rank, world_size=world_size
@@ -1553,7 +1553,7 @@ def on_rank_0(function, *arguments):
 
 
 def exchange(stop_requested, unreadable):
-    """What the ranks tell each other after a step: whether any shall stop, and the sorted messages
+    """What the ranks all-gather after a step: whether any shall stop, and the sorted messages
     of all about unreadable images."""
     stopping = False
     messages = set()
@@ -1643,8 +1643,8 @@ def launch_name():
 
 # ---- checkpoints ----
 def save_atomically(path, write, size):
-    """Call write(temporary path), of `size` bytes, so that `path` is the old or the whole new file
-    at any time. Raises InputError where there is no room."""
+    """Call write(temporary path), of `size` bytes, so that `path` is the old or the complete new
+    file at any time. Raises InputError where there is no room."""
     unfinished = path.with_name(f"unfinished{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1704,6 +1704,10 @@ def read_checkpoint(path):
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, UnpicklingError):  # torch's words advise to load it unsafely
             reason = "it is damaged, or holds other objects than tensors and plain values"
+        elif isinstance(error, FileNotFoundError):
+            raise InputError(
+                f"{path}: no such checkpoint; train the stage before, or name another file"
+            ) from error
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise InputError(f"{path}: cannot be read as a checkpoint ({reason})") from error
@@ -2012,7 +2016,8 @@ def check_gpu(args):
         if args.gpu is not None and args.gpu >= count:
             raise InputError(f"--gpu {args.gpu}: torch sees {count}, numbered from 0")
         return
-    asked = args.gpu is not None or args.multiprocessing_distributed
+    by_torchrun = "RANK" in os.environ
+    asked = args.gpu is not None or args.multiprocessing_distributed or by_torchrun
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not asked or hidden:
         return
@@ -2049,8 +2054,8 @@ def launch(args, argv, processes):
         return os.EX_TEMPFAIL if error.sigval in STOP_SIGNALS else 1
 
 
-def is_mendable(error):
-    """Whether the user can mend an error, so that it ends in one line.
+def is_user_error(error):
+    """Whether the user can fix an error, so that it ends in one line.
 
     Of OSError only those of a file: a lost connection is one too.
     """
@@ -2060,7 +2065,7 @@ def is_mendable(error):
 
 
 def describe_error(error, args):
-    """The line about an error that the user can mend."""
+    """The line about an error that the user can fix."""
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "use more GPUs"
         if args.mode == "extract":
@@ -2081,7 +2086,7 @@ def main(argv=None):
     atexit.register(kill_workers)
     configured = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if args.grad_checkpointing and not configured:
-        # Large blocks of CUDA memory that stay whole fragment it less: v107 needs that on 141 GB.
+        # CUDA memory fragments less if large blocks are not split: v107 needs that on 141 GB.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:512"
     try:
         check_gpu(args)
@@ -2094,7 +2099,7 @@ def main(argv=None):
     except Exception as error:
         # torch's handler would raise the loss of a worker once more, while the error is printed.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if not is_mendable(error):
+        if not is_user_error(error):
             raise
         print(f"{Path(__file__).name}: error: {describe_error(error, args)}", file=sys.stderr)
         return 2

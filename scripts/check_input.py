@@ -31,12 +31,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.parallel import parallel
 from common.submissions import read_csv
 
-EXP = Path(__file__).resolve().parents[1] / "exp"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
+
+INPUT = Path(__file__).resolve().parents[1] / "input"
 # Those that the stages in exp/ read.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DISC21 = {  # folder: letter, digits, numbers
@@ -52,7 +55,7 @@ TRUTHS = {  # file: folders of its queries
     "private_ground_truth.csv": ["query_images_phase2", "query_images"],
 }
 SUBSET = "rids_subset.txt"  # the name that exp/ looks for
-SHOWN = 10  # names in a line
+MAX_NAMES = 10  # in a line
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,11 @@ def list_folder(root, name):
     return Listing(folder, sorted(images), sorted(strays))
 
 
-def shown(names):
+def first_names(names):
     """The first of some names, and how many more there are."""
-    text = ", ".join(names[:SHOWN])
-    if len(names) > SHOWN:
-        text += f" and {len(names) - SHOWN:,} more"
+    text = ", ".join(names[:MAX_NAMES])
+    if len(names) > MAX_NAMES:
+        text += f" and {len(names) - MAX_NAMES:,} more"
     return text
 
 
@@ -121,7 +124,7 @@ def check_names(listing, letter, digits, numbers):
     if others:
         yield (
             f"{listing.folder}: {len(others):,} names are none of {image_id(numbers[0])} to "
-            f"{image_id(numbers[-1])}: {shown(others)}"
+            f"{image_id(numbers[-1])}: {first_names(others)}"
         )
     missing = np.flatnonzero(~present[numbers.start :]) + numbers.start
     if len(missing):
@@ -131,7 +134,7 @@ def check_names(listing, letter, digits, numbers):
             gaps.append(first if first == last else f"{first} to {last}")
         yield (
             f"{listing.folder}: {len(missing):,} of DISC21's {len(numbers):,} images are missing: "
-            f"{shown(gaps)}; download them, or give --partial"
+            f"{first_names(gaps)}; download them, or give --partial"
         )
 
 
@@ -157,12 +160,12 @@ def check_folder(root, name, listing, partial):
     if repeated:
         yield (
             f"{listing.folder}: {len(repeated):,} images differ in their suffix alone: "
-            f"{shown(repeated)}; rename them"
+            f"{first_names(repeated)}; rename them"
         )
     if listing.strays:
         yield (
             f"{listing.folder}: {len(listing.strays):,} entries are no images: "
-            f"{shown(listing.strays)}"
+            f"{first_names(listing.strays)}"
         )
 
 
@@ -193,12 +196,12 @@ def check_truth(path, listings, partial):
     yield from check_ids(path, truth, "reference_id", ["reference_images"], listings)
     repeated = truth[truth.duplicated()]["query_id"].unique()
     if len(repeated):
-        yield f"{path}: {len(repeated):,} queries have a row twice: {shown(repeated)}"
+        yield f"{path}: {len(repeated):,} queries have a row twice: {first_names(repeated)}"
     both = sorted(set(pairs["query_id"]) & set(truth[~has_reference]["query_id"]))
     if both:
         yield (
             f"{path}: {len(both):,} queries have a reference in one row and none in another: "
-            f"{shown(both)}"
+            f"{first_names(both)}"
         )
 
 
@@ -212,7 +215,7 @@ def check_ids(path, truth, column, folders, listings):
     if absent:
         yield (
             f"{path}: {len(absent):,} of column {column} have no image in "
-            f"{' or '.join(folders)}: {shown(absent)}"
+            f"{' or '.join(folders)}: {first_names(absent)}"
         )
 
 
@@ -228,13 +231,11 @@ def why_unreadable(path, open_image, error):
 def check_images(listing, workers):
     """The unreadable images, judged by the reader of extraction itself.
 
-    Raises InputError where a worker process is lost.
+    Raises InputError where a worker process died.
     """
-    sys.path.append(str(EXP))
-    from v107 import InputError as Unreadable  # here, since torch takes seconds to import
-    from v107 import open_image
+    import v107  # here, since torch takes seconds to import
 
-    task = functools.partial(why_unreadable, open_image=open_image, error=Unreadable)
+    task = functools.partial(why_unreadable, open_image=v107.open_image, error=v107.InputError)
     paths = [str(listing.folder / name) for name in listing.images]
     try:
         for reason in parallel(task, paths, workers, f"decoding {listing.folder.name}"):
@@ -242,7 +243,7 @@ def check_images(listing, workers):
                 yield reason
     except BrokenProcessPool as error:  # exit code 2: what was not decoded is no finding
         raise InputError(
-            f"{listing.folder}: lost a worker process; give fewer --workers if memory ran out"
+            f"{listing.folder}: a worker process died; give fewer --workers if memory ran out"
         ) from error
 
 
@@ -325,7 +326,7 @@ def parse_args(argv=None):
         "input",
         type=Path,
         nargs="?",
-        default=EXP.with_name("input"),
+        default=INPUT,
         metavar="INPUT",
         help="default: %(default)s",
     )
@@ -337,26 +338,23 @@ def parse_args(argv=None):
     add("--decode", action="store_true", help="decode every image")
     add(
         "--workers",
-        type=int,
+        type=at_least(int, 1),
         default=os.cpu_count(),
         help="processes of --decode (default: all cores)",
     )
     add(
         "--make-subset",
-        type=int,
+        type=at_least(int, 1),
         metavar="N",
         help=f"check nothing, write N reference ids to INPUT/{SUBSET}",
     )
     add(
         "--seed",
-        type=int,
+        type=at_least(int, 0),
         default=0,
-        help="of the random references of --make-subset (default: %(default)s)",
+        help="seed of the random references of --make-subset (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    for name, low in ("workers", 1), ("make_subset", 1), ("seed", 0):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} or more")
     if args.make_subset and (args.decode or args.partial):
         parser.error("--make-subset: checks nothing, so it does not go with --decode and --partial")
     return args

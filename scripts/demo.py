@@ -1,6 +1,7 @@
-"""The whole solution on a small data set, on any machine, in some minutes: what `make demo` runs.
+"""All steps on a small data set, on any machine, in some minutes: what `make demo` runs.
 
     python scripts/demo.py  # works in demo/, prints every command before it runs
+    python scripts/demo.py --seeds 3  # trains three times, for the table of docs/EVIDENCE.md
 
 Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other from the small starting point
 in weights/, extracts descriptors, subtracts negative embeddings, scores every stage on phase 2
@@ -9,19 +10,22 @@ small network learn on two CPU cores; they are not the published recipe, and the
 about the published weights. Nothing was chosen by looking at phase 2.
 
 Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, demo/exp/hashes, and
-demo/report.html; a second run replaces them.
+demo/report.html; a second run replaces them. With --seeds, those of the published seeds stay; they
+are trained last.
 """
 
 import argparse
 import json
 import shlex
 import shutil
-import subprocess
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import at_least
+from common.commands import run_command
 from common.errors import InputError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,19 +63,21 @@ class Score:
 # ---- commands ----
 
 
-def train_command(stage, folder):
-    """The command that trains `stage` into `folder`/exp/<stage>."""
+def train_command(stage, folder, seed=0):
+    """The command that trains `stage` into `folder`/exp/<stage>. Seed 0 stands for the stage's own,
+    the published one.
+    """
     script, *flags = shlex.split(STAGES[stage])
     if "--weight" in flags:
         position = flags.index("--weight") + 1
         flags[position] = checkpoint(flags[position], folder)
-    output = f"{folder}/exp/{stage}"
+    if seed != 0:
+        flags += ["--seed", str(seed)]
     return [
         f"exp/{script}.py",
         *shlex.split(COMMON),
         *flags,
-        "--output",
-        output,
+        *("--output", f"{folder}/exp/{stage}"),
         f"{folder}/input/training_images/",
     ]
 
@@ -98,20 +104,6 @@ def extract_command(stage, folder):
     ]
 
 
-def run(command):
-    """Print a command as a user would type it and run it from the repository's root; returns what
-    it printed.
-
-    Its messages and progress bars go to the terminal. Raises InputError when it fails.
-    """
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(result.stdout, end="", flush=True)
-    if result.returncode:
-        raise InputError(f"{command[0]} ended with code {result.returncode}; its message is above")
-    return result.stdout
-
-
 def report_command(folder):
     """The command that writes the report page of v98."""
     submission = f"{folder}/exp/v98/extract/v98_iso_phase2.h5"
@@ -126,7 +118,7 @@ def evaluate(title, submission, folder, start):
         f"{folder}/{submission}",
         f"{folder}/input/private_ground_truth.csv",
     ]
-    scores = json.loads(run(command))
+    scores = json.loads(run_command(command))
     return Score(title, scores["average_precision"], scores["recall_p90"], time.time() - start)
 
 
@@ -154,22 +146,47 @@ def table(scores):
     return "\n".join(lines)
 
 
-def run_stage(stage, folder):
+def table_of_means(runs):
+    """The Scores of several seeds, a list for each seed, as a table of means in Markdown, with the
+    least and the greatest where they differ.
+    """
+    lines = ["| phase 2 | µAP | R@P90 |", "|---|---|---|"]
+    for of_each_seed in zip(*runs, strict=True):
+        precisions = [score.average_precision for score in of_each_seed]
+        mean_precision = statistics.mean(precisions)
+        least, greatest = min(precisions), max(precisions)
+        spread = "" if least == greatest else f" ({least:.3f}-{greatest:.3f})"
+        mean_recall = statistics.mean(score.recall_p90 for score in of_each_seed)
+        title = of_each_seed[0].title
+        lines.append(f"| {title} | {mean_precision:.3f}{spread} | {mean_recall:.3f} |")
+    return "\n".join(lines)
+
+
+def run_stage(stage, folder, seed):
     """Train a stage, extract its descriptors and score it, with negative embedding subtraction too
     where the table has that; returns its Scores.
     """
     start = time.time()
     if stage != "start":
-        run(train_command(stage, folder))
-    run(extract_command(stage, folder))
+        run_command(train_command(stage, folder, seed))
+    run_command(extract_command(stage, folder))
     submission = f"exp/{stage}/extract/fb-isc-submission-phase2.h5"
     scores = [evaluate(TITLES.get(stage, stage), submission, folder, start)]
     print(f"# {scores[0].seconds:.0f} s")
     if stage in SUBTRACTED:
         start = time.time()
-        run(["scripts/postprocess.py", stage, "--phase", "2", "--exp", f"{folder}/exp"])
+        run_command(["scripts/postprocess.py", stage, "--phase", "2", "--exp", f"{folder}/exp"])
         submission = f"exp/{stage}/extract/{stage}_iso_phase2.h5"
         scores.append(evaluate(f"{stage} + NES", submission, folder, start))
+    return scores
+
+
+def run_stages(folder, seed):
+    """Run all stages; returns their Scores. What an earlier seed left is removed."""
+    shutil.rmtree(ROOT / folder / "exp", ignore_errors=True)
+    scores = []
+    for stage in STAGES:
+        scores += run_stage(stage, folder, seed)
     return scores
 
 
@@ -178,7 +195,7 @@ def run_hashes(folder):
     start = time.time()
     output = f"{folder}/exp/hashes"
     script = "scripts/dev/hash_images.py"
-    run([script, f"{folder}/input", "--phase", "2", "--output", output])
+    run_command([script, f"{folder}/input", "--phase", "2", "--output", output])
     seconds_each = (time.time() - start) / len(HASHES)
     scores = []
     for name, title in HASHES.items():
@@ -187,32 +204,47 @@ def run_hashes(folder):
     return scores
 
 
-def demo(folder):
-    """Run every step and print the table."""
+def demo(folder, seeds):
+    """Run every step, the training once for each seed, and print the table."""
     start = time.time()
     prepare(folder)
-    run(["scripts/make_dataset.py", f"{folder}/input"])
+    run_command(["scripts/make_dataset.py", f"{folder}/input"])
     print(f"# {time.time() - start:.0f} s")
-    scores = []
-    for stage in STAGES:
-        scores += run_stage(stage, folder)
-    scores += run_hashes(folder)
+    # Seed 0 comes last, so that its results are the ones that stay.
+    runs = [run_stages(folder, seed) for seed in reversed(range(seeds))]
+    hashes = run_hashes(folder)
+    runs = [[*scores, *hashes] for scores in runs]
     seconds = f"{time.time() - start:.0f} s"
     print(f"\nA {ARCH} on small data, in {seconds}, with the demo's flags, not the recipe's:\n")
-    print(table(scores))
-    run(report_command(folder))
+    if seeds == 1:
+        print(table(runs[0]))
+    else:
+        print(table_of_means(runs))
+    run_command(report_command(folder))
     print(f"\nTo look at: {(ROOT / folder / 'report.html').as_uri()}")
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--folder", default="demo", help="where everything is written (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=at_least(int, 1),
+        default=1,
+        help="how often to train, each time with other seeds; of several, the means are printed "
+        "(default: %(default)s)",
+    )
+    return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
     """Run the demo; returns the exit code: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--folder", default="demo", help="where everything is written (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    demo(args.folder.rstrip("/"))
+    args = parse_args(argv)
+    demo(args.folder.rstrip("/"), args.seeds)
     return 0
 
 

@@ -37,7 +37,7 @@ from common.evaluation import (
 )
 from common.files import atomic
 from common.search import nonzero_rows, normalize
-from common.submissions import add_track_flags, track_of
+from common.submissions import add_submission_arguments, track_of
 
 # ---- score normalization ----
 
@@ -82,16 +82,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "submission",
-        type=Path,
-        metavar="SUBMISSION",
-        help=".h5 with descriptors, or .csv with matches",
-    )
+    add_submission_arguments(parser)
     parser.add_argument(
         "ground_truth", type=Path, metavar="GROUND_TRUTH", help="csv: query_id,reference_id"
     )
-    add_track_flags(parser)
     parser.add_argument(
         "--ngpu",
         type=int,

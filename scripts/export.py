@@ -35,19 +35,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
-from onnxruntime.transformers.float16 import convert_float_to_float16
-from onnxruntime.transformers.onnx_model import OnnxModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
-from common.cli import at_least
+from common.cli import at_least, between
 from common.errors import one_line_errors
 from common.files import atomic, sha256_of
+from common.onnx_export import to_onnx
 from common.sample_images import dead_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
@@ -74,7 +72,6 @@ OTHER_SIZE_IMAGES = 8  # of these, at each of the other sizes
 # the worst of six networks of random weights, in which rounding has more effect than in trained
 # ones: in fp32 theirs differ by up to 6e-5.
 BOUNDS = {"fp32": (0.9999, 1e-4), "fp16": (0.999, 3e-2)}
-OPSET = 17  # onnxruntime reads it since 2022
 
 
 def create_network(args):
@@ -96,7 +93,7 @@ def create_config(args, model):
         "gem_eval_p": args.gem_eval_p,
         "input": "images",
         "input_size": args.input_size,
-        "colour": "RGB",
+        "colour": "RGB",  # this spelling is part of the file format
         "resize": "bilinear, antialias, to a square",
         "scale": "1/255, then (x - mean) / std",
         "mean": list(pretrained["mean"]),
@@ -119,92 +116,6 @@ def create_config(args, model):
 
 
 # ---- formats ----
-
-
-def to_onnx(model, config, images):
-    """The network as the bytes of an .onnx file."""
-    input_axes = {0: "n"}
-    if config["size"] == "dynamic":
-        input_axes |= {2: "height", 3: "width"}
-    buffer = io.BytesIO()
-    # The exporter by torch.export takes a minute instead of a second, and does not end for dynamic
-    # sizes with the padding of EfficientNets ("SAME"), which depends on them.
-    torch.onnx.export(
-        model,
-        (images,),
-        buffer,
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=[config["input"]],
-        output_names=[config["output"]],
-        dynamic_axes={config["input"]: input_axes, config["output"]: {0: "n"}},
-    )
-    exported = onnx.load_from_string(buffer.getvalue())
-    exported.graph.output[0].type.tensor_type.shape.dim[1].dim_value = config["dim"]
-    if config["precision"] == "fp16":
-        exported = to_half(exported)
-    onnx.helper.set_model_props(exported, {"config": json.dumps(config)})
-    onnx.checker.check_model(exported, full_check=True)
-    return exported.SerializeToString()
-
-
-def to_half(exported):
-    """The ONNX model with a backbone in float16; its input and output, pooling and head stay in
-    float32.
-    """
-    exported = onnx.shape_inference.infer_shapes(exported)
-    graph = exported.graph
-    single = single_precision(graph)
-    keep_crossing_types(graph, single)
-    output_type = graph.output[0].type.tensor_type
-    output_type.elem_type = onnx.TensorProto.UNDEFINED
-    half = convert_float_to_float16(
-        exported, keep_io_types=True, disable_shape_infer=True, node_block_list=single
-    )
-    half.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    OnnxModel.graph_topological_sort(half.graph)
-    return half
-
-
-def single_precision(graph):
-    """Names of the nodes that stay in float32: those behind the backbone, and those that compute
-    with sizes, since float16 would round large ones.
-    """
-    constants = {"", *(weight.name for weight in graph.initializer)}
-    sizes = set()
-    names = []
-    for node in graph.node:
-        inputs = set(node.input) - constants
-        computes_size = bool(inputs) and inputs <= sizes
-        if not inputs:
-            constants.update(node.output)
-        elif computes_size or node.op_type == "Shape":
-            sizes.update(node.output)
-        # A name without a slash is another name of equal weights.
-        behind_backbone = node.name.startswith("/") and not node.name.startswith("/backbone/")
-        if computes_size or behind_backbone:
-            names.append(node.name)
-    return names
-
-
-def keep_crossing_types(graph, single):
-    """Forget the types of all values but those that pass between float16 and float32.
-
-    Around a float32 node the converter casts every value that it knows to be float, so values
-    between two such nodes would be rounded.
-    """
-    from_single = set()
-    for node in graph.node:
-        if node.name in single:
-            from_single.update(node.output)
-    crossing = set()
-    for node in graph.node:
-        for name in node.input:
-            if (name in from_single) != (node.name in single):
-                crossing.add(name)
-    known = [value for value in graph.value_info if value.name in crossing]
-    del graph.value_info[:]
-    graph.value_info.extend(known)
 
 
 def from_onnx(path):
@@ -372,7 +283,7 @@ def export(args):
 
 
 def parse_args(argv=None):
-    """The command line; exits with code 2 and one line where it makes no sense."""
+    """The command line; exits with code 2 and one line where it is invalid."""
     defaults = v107.parse_args(["."])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -425,7 +336,7 @@ def parse_args(argv=None):
     )
     add(
         "--threshold",
-        type=at_least(float, -1),
+        type=between(float, -1, 1),
         help="least cosine of a copy, written into the file for match.py (default: of the small "
         f"network {SMALL_THRESHOLD}, of others none)",
     )
@@ -436,8 +347,6 @@ def parse_args(argv=None):
         help="compare on the images in DIR, the first 32, before generated ones",
     )
     args = parser.parse_args(argv)
-    if args.threshold is not None and args.threshold > 1:
-        parser.error(f"--threshold {args.threshold}: no cosine is above 1")
     if args.output.suffix not in FORMATS:
         parser.error(f"{args.output}: OUTPUT must end in one of {', '.join(FORMATS)}")
     if args.output.suffix == ".pt" and args.precision == "fp16":

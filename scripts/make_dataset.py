@@ -21,11 +21,11 @@ Writes OUT/
                                          edit
 
 The same command writes byte-identical files, for any number of workers. Killed or interrupted, it
-resumes from `.OUT.unfinished`, a folder beside OUT. Hidden files are left out. An unreadable file
-is named and left out; so is an image with the same pixels as another (transparent ones on white).
-Copies that differ in a pixel are not noticed and make the ground truth wrong: sort them out first.
-HEIC needs the package pillow-heif. Exit codes: 0, 2 for input that cannot be used (one line says
-what), 1 for a lost worker process, 130 after Ctrl-C.
+resumes from `.OUT.unfinished`, a folder beside OUT. Hidden files and folders are not looked at. An
+unreadable file is named and left out; so is an image with the same pixels as another (transparent
+ones on white). Copies that differ in a pixel are not noticed and make the ground truth wrong: sort
+them out first. HEIC needs the package pillow-heif. Exit codes: 0, 2 for input that cannot be used
+(one line says what), 1 if a worker process died, 130 after Ctrl-C.
 
 The embedded photographs are those inside the wheels of scikit-image and scikit-learn, cut into
 disjoint tiles: each tile is either a reference or the source of distractor queries. Generated
@@ -54,10 +54,10 @@ import pylibmagic  # noqa: F401  (libmagic for AugLy, where the system has none)
 from augly import image as imaugs
 from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 from common import sample_images
-from common.errors import InputError, one_line_errors
+from common.cli import between
+from common.errors import InputError, one_line_errors, warn
 from common.files import atomic, sha256_of
 from common.listing import is_image_name, is_visible
 from common.parallel import parallel
@@ -88,6 +88,12 @@ PHASES = (
 # Smaller or thinner photographs vanish under the edits.
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 20
+
+# The largest numbers that the command line takes.
+MAX_IMAGES = 1_000_000  # of a folder, as DISC21 has
+MAX_SIDE = 4096  # pixels
+MAX_WORKERS = 1024
+
 JPEG_QUALITY = 92
 
 # Contact sheet, in pixels but for LINES and EXAMPLES.
@@ -101,12 +107,6 @@ ROW = HEADING + THUMBNAIL + 17 * LINES + GAP
 
 # The files depend on these versions.
 VERSIONS = {name: version(name) for name in ("augly", "numpy", "pillow")}
-
-
-def warn(message):
-    """Print one line to stderr, above the progress bar."""
-    line = f"make_dataset.py: {message}".replace("\n", " ")
-    tqdm.write(line, file=sys.stderr)
 
 
 # ---- photographs ----
@@ -141,9 +141,10 @@ def list_photographs(folder):
     """[(path, state)] of all visible files below `folder` that are named like images, in order of
     paths.
 
-    The state tells whether a file has changed: absolute path, size in bytes, time of the last
-    change. Folders that cannot be listed are named on stderr. Raises InputError where there is no
-    such folder, or no file.
+    Hidden files and folders are left out: macOS writes `._1.jpg` beside `1.jpg`. The state tells
+    whether a file has changed: absolute path, size in bytes, time of the last change. Folders that
+    cannot be listed are named on stderr. Raises InputError where there is no such folder, or no
+    file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --photos takes a folder of photographs")
@@ -184,32 +185,32 @@ def read_photographs(folder, workers, journal):
     """
     files = list_photographs(folder)
     known = read_journal(journal) if journal.exists() else {}
-    unread = [path for path, state in files if state not in known]
+    to_read = [path for path, state in files if state not in known]
     path_of = {}  # by SHA-256
-    skipped = []
+    all_skipped = []
     with (
-        closing(parallel(fingerprint, unread, workers, "reading")) as fingerprints,
+        closing(parallel(fingerprint, to_read, workers, "reading")) as fingerprints,
         journal.open("a") as journal_file,
     ):
         for path, state in files:
-            fault = None
+            skipped = None
             if state in known:
                 digest = known[state]
             else:
-                digest, fault = next(fingerprints)
+                digest, skipped = next(fingerprints)
                 if digest:
                     print(json.dumps([*state, digest]), file=journal_file, flush=True)
             if digest in path_of:
-                fault = Skipped("duplicate", f"{path}: the same image as {path_of[digest]}")
-            if fault:
-                skipped.append(fault)
-                warn(f"{fault.reason}; skipped")
+                skipped = Skipped("duplicate", f"{path}: the same image as {path_of[digest]}")
+            if skipped:
+                all_skipped.append(skipped)
+                warn(f"{skipped.reason}; skipped")
             else:
                 path_of[digest] = path
     photographs = {}
     for digest, path in path_of.items():
         photographs[SourceImage(str(path.relative_to(folder)), path)] = digest
-    return photographs, skipped
+    return photographs, all_skipped
 
 
 # ---- query edits ----
@@ -231,30 +232,61 @@ def draw_crop(rng):
     return {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
 
 
-# {operation of AugLy: draws its parameters}
-EDITS = {
-    "overlay_onto_screenshot": lambda rng: {
-        "template_filepath": str(rng.choice(["web.png", "mobile.png"]))
-    },
-    "overlay_stripes": lambda rng: {
+def draw_screenshot(rng):
+    return {"template_filepath": str(rng.choice(["web.png", "mobile.png"]))}
+
+
+def draw_stripes(rng):
+    return {
         "line_width": uniform(rng, 0.1, 0.5),
         "line_color": color(rng),
         "line_angle": uniform(rng, -90, 90),
         "line_density": uniform(rng, 0.2, 0.6),
         "line_type": str(rng.choice(["solid", "dotted", "dashed"])),
         "line_opacity": uniform(rng, 0.4, 1),
-    },
-    "pad": lambda rng: {
+    }
+
+
+def draw_pad(rng):
+    return {
         "w_factor": uniform(rng, 0.05, 0.25),
         "h_factor": uniform(rng, 0.05, 0.25),
         "color": color(rng),
-    },
+    }
+
+
+def draw_skew(rng):
+    return {"skew_factor": uniform(rng, -0.4, 0.4), "axis": int(rng.integers(2))}
+
+
+def draw_saturation(rng):
+    return {"factor": uniform(rng, 2, 3)}
+
+
+def draw_aspect_ratio(rng):
+    """A ratio from 0.41 to 2.46, of which the logarithm is uniform."""
+    return {"ratio": round(2 ** uniform(rng, -1.3, 1.3), 3)}
+
+
+def draw_pad_square(rng):
+    return {"color": color(rng)}
+
+
+def draw_opacity(rng):
+    return {"level": uniform(rng, 0.5, 0.8)}
+
+
+# {operation of AugLy: draws its parameters, a dict}
+EDITS = {
+    "overlay_onto_screenshot": draw_screenshot,
+    "overlay_stripes": draw_stripes,
+    "pad": draw_pad,
     "crop": draw_crop,
-    "skew": lambda rng: {"skew_factor": uniform(rng, -0.4, 0.4), "axis": int(rng.integers(2))},
-    "saturation": lambda rng: {"factor": uniform(rng, 2, 3)},
-    "change_aspect_ratio": lambda rng: {"ratio": round(2 ** uniform(rng, -1.3, 1.3), 3)},
-    "pad_square": lambda rng: {"color": color(rng)},
-    "opacity": lambda rng: {"level": uniform(rng, 0.5, 0.8)},
+    "skew": draw_skew,
+    "saturation": draw_saturation,
+    "change_aspect_ratio": draw_aspect_ratio,
+    "pad_square": draw_pad_square,
+    "opacity": draw_opacity,
 }
 
 
@@ -313,7 +345,7 @@ def split(images, shares, seed):
     parts = np.split(order, ends[:-1])
     pools = {}
     for name, part in zip(shares, parts, strict=True):
-        pools[name] = [images[i] for i in part]
+        pools[name] = [images[position] for position in part]
     return pools
 
 
@@ -326,9 +358,9 @@ def plan_folder(kind, photographs, number, seed):
     sources = photographs[:number] + generated
     order = generator(seed, "order", STREAMS[kind]).permutation(number)
     jobs = []
-    for i, k in enumerate(order):
-        file = Path(f"{kind}_images", f"{letter}{i:06}.jpg")
-        jobs.append(Job(file, sources[k], kind, i))
+    for index, position in enumerate(order):
+        file = Path(f"{kind}_images", f"{letter}{index:06}.jpg")
+        jobs.append(Job(file, sources[position], kind, index))
     return jobs
 
 
@@ -339,16 +371,16 @@ def plan_queries(folder, start, number, copied, distractors, seed):
     turn.
     """
     sources = [(job.source, job.file.stem) for job in copied]
-    for i in range(number - len(copied)):
-        sources.append((distractors[i % len(distractors)], ""))
+    for turn in range(number - len(copied)):
+        sources.append((distractors[turn % len(distractors)], ""))
     order = generator(seed, "order", start).permutation(number)
     jobs = []
     truth = []
-    for i, k in enumerate(order, start):
-        source, reference_id = sources[k]
-        query_id = f"Q{i:05}"
-        edits = draw_edits(generator(seed, "query", i))
-        jobs.append(Job(Path(folder, f"{query_id}.jpg"), source, "query", i, edits))
+    for index, position in enumerate(order, start):
+        source, reference_id = sources[position]
+        query_id = f"Q{index:05}"
+        edits = draw_edits(generator(seed, "query", index))
+        jobs.append(Job(Path(folder, f"{query_id}.jpg"), source, "query", index, edits))
         truth.append((query_id, reference_id))
     return jobs, truth
 
@@ -407,10 +439,11 @@ def plan(pools, args):
     return jobs, tables
 
 
-def settle(unfinished, planned):
-    """Remember `planned`, a dict of everything that the files depend on.
+def check_same_plan(unfinished, planned):
+    """Raise InputError where the unfinished data set was begun with another plan; write down the
+    plan of one that begins now.
 
-    Raises InputError where the unfinished data set was begun with another.
+    planned: a dict of everything that the files depend on.
     """
     file = unfinished / "plan.json"
     begun = json.loads(file.read_text()) if file.exists() else planned
@@ -504,7 +537,7 @@ def statistics(jobs, sizes, tables, found, skipped):
     to choose from.
     """
     used = {job.source.name for job in jobs if job.source.path}
-    skipped_by_kind = Counter(fault.kind for fault in skipped)
+    skipped_by_kind = Counter(entry.kind for entry in skipped)
     members = {"training_images": [], "reference_images": []}
     for job, size in zip(jobs, sizes, strict=True):
         members.setdefault(str(job.file.parent), []).append((job, size))
@@ -519,9 +552,9 @@ def statistics(jobs, sizes, tables, found, skipped):
         folders[folder]["distractors"] = len(truth) - copies
     return {
         "sources": {"usable": found, "used": len(used), **skipped_by_kind},
-        "pictures": folders,
+        "pictures": folders,  # the key is part of the file format
         **edit_statistics(jobs),
-        "skipped": [fault.reason for fault in skipped],
+        "skipped": [entry.reason for entry in skipped],
     }
 
 
@@ -594,8 +627,8 @@ def write_table(path, header, rows):
 
 
 def build(unfinished, args):
-    """Make the whole data set in the folder `unfinished`/data, or what is missing there; returns
-    that folder and its statistics.
+    """Make the data set in the folder `unfinished`/data, or what is missing there; returns that
+    folder and its statistics.
 
     Raises InputError for too few photographs, or when an unfinished data set of another kind is
     there.
@@ -616,7 +649,7 @@ def build(unfinished, args):
     versions = dict(VERSIONS)
     for source_file in (Path(__file__), Path(sample_images.__file__)):
         versions[source_file.name] = sha256_of(source_file)
-    settle(unfinished, settings | {"photographs": contents_digest, "versions": versions})
+    check_same_plan(unfinished, settings | {"photographs": contents_digest, "versions": versions})
 
     out = unfinished / "data"
     for folder in {job.file.parent for job in jobs}:
@@ -676,33 +709,43 @@ def parse_args(argv=None):
         metavar="DIR",
         help="use the photographs below DIR, not the embedded ones",
     )
-    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add(
+        "--seed",
+        type=between(int, 0, 2**63),
+        default=0,
+        help="seed of every random draw (default: %(default)s)",
+    )
     add(
         "--queries",
-        type=int,
+        type=between(int, 3, PHASE_2_START),
         help="a phase, a third of them copies (default: as many as the photographs allow)",
     )
     default = "(default: all photographs of its share, at least {}, with --photos {})"
     embedded, photos = EMBEDDED_NUMBERS, PHOTOS_NUMBERS
     add(
         "--references",
-        type=int,
+        type=between(int, 0, MAX_IMAGES),
         help="reference images: photographs, then generated images up to this number "
         + default.format(embedded["reference"], photos["reference"]),
     )
     add(
         "--training",
-        type=int,
+        type=between(int, 0, MAX_IMAGES),
         help="training images: photographs, then generated images up to this number "
         + default.format(embedded["training"], photos["training"]),
     )
     add(
         "--size",
-        type=int,
+        type=between(int, MIN_SIDE, MAX_SIDE),
         metavar="PIXELS",
         help="shorter side; photographs are scaled down to it (default: 100, with --photos 512)",
     )
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    add(
+        "--workers",
+        type=between(int, 1, MAX_WORKERS),
+        default=os.cpu_count(),
+        help="processes (default: all cores)",
+    )
     add(
         "--start-over",
         action="store_true",
@@ -711,24 +754,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.size is None:
         args.size = 512 if args.photos else 100
-    bounds = {
-        "seed": (0, 2**63),
-        "queries": (3, PHASE_2_START),
-        "references": (0, 10**6),
-        "training": (0, 10**6),
-        "size": (MIN_SIDE, 4096),
-        "workers": (1, 1024),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} {value}: must lie between {low} and {high}")
     return args
 
 
 @one_line_errors
 def main(argv=None):
-    """Make the data set; returns the exit code: 0, 2 for wrong input, 1 for a lost worker process,
+    """Make the data set; returns the exit code: 0, 2 for wrong input, 1 if a worker process died,
     130 after Ctrl-C.
     """
     args = parse_args(argv)

@@ -28,7 +28,7 @@ import pandas as pd
 
 from common.cli import at_least
 from common.descriptors import database_augmentation, negative_embedding_subtraction, read_train
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, warn
 from common.files import atomic
 from common.search import nearest, nonzero_rows, normalize
 from common.submissions import (
@@ -151,8 +151,7 @@ def postprocess(args):
     write_submission(h5_path, csv_path, data, matches)
     dimensions = data["query"].shape[1]
     if dimensions > MAX_DIMENSIONS:
-        message = f"{h5_path}: {dimensions} dimensions; the descriptor track allows"
-        print(f"postprocess.py: warning: {message} {MAX_DIMENSIONS}", file=sys.stderr)
+        warn(f"{h5_path}: {dimensions} dimensions; the descriptor track allows {MAX_DIMENSIONS}")
     return h5_path, csv_path
 
 

@@ -14,10 +14,14 @@ use much memory. Rules of the challenge: arXiv 2106.09672.
 
 import argparse
 import sys
-from pathlib import Path
 
 from common.errors import one_line_errors
-from common.submissions import add_track_flags, check_matches, check_submission, track_of
+from common.submissions import (
+    add_submission_arguments,
+    check_matches,
+    check_submission,
+    track_of,
+)
 
 
 def parse_args(argv=None):
@@ -25,16 +29,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "submission",
-        type=Path,
-        metavar="SUBMISSION",
-        help=".h5 with descriptors, or .csv with matches",
-    )
+    add_submission_arguments(parser)
     parser.add_argument(
         "--partial", action="store_true", help="an .h5 may have fewer rows than DISC21"
     )
-    add_track_flags(parser)
     return parser.parse_args(argv)
 
 

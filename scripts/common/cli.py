@@ -1,21 +1,31 @@
-"""What the command lines of several commands share: an argument type, plot formats, quietness."""
+"""What the command lines of several commands share: argument types, plot formats, quietness."""
 
 import io
+import math
 from contextlib import nullcontext, redirect_stderr
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")  # suffixes of the files that a plot may be written to
 
 
-def at_least(kind, low):
-    """An argparse type: a finite number of type `kind` no less than `low`."""
+def between(kind, low, high):
+    """An argparse type: a finite number of type `kind` from `low` to `high`."""
 
     def number(text):
         value = kind(text)
-        if not low <= value < float("inf"):
+        in_range = low <= value <= high
+        if not in_range or value == math.inf:
             raise ValueError(text)
         return value
 
-    number.__name__ = f"{kind.__name__} >= {low}"  # argparse's message shows this name
+    # argparse's message shows this name.
+    number.__name__ = f"{kind.__name__} from {low} to {high}"
+    return number
+
+
+def at_least(kind, low):
+    """An argparse type: a finite number of type `kind` no less than `low`."""
+    number = between(kind, low, math.inf)
+    number.__name__ = f"{kind.__name__} >= {low}"
     return number
 
 

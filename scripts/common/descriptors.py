@@ -16,6 +16,15 @@ def database_augmentation(train, k=10, alpha=3.0):
     """
     train = as_float32(train)
     similarity, indices = nearest(train, train, k, "ip")
+    return weighted_neighbor_sum(train, indices, similarity, alpha)
+
+
+def weighted_neighbor_sum(train, indices, similarity, alpha=3.0):
+    """The rest of `database_augmentation`, once the neighbors are found.
+
+    train (n, dim) float32; indices and similarity (n, k): each descriptor's neighbors and the inner
+    products with them. Returns (n, dim) float32, unit length.
+    """
     weights = np.copysign(np.abs(similarity) ** np.float32(alpha), similarity)
     result = normalize(neighbor_sum(train, indices, weights))
     result[~train.any(axis=1)] = 0

@@ -1,9 +1,14 @@
-"""What the user gave wrong, and the wrapper of every main(): one line on stderr, exit code 2."""
+"""What the user gave wrong, and the wrapper of every main(): one line on stderr, exit code 2.
+
+Warnings are one line too.
+"""
 
 import functools
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -15,11 +20,20 @@ def is_input_error(error):
     return type(error).__name__ == "InputError"
 
 
+def warn(message):
+    """Print a warning as one line to stderr, above any progress bar, with the name of the running
+    command.
+    """
+    command = Path(sys.argv[0]).name
+    text = " ".join(f"{command}: warning: {message}".split())
+    tqdm.write(text, file=sys.stderr)
+
+
 def one_line_errors(main):
-    """Decorate a command's main(argv), or a part of it: errors that users can mend end in one line.
+    """Decorate a command's main(argv), or a part of it: errors that users can fix end in one line.
 
     The decorated function returns what `main` returns, or after an error the exit code. InputError
-    and OSError: 2. A lost worker process: 1. Ctrl-C: 130; the line ends with the text of the
+    and OSError: 2. A worker process that died: 1. Ctrl-C: 130; the line ends with the text of the
     KeyboardInterrupt, if it has one. Anything else is a bug and ends in its own traceback.
     """
 
@@ -34,7 +48,7 @@ def one_line_errors(main):
             return 130
         except BrokenProcessPool:
             remedy = "rerun it, with fewer --workers if memory ran out"
-            print(f"{command}: error: lost a worker process; {remedy}", file=sys.stderr)
+            print(f"{command}: error: a worker process died; {remedy}", file=sys.stderr)
             return 1
         except (ValueError, OSError) as error:
             if isinstance(error, ValueError) and not is_input_error(error):

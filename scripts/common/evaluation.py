@@ -1,7 +1,6 @@
 """Candidates of a submission and their scores: micro average precision, recall, kinds of edits."""
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, warn
 from common.search import (
     BLOCK,
     as_float32,
@@ -36,7 +35,7 @@ def nearest_pairs(query, reference, max_results, num_gpus=-1, offset=None):
     query (q, dim), reference (r, dim); offset (q,) float32, if any, is added to the distances of a
     query's pairs. Returns squared distances float32, query and reference positions int64, each
     (n,), nearest first, equal distances by query, then by reference; n is less where there are
-    fewer pairs. Raises InputError where shapes or `max_results` make no sense.
+    fewer pairs. Raises InputError where shapes or `max_results` are invalid.
 
     Every query gets its k nearest references. The distance of the max_results-th best pair so far
     is a radius that can only shrink. A query whose k-th neighbor is still inside may own more
@@ -152,9 +151,13 @@ def match(query, reference, query_ids, reference_ids, max_results, num_gpus=-1, 
     score; at the border, equal scores are taken in the order of queries, then references. Memory
     does not grow with q x r.
     """
-    distance, query_index, reference_index = nearest_pairs(
-        query, reference, max_results, num_gpus, offset
-    )
+    pairs = nearest_pairs(query, reference, max_results, num_gpus, offset)
+    return candidate_table(pairs, query_ids, reference_ids)
+
+
+def candidate_table(pairs, query_ids, reference_ids):
+    """The table of `match` for the pairs that `nearest_pairs` returns."""
+    distance, query_index, reference_index = pairs
     order = np.lexsort((reference_index, query_index))
     return pd.DataFrame(
         {
@@ -174,11 +177,6 @@ def as_text(ids):
     if ids.dtype.kind == "S":
         return np.char.decode(ids, "utf-8")
     return ids.astype(str)
-
-
-def warn(message):
-    """One line on stderr."""
-    print(f"eval_metrics.py: warning: {message}", file=sys.stderr)
 
 
 def read_ground_truth(path):

@@ -470,6 +470,17 @@ def track_of(path, track=None):
     return track or expected
 
 
+def add_submission_arguments(parser):
+    """SUBMISSION, a path as `submission`, and its track, as add_track_flags."""
+    parser.add_argument(
+        "submission",
+        type=Path,
+        metavar="SUBMISSION",
+        help=".h5 with descriptors, or .csv with matches",
+    )
+    add_track_flags(parser)
+
+
 def add_track_flags(parser):
     """-m/--matching and -d/--descriptor, the published flags, as `track`."""
     track = parser.add_mutually_exclusive_group()

@@ -15,17 +15,17 @@ those inside scikit-image and scikit-learn, 1024 x 768, JPEG of quality 90.
 """
 
 import argparse
-import inspect
 import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
-from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "exp"))
 
 # Looking for a GPU must not begin to use CUDA: forked processes could not use it then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -37,7 +37,6 @@ import numpy as np
 import torch
 
 import v83
-from benchmarks import ranks
 from benchmarks.augmentation import Augmentation
 from benchmarks.database_augmentation import DatabaseAugmentation
 from benchmarks.evaluation import Evaluation
@@ -48,8 +47,10 @@ from benchmarks.extraction_onnx import ExtractionOnnx
 from benchmarks.inputs import MAX_PHOTOS, make_photos
 from benchmarks.loss import Loss
 from benchmarks.measuring import PartFailed, in_a_process, measure_case
+from benchmarks.ranks import BATCH_SIZE, Ranks
 from benchmarks.search import Search
 from benchmarks.training_step import TrainingStep
+from common.cli import at_least
 from common.errors import one_line_errors
 
 PARTS = {
@@ -63,7 +64,7 @@ PARTS = {
     "search": Search,
     "evaluation-search": EvaluationSearch,
     "database-augmentation": DatabaseAugmentation,
-    "ranks": ranks.Ranks,
+    "ranks": Ranks,
 }
 
 
@@ -71,7 +72,7 @@ PARTS = {
 
 
 def parse_args(argv=None):
-    """The command line; exits with code 2 and one line where it makes no sense."""
+    """The command line; exits with code 2 and one line where it is invalid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +82,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=at_least(int, 1),
         default=5,
         help="how often A and B run after the warm-up (default: %(default)s)",
     )
@@ -95,16 +96,13 @@ def parse_args(argv=None):
         "--ranks",
         type=process_counts,
         default="1,2",
-        help=f"numbers of processes to compare, divisors of {ranks.BATCH_SIZE} "
-        f"(default: %(default)s)",
+        help=f"numbers of processes to compare, divisors of {BATCH_SIZE} (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.parts) - PARTS.keys())
     if unknown:
         parser.error(f"{unknown[0]}: no such part; there are {names}")
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: must be at least 1")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if not Path("/proc/self/clear_refs").exists():
@@ -119,7 +117,7 @@ def process_counts(text):
     counts = [int(word) for word in text.split(",")]
     if len(counts) < 2 or min(counts) < 1:
         raise ValueError(text)
-    if any(ranks.BATCH_SIZE % count for count in counts):
+    if any(BATCH_SIZE % count for count in counts):
         raise ValueError(text)
     return counts
 
@@ -130,13 +128,14 @@ COLUMNS = "{:21} {:13} {:8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8} {:>8}  {}"
 HEADER = COLUMNS.format(
     "part", "case", "unit", "A/s", "B/s", "ratio", "min", "max", "A MB", "B MB", "agreement"
 )
+NO_FIGURES = ["-"] * 7  # the columns from A/s to B MB of a part that was skipped
 
 
 def format_row(row):
     """A line of the table."""
     if "skipped" in row:
         return COLUMNS.format(
-            row["part"], row["case"], row["unit"], *"-------", f"skipped: {row['skipped']}"
+            row["part"], row["case"], row["unit"], *NO_FIGURES, f"skipped: {row['skipped']}"
         )
     ratio = row["ratio"]
     agreement = [f"{what} {format_value(value)}" for what, value in row["agreement"].items()]
@@ -179,12 +178,10 @@ def find_photos(args, folder):
     return photos
 
 
-def cases_of(part, counts):
-    """{name in the table: case} of a part; counts: numbers of processes of --ranks."""
-    if part is not ranks.Ranks:
-        return part.cases
-    first, *others = counts
-    return {f"{first} -> {count}": (first, count) for count in others}
+def describe(name, part):
+    """What a part compares, and what A and B are, in lines for the terminal."""
+    texts = (f"{name}: {part.description}", f"A: {part.published}", f"B: {part.own}")
+    return "\n".join(textwrap.fill(text, 100) for text in texts)
 
 
 def describe_machine():
@@ -204,12 +201,12 @@ def benchmark(args, machine, folder):
     print(f"{machine}\n{len(photos)} photographs of {kilobytes:.0f} kB\n")
     parts = {name: part for name, part in PARTS.items() if name in args.parts or not args.parts}
     for name, part in parts.items():
-        print(f"{name}: {inspect.getdoc(part)}\n".replace("\n\nA: ", "\nA: "))
+        print(describe(name, part), end="\n\n")
     print(HEADER, flush=True)
     rows = []
     for name, part in parts.items():
-        for label, case in cases_of(part, args.ranks).items():
-            row = measure_case(name, part, label, case, photos, args.rounds)
+        for label, case in part.cases_for(args.ranks).items():
+            row = measure_case(name, part, label, case, photos, folder, args.rounds)
             print(format_row(row), flush=True)
             rows.append(row)
     return rows
@@ -223,11 +220,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         machine = describe_machine()
-        # Parts make their temporary files in this folder, because they do not remove them.
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(tempfile, "tempdir", folder),
-        ):
+        with tempfile.TemporaryDirectory() as folder:
             rows = benchmark(args, machine, Path(folder))
     except PartFailed as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)

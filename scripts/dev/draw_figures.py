@@ -5,7 +5,7 @@ r"""Redraw the images in docs/ and print the tables that belong to them: what `m
     python scripts/dev/draw_figures.py edits PHOTOS  # docs/edits.png, from 1,000 photographs
 
 `report` draws an excerpt of the demo's report page as Chromium shows it, in light colors and 1,200
-pixels wide. The demo prints the table of docs/EVIDENCE.md, for one seed.
+pixels wide. The demo trains with three seeds and prints the table of docs/EVIDENCE.md.
 
 `edits` makes the development split of weights/README.md, extracts descriptors of the small v98 and
 perceptual hashes, and plots their scores by kind of edit. It prints the table of docs/MATCHING.md,
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-import demo
+from common.commands import run_command
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 
@@ -100,13 +100,13 @@ def draw_edits(photos, folder, output):
     data = f"{folder}/input"
     truth = f"{data}/private_ground_truth.csv"
     split = ["--training", "10", "--references", "600", "--queries", "450"]
-    demo.run(["scripts/make_dataset.py", data, "--photos", str(photos), *split])
+    run_command(["scripts/make_dataset.py", data, "--photos", str(photos), *split])
 
     network = ["-a", "test_byobnet", "--input-size", "96", "--weight", "weights/v98.pth.tar"]
     extract = ["--mode", "extract", "--target-set", "qr", "--phase", "2", "--batch-size", "100"]
-    demo.run(["exp/v98.py", *network, *extract, "--output", f"{folder}/v98", f"{data}/"])
+    run_command(["exp/v98.py", *network, *extract, "--output", f"{folder}/v98", f"{data}/"])
     hashes = f"{folder}/hashes"
-    demo.run(["scripts/dev/hash_images.py", data, "--phase", "2", "--output", hashes])
+    run_command(["scripts/dev/hash_images.py", data, "--phase", "2", "--output", hashes])
 
     submissions = {
         "v98 (small)": f"{folder}/v98/extract/fb-isc-submission-phase2.h5",
@@ -114,9 +114,9 @@ def draw_edits(photos, folder, output):
         "dHash": f"{hashes}/dhash.csv",
     }
     named = [f"{name}={file}" for name, file in submissions.items()]
-    demo.run(["scripts/dev/plot_edits.py", truth, *named, "--output", str(output)])
+    run_command(["scripts/dev/plot_edits.py", truth, *named, "--output", str(output)])
     for file in submissions.values():
-        demo.run(["scripts/eval_metrics.py", file, truth])
+        run_command(["scripts/eval_metrics.py", file, truth])
 
 
 # ---- main ----
@@ -157,10 +157,10 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             draw_edits(args.photos.resolve(), folder, output)
     else:
-        find_chromium()  # before the minutes that the demo takes
+        find_chromium()  # before the half hour that the demo takes
         page_file = args.page
         if page_file is None:
-            demo.demo("demo")
+            run_command(["scripts/demo.py", "--folder", "demo", "--seeds", "3"])
             page_file = ROOT / "demo" / "report.html"
         draw_report(page_file, output)
     print(args.output)

@@ -80,7 +80,7 @@ def named_file(text):
 
 
 def parse_args(argv=None):
-    """The command line. Exits with one line and code 2 where it makes no sense."""
+    """The command line. Exits with one line and code 2 where it is invalid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -15,12 +15,13 @@ import inspect
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("exp", "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "exp"))
 
 from torchvision.utils import save_image
 
 from common.cli import at_least
-from common.errors import one_line_errors
+from common.errors import one_line_errors, warn
 from common.files import atomic
 
 STAGES = ("v83", "v86", "v98", "v107")
@@ -50,7 +51,7 @@ def first_views(stage, args, count):
     if batch is None:
         raise stage.InputError(messages[-1])
     for message in messages:
-        print(f"warning: {message}; another sample takes its place", file=sys.stderr)
+        warn(f"{message}; another sample takes its place")
     preprocess = stage.Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     views = preprocess(batch.pixels, batch.erasings).clamp(0, 1)
     return views, dataset.views_per_sample

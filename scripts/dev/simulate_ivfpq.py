@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 import faiss
 import numpy as np
 
-from common.cli import at_least
+from common.cli import at_least, between
 from common.errors import InputError, one_line_errors
 from common.search import nearest, normalize
 
@@ -176,7 +176,7 @@ def parse_args(argv=None):
     )
     add(
         "--cosines",
-        type=float,
+        type=between(float, -1, 1),
         nargs=2,
         default=(0.6, 0.95),
         metavar=("LOW", "HIGH"),
@@ -204,8 +204,10 @@ def parse_args(argv=None):
     )
     add("--seed", type=at_least(int, 0), default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.queries > args.size or not -1 <= args.cosines[0] <= args.cosines[1] <= 1:
-        parser.error("--queries is at most --size, --cosines are two rising numbers from -1 to 1")
+    if args.queries > args.size:
+        parser.error(f"--queries {args.queries}: must not be greater than --size {args.size}")
+    if args.cosines[0] > args.cosines[1]:
+        parser.error("--cosines: LOW must not be greater than HIGH")
     return args
 
 

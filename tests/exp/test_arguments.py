@@ -228,6 +228,14 @@ def test_a_gpu_that_torch_cannot_use(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_that_torch_cannot_use_under_torchrun(
+    without_cuda, nvidia_smi, monkeypatch, tmp_path, refuse
+):
+    monkeypatch.setenv("PATH", str(nvidia_smi))
+    monkeypatch.setenv("RANK", "0")
+    refuse("v83", command(tmp_path), "cannot use this machine's GPU", "driver")
+
+
 def test_a_gpu_that_torch_cannot_use_by_a_whole_command(nvidia_smi, tmp_path):
     """Without a GPU, or with a number in CUDA_VISIBLE_DEVICES that no GPU has."""
     result = run(

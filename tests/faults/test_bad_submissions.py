@@ -631,7 +631,9 @@ def test_too_many_dimensions_only_warn_outside_the_challenge(tmp_path, capsys):
     )
     np.save(folder / "train_feats.npy", rows(40, 300))
     assert postprocess.main(["--exp", str(tmp_path)]) == 0
-    assert "postprocess.py: warning" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "warning: " in message
+    assert f"{folder / 'v107_iso.h5'}: 300 dimensions" in message
     assert eval_metrics.main([str(folder / "v107_iso.h5"), str(truth)]) == 0
     assert "300 dimensions" in capsys.readouterr().err
 
@@ -682,7 +684,7 @@ def test_zero_rows_stay_zero_and_match_nothing(tmp_path, capsys):
 # ---- what post-processing writes ----
 
 
-def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsys, monkeypatch):
+def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsys):
     folder = tmp_path / "v107" / "extract"
     folder.mkdir(parents=True)
     write(folder / "fb-isc-submission.h5")
@@ -691,16 +693,14 @@ def test_what_postprocessing_writes_is_checked_before_it_appears(tmp_path, capsy
     assert validate_submission.main([str(folder / "v107_iso.h5"), "--partial"]) == 0
     assert validate_submission.main([str(folder / "v107_iso.csv")]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr(
-        postprocess, "negative_embedding_subtraction", lambda rows, *_: rows * np.float32(np.nan)
-    )
-    monkeypatch.setattr(
-        postprocess,
-        "nearest",
-        lambda queries, _, k, __: (np.ones((len(queries), k)), np.zeros((len(queries), k), int)),
-    )
-    monkeypatch.setattr(postprocess, "database_augmentation", lambda train, *_: train)
     capsys.readouterr()
-    assert postprocess.main(["--exp", str(tmp_path)]) == 2
-    assert_one_line("postprocess", capsys, "v107_iso.h5", "'query' has NaN")
+    # This beta is infinite in float32, so the descriptors and the scores become NaN.
+    with np.errstate(all="ignore"):
+        assert postprocess.main(["--exp", str(tmp_path), "--beta", "1e39"]) == 2
+    assert_one_line("postprocess", capsys, "v107_iso.csv", "not a finite number")
+    data = submissions.read_submission(folder / "v107_iso.h5")
+    matches = postprocess.find_matches(data)
+    data["query"][7] = np.nan
+    with pytest.raises(errors.InputError, match=r"v107_iso.h5.*'query' has NaN.*row 7"):
+        postprocess.write_submission(folder / "v107_iso.h5", folder / "v107_iso.csv", data, matches)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

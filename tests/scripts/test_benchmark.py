@@ -43,8 +43,8 @@ def photos(tmp_path):
 
 
 def agreement(part, case, photos=()):
-    """What a part says of A and B after a call of each."""
-    comparison = part(case, list(photos))
+    """What a part says of A and B after a call of each. These parts write no files."""
+    comparison = part(case, list(photos), None)
     assert comparison.amount > 0
     return comparison.agreement(comparison.baseline(0), comparison.ours(0))
 
@@ -63,7 +63,7 @@ def test_evaluation_agrees():
 
 
 def test_evaluation_finds_some_but_not_all():
-    _, average_precision, recall_p90 = Evaluation(300, []).baseline(0)
+    _, average_precision, recall_p90 = Evaluation(300, [], None).baseline(0)
     assert 0.2 < recall_p90 < average_precision < 1
 
 
@@ -107,7 +107,7 @@ def test_training_steps_agree():
     steps.
     """
     torch.manual_seed(0)
-    comparison = TrainingStep(("test_efficientnet", 32, 8), [], device="cpu")
+    comparison = TrainingStep(("test_efficientnet", 32, 8), [], None, device="cpu")
     for number in range(3):
         expected = comparison.baseline(number)
         found = comparison.ours(number)
@@ -167,9 +167,9 @@ def test_peak_memory_is_that_of_the_call():
 
 @pytest.mark.parametrize("name", benchmark.PARTS)
 def test_every_part_says_what_a_and_b_are(name):
-    description = benchmark.PARTS[name].__doc__
-    assert "\n    A: " in description
-    assert "\n    B: " in description
+    part = benchmark.PARTS[name]
+    words = benchmark.describe(name, part).split()
+    assert words == f"{name}: {part.description} A: {part.published} B: {part.own}".split()
 
 
 def test_table_and_json(photos, tmp_path):
@@ -182,6 +182,8 @@ def test_table_and_json(photos, tmp_path):
     result = run("scripts/dev/benchmark.py", *parts, *options)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
+    for name in parts:
+        assert benchmark.describe(name, benchmark.PARTS[name]) in result.stdout
     header = next(number for number, line in enumerate(lines) if line.startswith("part "))
     table = lines[header + 1 :]
     assert [line.split()[0] for line in table] == [
@@ -215,7 +217,7 @@ def test_bad_input_is_refused(tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("no image")
     for arguments, words in {
         ("los",): ("los", "augmentation"),
-        ("loss", "--rounds", "0"): ("--rounds 0",),
+        ("loss", "--rounds", "0"): ("--rounds", "'0'"),
         ("loss", "--ranks", "2"): ("--ranks", "2"),
         ("loss", "--ranks", "1,x"): ("--ranks", "1,x"),
         ("loss", "--ranks", "1,3"): ("--ranks", "1,3"),

@@ -20,6 +20,7 @@ from PIL import Image
 import check_input
 import v107
 from check_input import DISC21, SUBSET, list_folder, main
+from common.images import SUFFIXES
 from conftest import ROOT, assert_refused, run
 
 SCRIPT = "scripts/check_input.py"
@@ -37,9 +38,9 @@ def write_truth(path, rows):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """A small data set without a fault, in DISC21's names."""
-    root = tmp_path_factory.mktemp("whole") / "input"
+    root = tmp_path_factory.mktemp("complete") / "input"
     rng = np.random.default_rng(0)
     for name, (letter, digits, numbers) in DISC21.items():
         (root / name).mkdir(parents=True)
@@ -67,9 +68,9 @@ def disc21(monkeypatch):
 
 
 @pytest.fixture
-def broken(whole, tmp_path):
+def broken(complete, tmp_path):
     """A copy to break."""
-    return shutil.copytree(whole, tmp_path / "input")
+    return shutil.copytree(complete, tmp_path / "input")
 
 
 def found(capsys, *command):
@@ -84,15 +85,15 @@ def found(capsys, *command):
 # ---- what is missing, and what is named wrongly ----
 
 
-def test_nothing_is_found_where_all_is_well(whole, disc21, capsys):
-    before = sorted(path.name for path in whole.rglob("*"))
+def test_nothing_is_found_where_all_is_well(complete, disc21, capsys):
+    before = sorted(path.name for path in complete.rglob("*"))
     assert (
-        found(capsys, whole)
+        found(capsys, complete)
         == []
-        == found(capsys, whole, "--decode")
-        == found(capsys, whole, "--partial")
+        == found(capsys, complete, "--decode")
+        == found(capsys, complete, "--partial")
     )
-    assert sorted(path.name for path in whole.rglob("*")) == before
+    assert sorted(path.name for path in complete.rglob("*")) == before
 
 
 def test_missing_images_are_named_as_gaps(broken, disc21, capsys):
@@ -172,8 +173,16 @@ def test_missing_folders_and_ground_truth(broken, disc21, capsys):
     assert found(capsys, broken, "--partial") == []
 
 
-def test_images_are_those_that_the_stages_read():
-    assert check_input.IMAGE_SUFFIXES == v107.IMAGE_SUFFIXES
+def test_images_are_those_that_the_stages_list(tmp_path):
+    folder = tmp_path / "query_images"
+    folder.mkdir()
+    suffixes = {*SUFFIXES, *v107.IMAGE_SUFFIXES, ".txt", ".heic.jpg", ""}
+    for suffix in suffixes:
+        for name in f"a{suffix}", f"b{suffix.upper()}", f".hidden{suffix}", f"._a{suffix}":
+            (folder / name).touch()
+    listed = [v107.Path(path).name for path in v107.list_images(folder)]
+    assert len(listed) > 10
+    assert list_folder(tmp_path, "query_images").images == listed
 
 
 # ---- ground truth ----
@@ -225,8 +234,8 @@ def test_the_public_ground_truth_has_disc21s_numbers(broken, disc21, capsys):
 def test_decode_names_what_extraction_cannot_read(broken, capsys):
     """Exactly the unreadable images of v107's extraction, in its own words."""
     (broken / "reference_images" / "R000002.jpg").write_bytes(b"no image")
-    whole = (broken / "query_images" / "Q00004.jpg").read_bytes()
-    (broken / "query_images" / "Q00004.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (broken / "query_images" / "Q00004.jpg").read_bytes()
+    (broken / "query_images" / "Q00004.jpg").write_bytes(content[: len(content) // 2])
     (broken / "training_images" / "T000001.jpg").write_bytes(b"")
     code = main([str(broken), "--partial", "--decode", "--workers", "2"])
     printed = capsys.readouterr()
@@ -243,13 +252,13 @@ def test_decode_names_what_extraction_cannot_read(broken, capsys):
     assert "decoding reference_images" in printed.err
 
 
-def test_a_lost_worker_process_is_no_finding(broken, monkeypatch, capsys):
+def test_a_worker_process_that_died_is_no_finding(broken, monkeypatch, capsys):
     def lose_a_worker(*_):
         raise BrokenProcessPool
 
     monkeypatch.setattr(check_input, "parallel", lose_a_worker)
     assert main([str(broken), "--partial", "--decode"]) == 2
-    assert "lost a worker process; give fewer --workers" in capsys.readouterr().err
+    assert "a worker process died; give fewer --workers" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_decoding_in_one_line(broken, tmp_path):
@@ -278,7 +287,7 @@ def test_refusals(tmp_path, capsys):
     assert main([str(tmp_path), "--make-subset", "9"]) == 2
     assert "nor private_ground_truth.csv" in capsys.readouterr().err
     for flags, words in (
-        (["--workers", "0"], "--workers 0"),
+        (["--workers", "0"], "--workers: invalid int >= 1 value: '0'"),
         (["--make-subset", "9", "--decode"], "checks nothing"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -364,7 +373,7 @@ def test_ids_that_cannot_stand_in_a_list_are_refused(broken, capsys):
 # ---- scale ----
 
 
-def test_a_million_names_take_seconds(monkeypatch, whole):
+def test_a_million_names_take_seconds(monkeypatch, complete):
     """A fifth of them here, and without what the file system takes."""
 
     class Entry:
@@ -377,8 +386,8 @@ def test_a_million_names_take_seconds(monkeypatch, whole):
     names = [Entry(f"R{number:06}.jpg") for number in range(200_000) if number not in (7, 8)]
     monkeypatch.setattr(check_input.os, "scandir", lambda folder: nullcontext(names))
     start = time.process_time()
-    listing = list_folder(whole, "reference_images")
-    [line] = check_input.check_folder(whole, "reference_images", listing, False)
+    listing = list_folder(complete, "reference_images")
+    [line] = check_input.check_folder(complete, "reference_images", listing, False)
     assert (
         "800,002 of DISC21's 1,000,000 images are missing: R000007 to R000008, R200000 to R999999;"
         in line

@@ -15,6 +15,8 @@ def test_commands_parse_and_chain(stage):
     commands = [demo.extract_command(stage, "demo")]
     if stage != "start":
         commands.append(demo.train_command(stage, "demo"))
+        _, *flags = demo.train_command(stage, "demo", seed=2)
+        assert flags[flags.index("--seed") + 1] == "2"
     for script, *flags in commands:
         assert (ROOT / script).is_file()
         args = importlib.import_module(script.removeprefix("exp/").removesuffix(".py")).parse_args(
@@ -46,15 +48,43 @@ def test_table():
     ]
 
 
-def test_ends_with_a_page(tmp_path, monkeypatch, capsys):
+def test_means_of_several_seeds():
+    seeds = [[demo.Score("v83", 0.5, 0.3, 60)], [demo.Score("v83", 0.7, 0.4, 62)]]
+    for scores in seeds:
+        scores.append(demo.Score("dHash, 256 bits", 0.414, 0.393, 2))
+    assert demo.table_of_means(seeds).splitlines()[2:] == [
+        "| v83 | 0.600 (0.500-0.700) | 0.350 |",
+        "| dHash, 256 bits | 0.414 | 0.393 |",
+    ]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the demo would run, in a list: running them takes minutes."""
     commands = []
-    folder = f"{tmp_path}/demo"
 
     def record(command):
         commands.append(command)
         return '{"average_precision": 0, "recall_p90": 0}'
 
-    monkeypatch.setattr(demo, "run", record)
+    monkeypatch.setattr(demo, "run_command", record)
+    return commands
+
+
+def test_every_seed_trains_every_stage_and_the_published_seeds_come_last(tmp_path, commands):
+    assert demo.main(["--folder", f"{tmp_path}/demo", "--seeds", "3"]) == 0
+    trained = [
+        command for command in commands if f"{tmp_path}/demo/input/training_images/" in command
+    ]
+    seeds = []
+    for command in trained:
+        seeds.append(command[command.index("--seed") + 1] if "--seed" in command else "published")
+    stages = len(demo.STAGES) - 1  # "start" is not trained
+    assert seeds == ["2"] * stages + ["1"] * stages + ["published"] * stages
+
+
+def test_ends_with_a_page(tmp_path, commands, capsys):
+    folder = f"{tmp_path}/demo"
     assert demo.main(["--folder", folder]) == 0
     script, *flags = commands[-1]
     args = report.parse_args(flags)
@@ -81,26 +111,16 @@ def test_replaces_its_own_files_and_no_others(tmp_path):
     assert (theirs / "input" / "photo.jpg").exists()
 
 
-def test_stops_at_the_first_failure(tmp_path, monkeypatch, capfd):
+def test_stops_at_the_first_failure(tmp_path):
+    """A file where the data set goes, in a folder that a demo made: make_dataset.py refuses it."""
     folder = tmp_path / "demo"
-    monkeypatch.setitem(
-        demo.STAGES, "untrained", demo.STAGES["untrained"] + " --batch-size 7777777"
-    )
-    run_command = demo.run
-
-    def run_small(command):
-        if "make_dataset" in command[0]:
-            command = [*command, "--references", "6", "--queries", "3"]
-            command += ["--training", "4", "--size", "128"]
-        return run_command(command)
-
-    monkeypatch.setattr(demo, "run", run_small)
-    assert demo.main(["--folder", str(folder)]) == 2
-    output = capfd.readouterr()
-    assert f"$ python scripts/make_dataset.py {folder}/input" in output.out
-    assert output.out.count("$ python") == 2  # nothing ran after the training that failed
-    errors = [line for line in output.err.splitlines() if "error:" in line]
-    assert (
-        "v83.py: error:" in errors[0]
-        and "demo.py: error: exp/v83.py ended with code 2" in errors[1]
-    )
+    folder.mkdir()
+    (folder / demo.MARKER).touch()
+    (folder / "input").touch()
+    result = run("scripts/demo.py", "--folder", folder)
+    assert result.returncode == 2
+    assert f"$ python scripts/make_dataset.py {folder}/input" in result.stdout
+    assert result.stdout.count("$ python") == 1  # nothing ran after it
+    first, second = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert "make_dataset.py: error:" in first
+    assert "demo.py: error: scripts/make_dataset.py ended with code 2" in second

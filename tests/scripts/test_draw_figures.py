@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-import demo
 import draw_figures
 import report
 from common.errors import InputError
-from conftest import assert_refused, called
+from conftest import assert_refused, called, run
 
 needs_chromium = pytest.mark.skipif(
     not any(map(shutil.which, draw_figures.CHROMIUM_NAMES)), reason="no Chromium on this machine"
@@ -62,13 +61,17 @@ def test_a_page_without_the_sections_is_refused(page):
 
 @needs_chromium
 def test_draws_the_page_of_the_demo(page_file, tmp_path, monkeypatch, capsys):
+    """The demo takes half an hour with three seeds, so its page is put where it writes it."""
     output = tmp_path / "report.png"
 
-    def fake_demo(folder):
-        (tmp_path / folder).mkdir()
-        shutil.copy(page_file, tmp_path / folder / "report.html")
+    def write_page(command):
+        assert command[0] == "scripts/demo.py"
+        args = importlib.import_module("demo").parse_args(command[1:])
+        assert args.seeds == 3
+        (tmp_path / args.folder).mkdir()
+        shutil.copy(page_file, tmp_path / args.folder / "report.html")
 
-    monkeypatch.setattr(demo, "demo", fake_demo)
+    monkeypatch.setattr(draw_figures, "run_command", write_page)
     monkeypatch.setattr(draw_figures, "ROOT", tmp_path)
     assert draw_figures.main(["report", "--output", str(output)]) == 0
     image = Image.open(output)
@@ -78,11 +81,11 @@ def test_draws_the_page_of_the_demo(page_file, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_without_chromium_nothing_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(demo, "demo", lambda folder: pytest.fail("the demo ran"))
-    argv = ["report", "--output", tmp_path / "report.png"]
-    assert_refused(called(draw_figures.main, argv, capsys), "report.png", "Chromium")
+def test_without_chromium_nothing_runs(tmp_path):
+    output = tmp_path / "report.png"
+    result = run("scripts/dev/draw_figures.py", "report", "--output", output, PATH=str(tmp_path))
+    assert_refused(result, "report.png", "Chromium")
+    assert result.stdout == ""  # commands are printed before they run
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,6 +96,7 @@ def test_a_missing_page_is_refused(tmp_path, capsys):
 
 
 def test_the_commands_behind_edits_parse_and_chain(tmp_path, monkeypatch):
+    """They take minutes and a thousand photographs, so their arguments are parsed instead."""
     parsed = {}
 
     def parse(command):
@@ -100,7 +104,7 @@ def test_the_commands_behind_edits_parse_and_chain(tmp_path, monkeypatch):
         name = Path(script).stem
         parsed.setdefault(name, []).append(importlib.import_module(name).parse_args(argv))
 
-    monkeypatch.setattr(demo, "run", parse)
+    monkeypatch.setattr(draw_figures, "run_command", parse)
     output = tmp_path / "edits.png"
     assert draw_figures.main(["edits", str(tmp_path), "--output", str(output)]) == 0
     (dataset,) = parsed["make_dataset"]

@@ -1,13 +1,14 @@
-"""one_line_errors: what a command prints and returns when it fails."""
+"""What a command prints and returns when it fails, and its warnings."""
 
 import errno
 import os
+import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 import v107
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, warn
 
 
 @one_line_errors
@@ -34,7 +35,7 @@ NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.csv")
         (
             BrokenProcessPool("terminated abruptly"),
             1,
-            "error: lost a worker process; rerun it, with fewer --workers if memory ran out",
+            "error: a worker process died; rerun it, with fewer --workers if memory ran out",
         ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("8 are kept"), 130, "interrupted; 8 are kept"),
@@ -52,6 +53,14 @@ def test_one_line_and_the_exit_code(capsys, error, exit_code, line):
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         main(error)
+
+
+def test_a_warning_is_one_line_with_the_name_of_the_running_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/report.py", "a.csv"])
+    warn("a.csv: 2 rows\nare repeated")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "report.py: warning: a.csv: 2 rows are repeated\n"
 
 
 def test_without_an_error_the_command_decides(capsys):

@@ -506,7 +506,7 @@ def test_code_in_a_checkpoint_does_not_run(checkpoint, tmp_path, capsys):
 def test_refuses_what_cannot_be_used(checkpoint, tmp_path, capsys):
     missing = checkpoint.with_name("none.pth.tar")
     output = tmp_path / "isc.onnx"
-    refuse(capsys, output, missing, words=["none.pth.tar: cannot be read as a checkpoint"])
+    refuse(capsys, output, missing, words=["none.pth.tar: no such checkpoint"])
     refuse(
         capsys,
         output,
@@ -546,7 +546,7 @@ def test_refuses_flags_in_one_line(capsys):
         "isc.pt --precision fp16": "--precision",
         "isc.onnx --input-size 8": "--input-size",
         "isc.bin": ".onnx, .pt",
-        "isc.onnx --threshold 1.5": "--threshold 1.5",
+        "isc.onnx --threshold 1.5": "--threshold: invalid float from -1 to 1 value: '1.5'",
         "isc.onnx --threshold nan": "--threshold",
     }
     for wrong, words in flags.items():

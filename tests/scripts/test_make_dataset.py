@@ -322,7 +322,7 @@ def test_a_killed_worker_is_one_line(tmp_path):
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "lost a worker process" in messages.splitlines()[-1] and "Traceback" not in messages
+    assert "a worker process died" in messages.splitlines()[-1] and "Traceback" not in messages
 
 
 def test_a_killed_reading_resumes_and_other_photographs_are_refused(tmp_path):
@@ -452,6 +452,13 @@ def test_photographs_are_split_without_overlap_and_unreadable_ones_named(tmp_pat
     assert not found["training_images"] & found["reference_images"]
 
 
+def test_hidden_files_and_folders_are_no_photographs(tmp_path):
+    (tmp_path / ".thumbnails").mkdir()
+    for name in "1.jpg", "._1.jpg", ".hidden.png", ".thumbnails/1.jpg", "notes.txt":
+        (tmp_path / name).touch()
+    assert [path for path, _ in list_photographs(tmp_path)] == [tmp_path / "1.jpg"]
+
+
 def png_of(width, height):
     """The first bytes of a PNG that claims so many pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -541,7 +548,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
     assert_refused(
         run(SCRIPT, tmp_path / "out", "--references", 40, "--queries", 90), "allow 60 queries"
     )
-    assert_refused(run(SCRIPT, tmp_path / "out", "--queries", 1), "--queries 1")
-    assert_refused(run(SCRIPT, tmp_path / "out", "--workers", 0), "--workers 0")
+    assert_refused(run(SCRIPT, tmp_path / "out", "--queries", 1), "--queries", "'1'")
+    assert_refused(run(SCRIPT, tmp_path / "out", "--workers", 0), "--workers", "'0'")
     assert {p.name for p in tmp_path.iterdir()} == {"full", "photos"}
     assert (full / "mine.txt").read_text() == "keep"

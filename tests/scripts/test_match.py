@@ -536,7 +536,7 @@ def test_weights_that_cannot_be_had(folder, checkpoint, tmp_path, capfd, monkeyp
         "--weight",
         tmp_path / "missing.pth.tar",
         *small,
-        words=["missing.pth.tar: cannot be read as a checkpoint"],
+        words=["missing.pth.tar: no such checkpoint"],
     )
     refused(
         "--weight",

@@ -14,17 +14,20 @@ RECIPE = published_augmentation.RECIPES["v83"]
 
 
 class Augmentation(Comparison):
-    """A batch of v83's two views, moderate and hard, of each photograph, from its file. A and B use
-    the same seeds, and others in each round.
+    """Both ways with the same seeds, which change from round to round."""
 
-    A: published_augmentation.py: AugLy and torchvision on PIL images, to a batch of floats
-    B: v83.TrainDataset, v83.collate: uint8, for v83.Preprocess on the device
-    """
-
+    description = (
+        "A batch of v83's two views, moderate and hard, of each photograph, from its file. A and B "
+        "use the same seeds, and others in each round."
+    )
+    published = (
+        "published_augmentation.py: AugLy and torchvision on PIL images, to a batch of floats"
+    )
+    own = "v83.TrainDataset, v83.collate: uint8, for v83.Preprocess on the device"
     unit = "pairs"
     cases = {"256 px": 256, "384 px": 384, "512 px": 512}
 
-    def __init__(self, size, photos):
+    def __init__(self, size, photos, _folder):
         self.size = size
         self.amount = len(photos)
         folder = Path(photos[0]).parent
@@ -56,16 +59,25 @@ class Augmentation(Comparison):
         """Moderate views of equal seeds pixel by pixel; hard views of equal seeds before erasing;
         mean and deviation of the pixels of all hard views of all rounds.
         """
-        images, left_to_the_device = preprocess_here(b.pixels, b.erasings, self.amount)
-        found = {}
+        images, milliseconds = preprocess_here(b.pixels, b.erasings, self.amount)
+        moderate = {}
         for name, value in compare_images(a[::2], images[::2]).items():
-            found[f"moderate {name}"] = value
+            moderate[f"moderate {name}"] = value
         ratios = compare_hard_views(self.size, self.paths)
-        found["hard PSNR dB, quarter, median"] = np.percentile(ratios, [25, 50]).tolist()
-        return found | self.compare_distributions() | left_to_the_device
+        means, standard_error, deviations = self.compare_distributions()
+        return {
+            **moderate,
+            "hard PSNR dB, quarter, median": np.percentile(ratios, [25, 50]).tolist(),
+            "hard mean A, B": means,
+            "each +-": standard_error,
+            "hard deviation A, B": deviations,
+            "left to the device, ms here": milliseconds,
+        }
 
     def compare_distributions(self):
-        """Mean, its standard error, and deviation of the pixels of A's and B's hard views."""
+        """The pixels of A's and B's hard views: (their means, the standard error of each, their
+        deviations).
+        """
         samples_b = []
         for batch in self.batches_b:
             images, _ = preprocess_here(batch.pixels, batch.erasings, self.amount)
@@ -73,11 +85,10 @@ class Augmentation(Comparison):
         pixels = np.stack([torch.cat(self.samples_a), torch.cat(samples_b)])  # (2, views, pixels)
         view_means = pixels.mean(axis=2)
         views = view_means.shape[1]
-        return {
-            "hard mean A, B": view_means.mean(axis=1).tolist(),
-            "each +-": float(view_means.std() / views**0.5),
-            "hard deviation A, B": pixels.std(axis=2).mean(axis=1).tolist(),
-        }
+        means = view_means.mean(axis=1)
+        standard_error = view_means.std() / views**0.5
+        deviations = pixels.std(axis=2).mean(axis=1)
+        return means.tolist(), float(standard_error), deviations.tolist()
 
 
 def sample_hard_views(batch):

@@ -18,20 +18,30 @@ class Skipped(Exception):
 class Comparison:
     """A, the published way, and B, this project's, ready to do the same work on the same input.
 
-    Each part of the benchmark is a subclass, in a file of its own. `benchmark.py` prints its
-    docstring above the table, so it says what is compared, on what data, and what A and B are.
+    Each part of the benchmark is a subclass, in a file of its own.
     """
+
+    # benchmark.py prints these three above the table.
+    description: str  # what is compared, on what data, what a case is
+    published: str  # what A is
+    own: str  # what B is
 
     unit: str  # what `amount` counts
     cases: dict  # {case's name in the table: the case}
     amount: int  # units of work in one call of A or of B
 
-    def __init__(self, case, photos):
-        """Make the input of both ways. photos: paths of JPEGs.
+    def __init__(self, case, photos, folder):
+        """Make the input of both ways. photos: paths of JPEGs; folder: a Path for files, which the
+        benchmark removes.
 
         Raises Skipped where this machine cannot run the case.
         """
         raise NotImplementedError
+
+    @classmethod
+    def cases_for(cls, process_counts):
+        """The cases to measure, as `cases`; process_counts: the numbers of processes of --ranks."""
+        return cls.cases
 
     def baseline(self, number):
         """Do the work in way A, in round `number`; returns a result for `agreement`."""
@@ -52,8 +62,8 @@ class Comparison:
         return None
 
     @staticmethod
-    def agreement_of_row(row, case):
-        """What else the column "agreement" shows, computed from the other columns of a row."""
+    def agreement_of_figures(case, baseline, ours):
+        """What else the column "agreement" shows, computed from the Figures of A and B."""
         return {}
 
 
@@ -91,11 +101,10 @@ def compare_descriptors(a, b):
 def preprocess_here(pixels, erasings, amount):
     """Do on the CPU what B leaves to the device, v83.Preprocess.
 
-    Returns the normalized images, and {"left to the device, ms here": milliseconds for each of
-    `amount` units}, a line of the agreement.
+    Returns the normalized images, and the milliseconds that it took for each of `amount` units.
     """
     preprocess = v83.Preprocess(MEAN, STD)
     start = time.perf_counter()
     images = preprocess(pixels, erasings)
     seconds = time.perf_counter() - start
-    return images, {"left to the device, ms here": 1e3 * seconds / amount}
+    return images, 1e3 * seconds / amount

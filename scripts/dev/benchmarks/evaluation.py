@@ -1,7 +1,5 @@
 """Evaluation without its search against loops over Python objects."""
 
-from unittest import mock
-
 import numpy as np
 import pandas as pd
 
@@ -13,17 +11,18 @@ NEIGHBORS = 10  # candidate pairs of a query
 
 
 class Evaluation(Comparison):
-    """From 10 candidate pairs a query, a fifth of the queries being copies, to the csv of
-    candidates and the scores. A case is the number of queries.
+    """The nearest pairs are given; both ways make the table of them and score it."""
 
-    A: isin of Python objects, the table row by row, loops over a sorted list
-    B: common/evaluation.py: known_queries, match (without its search), micro_metrics
-    """
-
+    description = (
+        "From 10 candidate pairs a query, a fifth of the queries being copies, to the csv of "
+        "candidates and the scores. A case is the number of queries."
+    )
+    published = "isin of Python objects, the table row by row, loops over a sorted list"
+    own = "common/evaluation.py: known_queries, candidate_table, micro_metrics"
     unit = "queries"
     cases = {"8000 x 10": 8_000}
 
-    def __init__(self, queries, _photos):
+    def __init__(self, queries, _photos, _folder):
         self.amount = queries
         self.query_ids = numbered_ids("Q", 5, queries)
         self.reference_ids = numbered_ids("R", 6, REFERENCES)
@@ -54,11 +53,9 @@ class Evaluation(Comparison):
         """The same."""
         ids = evaluation.as_text(self.query_ids.astype("S"))
         known = evaluation.known_queries(ids, self.truth, "h5", "csv")
-        # The search of match is replaced by its result, which is given.
-        with mock.patch.object(evaluation, "nearest_pairs", lambda *_: self.search_result):
-            candidates = evaluation.match(
-                None, None, self.query_ids[known], self.reference_ids, len(self.search_result[0])
-            )
+        candidates = evaluation.candidate_table(
+            self.search_result, self.query_ids[known], self.reference_ids
+        )
         metrics = evaluation.micro_metrics(candidates, self.truth)
         return candidates.to_csv(index=False), *metrics.values()
 

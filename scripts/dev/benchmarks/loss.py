@@ -14,17 +14,18 @@ def published_loss(memory_size):
 
 
 class Loss(Comparison):
-    """Forward and backward pass on the CPU, of random descriptors of two views an image, against a
-    full memory bank. A case is the rows of a batch and of the bank.
+    """A case is (rows of a batch, rows of the bank)."""
 
-    A: pytorch-metric-learning's CrossBatchMemory(ContrastiveLoss(0, 1))
-    B: v83.MemoryBankContrastiveLoss
-    """
-
+    description = (
+        "Forward and backward pass on the CPU, of random descriptors of two views an image, "
+        "against a full memory bank. A case is the rows of a batch and of the bank."
+    )
+    published = "pytorch-metric-learning's CrossBatchMemory(ContrastiveLoss(0, 1))"
+    own = "v83.MemoryBankContrastiveLoss"
     unit = "images"
     cases = {"256 x 20000": (256, 20_000), "512 x 20000": (512, 20_000)}
 
-    def __init__(self, case, _photos):
+    def __init__(self, case, _photos, _folder):
         self.amount, memory_size = case
         torch.manual_seed(0)
         first_views = random_descriptors((memory_size + self.amount) // 2)
@@ -36,23 +37,23 @@ class Loss(Comparison):
         self.batch = views[memory_size:]
         self.labels = labels[memory_size:]
 
-        self.published = published_loss(memory_size)
-        self.published.embedding_memory[:] = self.bank
-        self.published.label_memory[:] = labels[:memory_size]
-        self.published.has_been_filled = True
+        self.published_loss = published_loss(memory_size)
+        self.published_loss.embedding_memory[:] = self.bank
+        self.published_loss.label_memory[:] = labels[:memory_size]
+        self.published_loss.has_been_filled = True
 
-        self.own = v83.MemoryBankContrastiveLoss(memory_size)
-        self.own.bank[:] = self.bank
-        self.own.bank_labels[:] = labels[:memory_size]
-        self.own.filled.fill_(memory_size)
+        self.own_loss = v83.MemoryBankContrastiveLoss(memory_size)
+        self.own_loss.bank[:] = self.bank
+        self.own_loss.bank_labels[:] = labels[:memory_size]
+        self.own_loss.filled.fill_(memory_size)
 
     def baseline(self, _number):
-        self.published.queue_idx = 0  # so that every batch takes the same place in the bank
-        return self.forward_and_backward(self.published)
+        self.published_loss.queue_idx = 0  # so that every batch takes the same place in the bank
+        return self.forward_and_backward(self.published_loss)
 
     def ours(self, _number):
-        self.own.cursor.zero_()
-        return self.forward_and_backward(self.own)
+        self.own_loss.cursor.zero_()
+        return self.forward_and_backward(self.own_loss)
 
     def forward_and_backward(self, loss_function):
         """(loss, its gradient by the descriptors)."""

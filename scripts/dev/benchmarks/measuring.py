@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,73 +17,101 @@ import torch
 
 from benchmarks.comparison import Skipped
 
-SIDES = ("baseline", "ours")  # A and B, in figures and as methods of a Comparison
-
 
 class PartFailed(Exception):
     """The process that measured a part ended without a result."""
 
 
-def measure_case(name, part, label, case, photos, rounds):
+@dataclass
+class Figures:
+    """What was measured of A or of B."""
+
+    amount: int  # units of work in a call
+    seconds: list = field(default_factory=list)  # of each round after the warm-up
+    peak: float | None = None  # bytes of memory that a call needs
+
+    @property
+    def per_second(self):
+        """Units of work in a second, in the median round."""
+        return self.amount / statistics.median(self.seconds)
+
+
+def speed_ratios(baseline, ours):
+    """How many times as fast B was as A in each round, from the Figures of both."""
+    return [a / b for a, b in zip(baseline.seconds, ours.seconds, strict=True)]
+
+
+def measure_case(name, part, label, case, photos, folder, rounds):
     """One row of the table as a dict of JSON values: a part, at one of its cases."""
-    row = {"part": name, "case": label, "unit": part.unit}
+    inputs = (part, case, photos, folder)
     try:
-        row |= in_a_process(compare_speed, part, case, photos, rounds)
-        if "ours_peak_mb" not in row:
-            for side in SIDES:
-                row[f"{side}_peak_mb"] = in_a_process(peak_mb, part, case, photos, side)
+        baseline, ours, agreement = in_a_process(compare_speed, *inputs, rounds)
+        if ours.peak is None:  # the part does not measure it itself
+            baseline.peak = in_a_process(peak_of, "baseline", *inputs)
+            ours.peak = in_a_process(peak_of, "ours", *inputs)
     except Skipped as reason:
-        row["skipped"] = str(reason)
-        return row
-    row["agreement"] |= part.agreement_of_row(row, case)
-    return row
+        return {"part": name, "case": label, "unit": part.unit, "skipped": str(reason)}
 
-
-def compare_speed(part, case, photos, rounds):
-    """Run A and B in turn, once to warm up, then `rounds` times: times, ratios, agreement."""
-    comparison = set_up(part, case, photos)
-    seconds = {side: [] for side in SIDES}
-    results = {}
-    peaks = {}
-    for number in range(rounds + 1):
-        for side in SIDES:
-            run = getattr(comparison, side)
-            start = time.perf_counter()
-            results[side] = run(number)
-            elapsed = time.perf_counter() - start
-            own_measurement = comparison.own_measurement(results[side])
-            if own_measurement is not None:
-                elapsed, peak = own_measurement
-                peaks[f"{side}_peak_mb"] = peak / 1e6
-            warming_up = number == 0
-            if not warming_up:
-                seconds[side].append(elapsed)
-
-    ratios = [a / b for a, b in zip(seconds["baseline"], seconds["ours"], strict=True)]
+    ratios = speed_ratios(baseline, ours)
     return {
-        "seconds": seconds,
-        "baseline_per_second": comparison.amount / statistics.median(seconds["baseline"]),
-        "ours_per_second": comparison.amount / statistics.median(seconds["ours"]),
+        "part": name,
+        "case": label,
+        "unit": part.unit,
+        "seconds": {"baseline": baseline.seconds, "ours": ours.seconds},
+        "baseline_per_second": baseline.per_second,
+        "ours_per_second": ours.per_second,
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "agreement": comparison.agreement(results["baseline"], results["ours"]),
-        **peaks,
+        "agreement": {**agreement, **part.agreement_of_figures(case, baseline, ours)},
+        "baseline_peak_mb": baseline.peak / 1e6,
+        "ours_peak_mb": ours.peak / 1e6,
     }
 
 
-def peak_mb(part, case, photos, side):
-    """Megabytes that A or B needs at its peak for one call."""
-    comparison = set_up(part, case, photos)
-    run = getattr(comparison, side)
-    _, peak = with_peak(partial(run, 0))
-    return peak / 1e6
+def compare_speed(part, case, photos, folder, rounds):
+    """Run A and B in turn, once to warm up, then `rounds` times.
+
+    Returns the Figures of A, those of B, and how far their results agree.
+    """
+    comparison = set_up(part, case, photos, folder)
+    baseline = Figures(comparison.amount)
+    ours = Figures(comparison.amount)
+    # The warm-up is round 0; what is measured in it is thrown away.
+    run_timed(comparison, comparison.baseline, 0, Figures(comparison.amount))
+    run_timed(comparison, comparison.ours, 0, Figures(comparison.amount))
+    for number in range(1, rounds + 1):
+        result_a = run_timed(comparison, comparison.baseline, number, baseline)
+        result_b = run_timed(comparison, comparison.ours, number, ours)
+    return baseline, ours, comparison.agreement(result_a, result_b)
 
 
-def set_up(part, case, photos):
+def run_timed(comparison, way, number, figures):
+    """Run one way, a method of the comparison, in round `number`; add its time to its Figures, and
+    the peak of memory where its result tells it. Returns the result.
+    """
+    start = time.perf_counter()
+    result = way(number)
+    seconds = time.perf_counter() - start
+    own_measurement = comparison.own_measurement(result)
+    if own_measurement is not None:
+        seconds, figures.peak = own_measurement
+    figures.seconds.append(seconds)
+    return result
+
+
+def peak_of(side, part, case, photos, folder):
+    """Bytes that A ("baseline") or B ("ours") needs at its peak for one call."""
+    comparison = set_up(part, case, photos, folder)
+    way = getattr(comparison, side)
+    _, peak = with_peak(partial(way, 0))
+    return peak
+
+
+def set_up(part, case, photos, folder):
     """The comparison of a case, to be run on one CPU thread."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     cv2.setNumThreads(0)
-    return part(case, photos)
+    return part(case, photos, folder)
 
 
 # ---- peak memory ----

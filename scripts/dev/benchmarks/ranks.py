@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import v83
 from benchmarks.comparison import Comparison, Skipped
-from benchmarks.measuring import with_peak
+from benchmarks.measuring import speed_ratios, with_peak
 from benchmarks.traces import covered
 from common import sample_images
 
@@ -26,28 +26,31 @@ VIEWS = 2 * IMAGES  # of an epoch
 
 
 class Ranks(Comparison):
-    """v83's training of a small network on 96 generated images, in batches of 16 of all processes
-    together.
+    """A case is (processes of A, processes of B)."""
 
-    Through torchrun's launcher, one thread a process, by gloo on the CPU, by nccl where there are
-    GPUs. Times are those of the steps after the first two, by the log. Communication is the share
-    of time, by a profile of rank 0 in a run of its own, in which a collective operation was under
-    way, or waited for the others. The losses differ by BatchNorm, whose statistics are each
-    process's own on a CPU.
-
-    A: the first number of processes of --ranks
-    B: another one of --ranks
-    """
-
+    description = (
+        "v83's training of a small network on 96 generated images, in batches of 16 of all "
+        "processes together. Through torchrun's launcher, one thread a process, by gloo on the "
+        "CPU, by nccl where there are GPUs. Times are those of the steps after the first two, by "
+        "the log. Communication is the share of time, by a profile of rank 0 in a run of its own, "
+        "in which a collective operation was under way, or waited for the others. The losses "
+        "differ by BatchNorm, whose statistics are each process's own on a CPU."
+    )
+    published = "the first number of processes of --ranks"
+    own = "another one of --ranks"
     unit = "images"
-    cases = {}  # (processes of A, of B): those of --ranks
 
-    def __init__(self, case, _photos):
+    @classmethod
+    def cases_for(cls, process_counts):
+        first, *others = process_counts
+        return {f"{first} -> {count}": (first, count) for count in others}
+
+    def __init__(self, case, _photos, folder):
         if torch.cuda.is_available() and torch.cuda.device_count() < max(case):
             raise Skipped(f"needs {max(case)} GPUs, or none: CUDA_VISIBLE_DEVICES=")
         self.amount = VIEWS
         self.processes_a, self.processes_b = case
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
         data = self.folder / "training_images"
         data.mkdir()
         for number in range(IMAGES):
@@ -100,11 +103,12 @@ class Ranks(Comparison):
         }
 
     @staticmethod
-    def agreement_of_row(row, case):
+    def agreement_of_figures(case, baseline, ours):
         """The ratio as a share of that of the numbers of processes."""
         processes_a, processes_b = case
         ideal = processes_b / processes_a
-        return {"efficiency %": 100 * row["ratio"]["median"] / ideal}
+        ratio = statistics.median(speed_ratios(baseline, ours))
+        return {"efficiency %": 100 * ratio / ideal}
 
 
 def launch(processes, logs, function, *args):

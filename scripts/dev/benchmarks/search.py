@@ -11,17 +11,18 @@ NEIGHBORS = 10
 
 
 class Search(Comparison):
-    """The 10 nearest of n random descriptors to some of them, by inner product; on a GPU where
-    there is one. A case is n.
+    """A case is the number of descriptors."""
 
-    A: faiss.IndexFlatIP.search
-    B: common/search.py: nearest
-    """
-
+    description = (
+        "The 10 nearest of n random descriptors to some of them, by inner product; on a GPU where "
+        "there is one. A case is n."
+    )
+    published = "faiss.IndexFlatIP.search"
+    own = "common/search.py: nearest"
     unit = "queries"
     cases = {"8192 x 20000": 20_000}
 
-    def __init__(self, n, _photos):
+    def __init__(self, n, _photos, _folder):
         torch.manual_seed(0)
         self.base = random_descriptors(n).numpy()
         self.queries = self.base[: 2 * search.BLOCK]

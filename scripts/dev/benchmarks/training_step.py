@@ -22,20 +22,22 @@ LOSS_SCALE = 1 / 4  # as on the published number of GPUs
 
 
 class TrainingStep(Comparison):
-    """Eight steps in float16, of a batch of noise that is in pinned memory. A case is the
-    architecture, pixels, images in a step.
+    """A case is (architecture, pixels, images in a step)."""
 
-    The device is busy, by a profile of another call, while it computes or copies.
-
-    A: floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at every
-    step
-    B: uint8, v83.Preprocess, v83.train_step, SGD fused, the losses read after the last step
-    """
-
+    description = (
+        "Eight steps in float16, of a batch of noise that is in pinned memory. A case is the "
+        "architecture, pixels, images in a step. The device is busy, by a profile of another call, "
+        "while it computes or copies."
+    )
+    published = (
+        "floats, NCHW, eager, autocast, pytorch-metric-learning's loss, SGD, the loss read at "
+        "every step"
+    )
+    own = "uint8, v83.Preprocess, v83.train_step, SGD fused, the losses read after the last step"
     unit = "images"
     cases = {"256 x 256 px": (ARCH, 256, 256)}
 
-    def __init__(self, case, _photos, device="cuda"):
+    def __init__(self, case, _photos, _folder, device="cuda"):
         """device: tests give "cpu", where memory is not pinned and v83 trains in float32."""
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -44,18 +46,18 @@ class TrainingStep(Comparison):
         arch, size, images = case
         self.amount = STEPS * images
         batch = make_batch(images, size, device)
-        self.own = OwnTraining(batch, arch, device)
-        self.published = PublishedTraining(batch, arch, device)
-        self.published.model.load_state_dict(self.own.model.state_dict())
+        self.own_training = OwnTraining(batch, arch, device)
+        self.published_training = PublishedTraining(batch, arch, device)
+        self.published_training.model.load_state_dict(self.own_training.model.state_dict())
 
     def baseline(self, _number):
-        return self.published.train()
+        return self.published_training.train()
 
     def ours(self, _number):
-        return self.own.train()
+        return self.own_training.train()
 
     def agreement(self, a, b):
-        shares = [busy_share(self.published.train), busy_share(self.own.train)]
+        shares = [busy_share(self.published_training.train), busy_share(self.own_training.train)]
         return {"mean loss A, B": [a, b], "device busy % A, B": shares}
 
 
