@@ -53,7 +53,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +95,15 @@ from common.search import nonzero_rows
 from common.views import KINDS, WHOLE, choose_views
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+@dataclass
+class Problems:
+    """What is wrong with files: {path: why it is unreadable}, {path: what a readable one lacks}."""
+
+    unreadable: dict = field(default_factory=dict)
+    warnings: dict = field(default_factory=dict)
+
 
 # ---- network and descriptors ----
 
@@ -385,11 +394,11 @@ def write_stdout(content):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_unreadable(unreadable):
+def print_problems(title, problems):
     """Print {path: problem} on stderr, one a line below a title."""
-    if unreadable:
-        print(f"match.py: unreadable files ({len(unreadable)}):", file=sys.stderr)
-    for path, problem in unreadable.items():
+    if problems:
+        print(f"match.py: {title} ({len(problems)}):", file=sys.stderr)
+    for path, problem in problems.items():
         print(f"{shown(path)}: {problem}", file=sys.stderr)
 
 
@@ -483,7 +492,7 @@ def parse_args(argv=None):
         metavar="FILE.npy|FOLDER",
         help="background images, of which nothing is a copy, for negative embedding subtraction: "
         "a folder, or a file of descriptors such as extraction's train_feats.npy; it lowers "
-        "scores, so choose the threshold anew. With --normalized-threshold they are the "
+        "scores, so choose another threshold. With --normalized-threshold they are the "
         "background, too",
     )
     add(
@@ -504,7 +513,7 @@ def parse_args(argv=None):
         type=Path,
         default=default_cache(),
         metavar="FILE",
-        help="finished descriptors (default: %(default)s)",
+        help="finished descriptors (default: %(default)s; without a home folder none are kept)",
     )
     add(
         "--no-cache",
@@ -594,18 +603,19 @@ def main(argv=None):
     """
     args = parse_args(argv)
     warnings.simplefilter("ignore")  # libraries' warnings; users are told what they should know
-    unreadable = {}
-    exit_code = run(args, unreadable)
+    problems = Problems()
+    exit_code = run(args, problems)
     if exit_code != INTERRUPTED:
-        print_unreadable(unreadable)
+        print_problems("damaged files, read all the same", problems.warnings)
+        print_problems("unreadable files", problems.unreadable)
     return exit_code
 
 
 @one_line_errors
-def run(args, unreadable):
+def run(args, problems):
     """Find and write copies as the command line asks; returns the exit code.
 
-    Adds {path: problem} of each unreadable file to `unreadable`, also where it raises.
+    Adds what is wrong with files to `problems`, also where it raises.
     """
     if args.report:
         import_page()  # now, so that a missing library shows before hours of work
@@ -613,7 +623,7 @@ def run(args, unreadable):
     if args.references:
         places.append(args.references)
     paths, members, unreadable_folders, left_out = list_files(places)
-    unreadable.update(unreadable_folders)
+    problems.unreadable.update(unreadable_folders)
     if left_out:
         say(args, describe_left_out(left_out))
     network = load_network(args)
@@ -627,7 +637,7 @@ def run(args, unreadable):
         quiet=args.quiet,
     )
     try:
-        table, groups, scoring = compare(args, network, extract, places, paths, members, unreadable)
+        table, groups, scoring = compare(args, network, extract, places, paths, members, problems)
     except KeyboardInterrupt:
         kept = "nothing is kept"
         if args.cache:
@@ -636,23 +646,24 @@ def run(args, unreadable):
     counts = f"{len(paths)} images, {len(cache.new_images)} of them new"
     matches = f"{len(table)} matches in {len(groups)} groups"
     say(args, f"{counts}; {matches}, by {scoring.name} of at least {scoring.threshold:g}")
-    if unreadable and args.bad_images == "error":
-        count = len(unreadable)
+    if problems.unreadable and args.bad_images == "error":
+        count = len(problems.unreadable)
         raise InputError(
             f"--bad-images error: {count} unreadable files; what the others match is written"
         )
     return 0 if len(table) else 1
 
 
-def compare(args, network, extract, places, paths, members, unreadable):
+def compare(args, network, extract, places, paths, members, problems):
     """Extract descriptors, find copies, write them; returns the table of matches, the groups, and
     the Scoring that decided.
 
     extract(paths, views=...) is extract_descriptors for the network; places, paths, members: the
-    arguments and their files, as list_files gives them. Adds to `unreadable`.
+    arguments and their files, as list_files gives them. Adds to `problems`.
     """
     rows, query_views, extracted = extract_collection(paths, members, args.views, extract)
-    unreadable.update(extracted.unreadable)
+    problems.unreadable.update(extracted.unreadable)
+    problems.warnings.update(extracted.warnings)
     check_readable(places, members, rows)
     is_readable = rows.any(axis=1)
     query_views = keep_rows(query_views, is_readable[members[0]])
@@ -663,7 +674,7 @@ def compare(args, network, extract, places, paths, members, unreadable):
     negatives = None
     if args.negatives:
         negatives, unreadable_images = background_descriptors(args.negatives, network, extract)
-        unreadable.update(unreadable_images)
+        problems.unreadable.update(unreadable_images)
         rows, query_views = subtract_negatives(rows, query_views, negatives, args.quiet)
     scoring = choose_scoring(args, network, len(references))
     background = query_background(
@@ -681,7 +692,7 @@ def compare(args, network, extract, places, paths, members, unreadable):
         quiet=args.quiet,
     )
     table, groups = as_table(pairs, paths, extracted.digests, args.views, scoring.normalized)
-    write_outputs(args, table, groups, unreadable, scoring)
+    write_outputs(args, table, groups, problems.unreadable, scoring)
     return table, groups, scoring
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import InputError
+from common.files import as_path
 from common.pairs import Excluded
 
 
@@ -45,11 +46,16 @@ def ignored_contents(file, paths, digests, contents):
     table = read_pairs(file)
     pairs = set()
     for row in table.to_dict("records"):
-        query = content_of.get(row["query_sha256"] or os.path.realpath(row["query"]))
-        reference = content_of.get(row["reference_sha256"] or os.path.realpath(row["reference"]))
+        query = content_of.get(row["query_sha256"] or real_path(row["query"]))
+        reference = content_of.get(row["reference_sha256"] or real_path(row["reference"]))
         if query is not None and reference is not None:
             pairs.add((query, reference))
     return pairs
+
+
+def real_path(name):
+    """The real path of a file that a csv names, in UTF-8 whatever the locale."""
+    return os.path.realpath(as_path(name))
 
 
 def read_pairs(file):

@@ -19,6 +19,7 @@ from common.images import (
     MAX_PIXELS,
     check_content,
     decode,
+    has_content,
     open_checked,
     pixels_to_decode,
     why_unreadable,
@@ -101,8 +102,17 @@ def load_file(path, network, cache, budget, views):
 
 
 def preprocess_views(image, network, views):
-    """The network's inputs {view: (3, size, size) float32} of views of a PIL image, mode RGB."""
-    return {view: network.preprocess(view.of(image)) for view in views}
+    """The network's inputs {view: (3, size, size) float32} of views of a PIL image, mode RGB.
+
+    A part of one color, such as sky, would resemble many images: the whole stands in for it.
+    """
+    inputs = {}
+    for view in views:
+        shown = view.of(image)
+        if view.size < 1 and not has_content(shown):
+            shown = image
+        inputs[view] = network.preprocess(shown)
+    return inputs
 
 
 def load_image(file, preprocess, budget, least_side):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,9 @@ PUBLISHED_INPUT_SIZE = 512
 
 # Part of the cache's key, as it stands: other words would make every cached descriptor invalid.
 PREPROCESSING = (
-    "as viewers show it, JPEG decoded at a scale of at least 3 inputs, RGB, resized to a square by "
-    "Pillow's bilinear filter, normalized"
+    "as viewers show it, transparent on white, deep pixels scaled to 8 bits, JPEG decoded at a "
+    "scale of at least 3 inputs, RGB, resized to a square by Pillow's bilinear filter, normalized; "
+    "a part of one color is replaced by the whole"
 )
 
 
@@ -278,15 +279,18 @@ def read_onnx_config(session):
     Raises various exceptions where that is missing or makes no sense.
     """
     config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
-    thresholds = dict(config.get("thresholds", {}))
-    if "threshold" in config:
-        thresholds["cosine"] = config["threshold"]
-    for name, value in thresholds.items():
+    thresholds = Thresholds(
+        cosine=config.get("threshold"),
+        cosine_of_views=config.get("threshold_of_views"),
+        normalized=config.get("normalized_threshold"),
+        normalized_of_views=config.get("normalized_threshold_of_views"),
+    )
+    for name, value in asdict(thresholds).items():
         if value is not None and not -2 <= value <= 1:
             raise ValueError(f"{name} threshold {value}")
     return {
         "input_size": int(config["input_size"]),
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
-        "thresholds": Thresholds(**thresholds),
+        "thresholds": thresholds,
     }

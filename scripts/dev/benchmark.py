@@ -47,6 +47,7 @@ from benchmarks.extraction_onnx import ExtractionOnnx
 from benchmarks.inputs import MAX_PHOTOS, make_photos
 from benchmarks.loss import Loss
 from benchmarks.measuring import PartFailed, in_a_process, measure_case
+from benchmarks.photographs import Photographs
 from benchmarks.ranks import BATCH_SIZE, Ranks
 from benchmarks.search import Search
 from benchmarks.training_step import TrainingStep
@@ -60,6 +61,7 @@ PARTS = {
     "extraction-input": ExtractionInput,
     "extraction-model": ExtractionModel,
     "extraction-onnx": ExtractionOnnx,
+    "photographs": Photographs,
     "evaluation": Evaluation,
     "search": Search,
     "evaluation-search": EvaluationSearch,

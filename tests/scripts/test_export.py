@@ -461,26 +461,26 @@ def test_the_threshold_is_in_the_file(checkpoint, tmp_path):
     for suffix in FORMATS:
         assert export_to(tmp_path / f"isc{suffix}", checkpoint, "--threshold", 0.6) == 0
         config = config_of(tmp_path / f"isc{suffix}")
-        assert (config["threshold"], config["threshold_source"]) == (
-            0.6,
-            "--threshold of export.py",
-        )
+        source = "the command line of export.py"
+        assert (config["threshold"], config["threshold_source"]) == (0.6, source)
+        assert "normalized_threshold" not in config
     assert export_to(tmp_path / "isc.onnx", checkpoint) == 0
     assert not {"threshold", "threshold_source"} & config_of(tmp_path / "isc.onnx").keys()
 
 
 @pytest.mark.parametrize(
-    ("flags", "threshold"),
+    ("flags", "thresholds"),
     [
-        ([], 0.75),
-        (["--precision", "fp16"], 0.75),
-        (["--threshold", "0.8"], 0.8),
-        (["--input-size", "128"], None),
-        (["--gem-eval-p", "3"], None),
+        ([], export.SMALL_THRESHOLDS),
+        (["--precision", "fp16"], export.SMALL_THRESHOLDS),
+        (["--threshold", "0.8"], {"threshold": 0.8}),
+        (["--normalized-threshold-of-views", "0.3"], {"normalized_threshold_of_views": 0.3}),
+        (["--input-size", "128"], {}),
+        (["--gem-eval-p", "3"], {}),
     ],
 )
-def test_the_small_network_has_its_threshold_where_it_was_measured(flags, threshold):
-    assert export.parse_args(["small.onnx", *flags]).threshold == threshold
+def test_the_small_network_has_its_thresholds_where_they_were_measured(flags, thresholds):
+    assert export.parse_args(["small.onnx", *flags]).thresholds == thresholds
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])

