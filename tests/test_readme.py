@@ -2,12 +2,14 @@
 
 import hashlib
 import importlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -22,6 +24,7 @@ from make_dataset import dead_leaves, generator
 
 README = "README.md"
 MATCHING = "docs/MATCHING.md"
+FAULTS = "docs/FAULTS.md"
 SCALE = "docs/SCALE.md"
 DOCUMENTS = [
     README,
@@ -37,9 +40,16 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
     (README, "Train"): "test_training.py",
     (README, "Extract, post-process, submit"): "test_training.py",
     (MATCHING, "Commands"): "here",
+    (MATCHING, "Clean up a folder"): "here",
     (MATCHING, "Your own threshold"): "here",
     (MATCHING, "Other runtimes"): "here",
     ("docs/FINE_TUNING.md", "Commands"): "test_fine_tuning.py",
+    (
+        FAULTS,
+        "v98 from scratch on 8 GPUs",
+    ): "nothing: here they are compared with the published ones",
+    (FAULTS, "SLURM"): "here, with stand-ins for SLURM's commands",
+    (FAULTS, "Score v98"): "nothing: here they are parsed; test_training.py runs the like",
     (MATCHING, "In Python"): "test_hubconf.py, with a file",
     (SCALE, "Feed an index"): "here",
     ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
@@ -48,8 +58,10 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
 }
 FLAGS_NOT_IN_A_SOURCE = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun
-    *("--max-restarts", "--extra-index-url", "--signal", "--help"),  # torchrun, pip, SLURM, any
-    "--with",  # uv
+    *("--max-restarts", "--signals-to-handle"),  # torchrun
+    *("--nodes", "--ntasks", "--gpus-per-node", "--cpus-per-task"),  # SLURM
+    *("--signal", "--requeue", "--time", "--mem"),  # SLURM
+    *("--extra-index-url", "--help", "--with", "--recursive"),  # pip, any, uv, aws
 }
 
 
@@ -86,6 +98,20 @@ def run_python(code, cwd, **env):
     return result.stdout
 
 
+def python_commands(block):
+    """The arguments of each `python` in a block of commands, as bash expands them."""
+    echo = 'python() { printf "%s\\n" "$*"; }'
+    script = ["bash", "-euc", f"{echo}\n{block}"]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    return [shlex.split(line) for line in printed.splitlines()]
+
+
+def parse_stage(script, *argv):
+    """The arguments of a stage's command line, such as v98.py --resume auto DATA."""
+    stage = importlib.import_module(script.removesuffix(".py"))
+    return stage.parse_args(argv)
+
+
 def read_matches(path):
     """{(name, name): score} of a csv of match.py, the names in order."""
     matches = pd.read_csv(path)
@@ -118,6 +144,27 @@ def test_the_csv_that_the_readme_shows(home):
     run_block(home, "Find copies", README, {})
     written = (home / "clone" / "copies.csv").read_text()
     assert shown.partition("\n")[0] == written.partition("\n")[0]
+
+
+def test_clean_up_a_folder(tmp_path):
+    """One file of each group stays; files of equal names do not replace each other."""
+    photos = [tmp_path / folder / "1.jpg" for folder in "abcd"]
+    for photo in photos:
+        photo.parent.mkdir()
+        photo.write_text(photo.parent.name)
+    groups = [
+        {"group": 1, "files": list(map(str, photos[:3])), "keep": str(photos[1])},
+        {"group": 2, "files": [str(photos[3])], "keep": str(photos[3])},
+    ]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    code = readme_block("Clean up a folder", MATCHING)
+    run_python(code, tmp_path)
+    assert [photo.exists() for photo in photos] == [False, True, False, True]
+    moved = sorted((tmp_path / "to_check").rglob("*.jpg"))
+    assert [path.read_text() for path in moved] == ["a", "c"]
+    again = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert again.returncode == 1  # and nothing that was moved before is replaced
+    assert [path.read_text() for path in moved] == ["a", "c"]
 
 
 def test_python(home):
@@ -181,6 +228,49 @@ def test_feed_an_index(home):
     assert (folder / "references.index").stat().st_size > 0
 
 
+def test_v98_from_scratch_is_the_published_recipe():
+    """Apart from how it resumes, and with a folder for --weight that is not relative."""
+    recipe = ("arch", "input_size", "gem_p", "batch_size", "epochs", "lr", "momentum", "wd", "seed")
+    loss = ("pos_margin", "neg_margin", "memory_size", "ncrops", "sample_size")
+    recipes = []
+    for block in readme_block("Train"), readme_block("v98 from scratch on 8 GPUs", FAULTS):
+        found = []
+        for words in python_commands(block)[:4]:
+            args = parse_stage(*words)
+            assert args.multiprocessing_distributed
+            weight = Path(args.weight).parts[-3:] if args.weight else None
+            found.append([words[0], weight, *(getattr(args, name) for name in recipe + loss)])
+        recipes.append(found)
+    assert [row[0] for row in recipes[0]] == ["v83.py", "v83.py", "v86.py", "v98.py"]
+    assert recipes[1] == recipes[0]
+
+
+def test_score_v98():
+    extract, evaluate = python_commands(readme_block("Score v98", FAULTS))
+    args = parse_stage(*extract)
+    assert (args.mode, args.target_set, args.phase) == ("extract", "qr", 1)
+    assert evaluate[0] == "../scripts/eval_metrics.py"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_a_slurm_job_is_requeued_if_it_was_stopped(tmp_path, code, requeued):
+    (tmp_path / "exp").mkdir()
+    for name, exit_code in ("srun", code), ("scontrol", 0):
+        stand_in = tmp_path / name
+        stand_in.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/{name}.called\nexit {exit_code}\n')
+        stand_in.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    job = ["bash", "-c", readme_block("SLURM", FAULTS)]
+    subprocess.run(job, cwd=tmp_path, env=os.environ | env | {"SLURM_CPUS_PER_TASK": "96"})
+    called = (tmp_path / "srun.called").read_text().split()
+    args = parse_stage(*called[called.index("python") + 1 :])
+    assert args.multiprocessing_distributed
+    assert (args.resume, args.workers) == ("auto", 96)
+    assert (tmp_path / "scontrol.called").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol.called").read_text() == "requeue 7\n"
+
+
 def test_every_block_of_commands_is_run():
     found = set()
     for document in DOCUMENTS:
@@ -200,8 +290,7 @@ def torchrun_commands():
 def test_commands_in_the_text_parse(command):
     words = shlex.split(command)
     script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    stage = importlib.import_module(words[script].removesuffix(".py"))
-    args = stage.parse_args(words[script + 1 :])
+    args = parse_stage(*words[script:])
     assert args.data == "../input/training_images/"
 
 
