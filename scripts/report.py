@@ -46,21 +46,20 @@ from common.evaluation import (
     read_ground_truth,
     scores_by_edit,
 )
-from common.files import shown
+from common.files import as_path, shown
 from common.images import SUFFIXES
 from common.page import (
     MATCH_COLUMNS,
     MAX_GROUPS,
     MAX_PAIRS,
     Chart,
-    as_file_name,
     score_chart,
     thumbnail,
     write_match_page,
     write_page,
 )
 from common.search import pair_scores
-from common.submissions import add_track_flags, read_submission, track_of
+from common.submissions import add_submission_arguments, read_submission, track_of
 
 FOLDERS = {"query": ("query_images", "query_images_phase2"), "reference": ("reference_images",)}
 PRECISIONS = (0.99, 0.95, 0.9, 0.8)
@@ -246,7 +245,7 @@ def find_image(folder, kind, name):
     """
     if Path(name).name != name:
         return None
-    name = as_file_name(name)
+    name = as_path(name)
     suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
     for subfolder in FOLDERS[kind]:
         for suffix in suffixes:
@@ -297,9 +296,19 @@ def histogram_chart(ranking, cosine):
     return score_chart(kinds, "cosine" if cosine else "score", threshold)
 
 
-def load_edits(args, folder):
+def data_folder(args):
+    """The folder that holds the images, and maybe their edits."""
+    return args.images or args.ground_truth.parent
+
+
+def edits_file(args):
+    """The csv of edits, which need not exist unless --edits names it."""
+    return args.edits or data_folder(args) / "query_edits.csv"
+
+
+def load_edits(args):
     """The edits of --edits, or of the data folder; none where it has no query_edits.csv."""
-    path = args.edits or folder / "query_edits.csv"
+    path = edits_file(args)
     if args.edits or path.is_file():
         return read_edits(path)
     return {}
@@ -322,9 +331,9 @@ def report_submission(args):
     """Score a submission, print its operating points and write its page; returns its line for the
     user.
     """
-    folder = args.images or args.ground_truth.parent
+    folder = data_folder(args)
     truth = read_ground_truth(args.ground_truth)
-    edits = load_edits(args, folder)
+    edits = load_edits(args)
     candidates = load_candidates(args.submission, truth, args.ground_truth, args.track)
     ranking = rank(candidates, truth)
 
@@ -394,7 +403,7 @@ def read_pairs(path):
         if column in table:
             table[column] = as_numbers(table[column], shown(path))
     for column in ("query", "reference"):
-        table[column] = table[column].map(as_file_name)
+        table[column] = table[column].map(as_path)
     return table
 
 
@@ -418,10 +427,9 @@ def as_numbers(texts, place):
 def report_matches(args):
     """Write the page of match.py's csv; returns its line for the user."""
     matches = read_pairs(args.submission)
-    gallery = MAX_GROUPS if args.gallery is None else args.gallery
     normalized = "normalized" in matches and matches["normalized"].notna().any()
     scored_by = "normalized score" if normalized else "cosine"
-    return write_match_page(args.output, matches, gallery=gallery, scored_by=scored_by)
+    return write_match_page(args.output, matches, gallery=args.gallery, scored_by=scored_by)
 
 
 # ---- main ----
@@ -438,18 +446,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "submission",
-        type=Path,
-        metavar="SUBMISSION",
-        help=".h5 with descriptors or .csv, or the csv of match.py",
-    )
+    add_submission_arguments(parser)
     parser.add_argument(
         "ground_truth",
         type=Path,
         nargs="?",
         metavar="GROUND_TRUTH",
-        help="csv: query_id,reference_id",
+        help="csv: query_id,reference_id; none where SUBMISSION is the csv of match.py",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the page (default: SUBMISSION.html)"
@@ -459,7 +462,7 @@ def parse_args(argv=None):
         type=int,
         metavar="N",
         help="how many to show as images "
-        f"(default: {MAX_PAIRS} pairs of each kind, or {MAX_GROUPS} groups)",
+        f"(default: {MAX_PAIRS} pairs of each kind, or up to {MAX_GROUPS} groups)",
     )
     options = parser.add_argument_group("with GROUND_TRUTH")
     options.add_argument(
@@ -488,7 +491,6 @@ def parse_args(argv=None):
         metavar="T",
         help="thresholds to find precision and recall of",
     )
-    add_track_flags(options)
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -509,8 +511,18 @@ def check_args(parser, args):
     if args.gallery is not None and args.gallery < 0:
         parser.error("--gallery: must not be negative")
     args.output = args.output or Path(f"{args.submission}.html")
-    if args.output in (args.submission, args.ground_truth, args.edits):
+    if args.output.suffix.lower() in SUFFIXES:
+        parser.error(f"--output {args.output}: names an image; give a name that ends in .html")
+    if args.output.exists() and any(map(args.output.samefile, files_read(args))):
         parser.error(f"--output {args.output}: would replace one of the files that it reads")
+
+
+def files_read(args):
+    """The files that exist of those that the command line leads to, but for images."""
+    files = [args.submission]
+    if args.ground_truth:
+        files += [args.ground_truth, edits_file(args)]
+    return [path for path in files if path.exists()]
 
 
 @one_line_errors

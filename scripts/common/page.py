@@ -22,8 +22,9 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 JPEG_QUALITY = 70
 
 MAX_PAIRS = 12  # shown of each kind; --gallery changes it
-MAX_GROUPS = 50  # shown; --gallery changes it
-MAX_GROUP_IMAGES = 12  # shown of a group
+MAX_GROUPS = 200  # shown; --gallery changes it
+MAX_IMAGES = 1000  # of all groups together: 12 kB each, and their pairs; --gallery lifts this limit
+MAX_GROUP_IMAGES = 12  # shown of a group; the others are listed
 MAX_GROUP_PAIRS = MAX_GROUP_IMAGES**2  # at least all pairs of these images
 OPEN_PAIRS = 12  # of a group: the others are listed below a line that opens
 MAX_UNREADABLE = 200  # names of unreadable files
@@ -198,11 +199,12 @@ def escaped(text):
     return "".join(characters)
 
 
-def as_file_name(text):
-    """A file name that was read as UTF-8, as this system's locale has it: os.fsencode() gives the
-    same bytes back.
-    """
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+def file_uri(path):
+    """A file's address for a link from a page on this machine; "" for a name that has none."""
+    try:
+        return Path(path).absolute().as_uri()
+    except ValueError:  # Windows: half of a character of UTF-16
+        return ""
 
 
 def sha256_base64(text):
@@ -213,10 +215,10 @@ def sha256_base64(text):
 # ---- page ----
 
 
-def write_page(output, thumbnail_of, **values):
+def write_page(output, thumbnail_of, contents=(), **values):
     """Fill the template with `values` and write the page; returns its line for the user.
 
-    thumbnail_of: function of what the template shows, a `thumbnail`.
+    thumbnail_of: function of what the template shows, a `thumbnail`. contents: texts for the line.
     """
     counts = Counter()
 
@@ -233,6 +235,7 @@ def write_page(output, thumbnail_of, **values):
         lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
+    environment.filters["file_uri"] = file_uri
     environment.filters["escaped"] = escaped
     environment.filters["sha256_base64"] = sha256_base64
     template = environment.get_template("page.html.jinja")
@@ -240,64 +243,94 @@ def write_page(output, thumbnail_of, **values):
     with atomic(Path(output)) as file:
         file.write_bytes(page)
 
-    images = [f"{counts.pop(None, 0)} images"]
-    images += [f"{count} {reason}" for reason, count in counts.items()]
-    return f"{shown(output)}: {len(page) / 1e6:.1f} MB, {', '.join(images)}"
+    line = [f"{len(page) / 1e6:.1f} MB", *contents, f"{counts.pop(None, 0)} images"]
+    line += [f"{count} {reason}" for reason, count in counts.items()]
+    return f"{shown(output)}: {', '.join(line)}"
 
 
 # ---- page of match.py ----
 
 
 def write_match_page(
-    output, matches, unreadable=(), threshold=None, gallery=MAX_GROUPS, scored_by="cosine"
+    output,
+    matches,
+    unreadable=(),
+    threshold=None,
+    gallery=None,
+    scored_by="cosine",
+    compared=None,
 ):
     """Write the page of copies that match.py found; returns its line for the user.
 
     matches: DataFrame of `query`, `reference` (paths as str), `score`, `group` and, where known,
     `view`, `cosine`, `normalized`, `query_sha256`, `reference_sha256`; unreadable: (path, reason)
-    of each file that could not be read; threshold: the least score of a match. scored_by: which
-    number the score is, a key of MEANING. Shows at most `gallery` groups, largest first.
+    of each file that could not be read; threshold: the least score of a match. gallery: how many
+    groups to show, or None for default_gallery. scored_by: which number the score is, a key of
+    MEANING. compared: how many images were compared, where known. Groups, and the pairs of each,
+    are shown lowest score first, identical files last.
     """
-    matches = with_all_columns(matches)
-    matches = matches.sort_values("score", ascending=False, kind="stable")
+    matches = lowest_first(with_all_columns(matches))
     members = group_members(matches)
     groups_by_score = matches["group"].unique()
     sizes = members["group"].value_counts().reindex(groups_by_score)
-    largest = sizes.sort_values(ascending=False, kind="stable")[:gallery]
+    if gallery is None:
+        gallery = default_gallery(sizes)
+    chosen = matches[matches["group"].isin(groups_by_score[:gallery])]
     two_sets = set(matches["query"]).isdisjoint(matches["reference"])
     groups = []
-    for group in largest.index:
-        pairs = matches[matches["group"] == group]
-        groups.append(group_card(pairs, two_sets))
+    for number, pairs in chosen.groupby("group", sort=False):
+        groups.append(group_card(number, pairs, two_sets))
 
-    facts = {
-        "groups of copies": f"{len(sizes):,}",
-        "images in these pairs": f"{len(members):,}",
-        "pairs": f"{len(matches):,}",
-        "unreadable files": f"{len(unreadable):,}",
-    }
-    if threshold is not None:
-        name = "threshold" if scored_by == "cosine" else "normalized threshold"
-        facts[name] = f"{threshold:.6g}"
-    charts = []
-    if len(matches):
-        scores = {"pairs": matches["score"].to_numpy(float)}
-        charts.append(score_chart(scores, scored_by, threshold))
+    shown_groups = f"{len(groups):,} of {len(sizes):,} groups"
     return write_page(
         output,
         thumbnail,
+        contents=[shown_groups],
         title="Copies",
         subtitle="",
-        facts=facts,
+        facts=match_facts(matches, members, unreadable, threshold, scored_by, compared),
         score_meaning=MEANING[scored_by],
-        charts=charts,
+        charts=match_charts(matches, scored_by, threshold),
         groups=groups,
+        shown_groups=shown_groups,
+        all_groups=len(sizes),
         open_pairs=OPEN_PAIRS,
         not_copy_columns=NOT_COPY_COLUMNS,
         root=common_folder(members["path"]),
         unreadable=unreadable,
         max_unreadable=MAX_UNREADABLE,
     )
+
+
+def default_gallery(sizes):
+    """How many of the groups to show, given their numbers of images in the order of the page: at
+    most MAX_GROUPS, and at most MAX_IMAGES images, so that the page stays below 20 MB.
+    """
+    images = sizes.clip(upper=MAX_GROUP_IMAGES).cumsum()
+    return min(MAX_GROUPS, int((images <= MAX_IMAGES).sum()))
+
+
+def match_facts(matches, members, unreadable, threshold, scored_by, compared):
+    """Name and value, as text, of what write_match_page's page shows first."""
+    facts = {}
+    if compared is not None:
+        facts["images compared"] = f"{compared:,}"
+    facts["groups of copies"] = f"{members['group'].nunique():,}"
+    facts["images in these pairs"] = f"{len(members):,}"
+    facts["pairs"] = f"{len(matches):,}"
+    facts["unreadable files"] = f"{len(unreadable):,}"
+    if threshold is not None:
+        name = "threshold" if scored_by == "cosine" else "normalized threshold"
+        facts[name] = f"{threshold:.6g}"
+    return facts
+
+
+def match_charts(matches, scored_by, threshold):
+    """The histogram of all scores, as a list; none where there are no pairs."""
+    if not len(matches):
+        return []
+    scores = {"pairs": matches["score"].to_numpy(float)}
+    return [score_chart(scores, scored_by, threshold)]
 
 
 def with_all_columns(matches):
@@ -319,6 +352,17 @@ def with_all_columns(matches):
     return matches.assign(normalized=normalized, **digests)
 
 
+def lowest_first(matches):
+    """A table of matches as the page judges them: with `identical`, whether the two files have the
+    same bytes; lowest score first, identical files last.
+    """
+    digests = matches["query_sha256"]
+    identical = (digests != "") & (digests == matches["reference_sha256"])
+    ranked = matches["score"].where(~identical, np.inf)
+    order = ranked.argsort(kind="stable")
+    return matches.assign(identical=identical).iloc[order]
+
+
 def group_members(matches):
     """Each file of each group once: `group`, `path`."""
     sides = []
@@ -327,11 +371,11 @@ def group_members(matches):
     return pd.concat(sides).drop_duplicates()
 
 
-def group_card(pairs, two_sets):
+def group_card(number, pairs, two_sets):
     """What the page shows of a group: some of its images, and the pairs between these.
 
-    pairs: the group's rows of `matches`, best first. two_sets: queries and references are
-    different files; then the images are called so.
+    number: the group's in the csv. pairs: its rows of `matches`, lowest_first. two_sets: queries
+    and references are different files; then the images are called so.
     """
     paths = pairs[["query", "reference"]].to_numpy().ravel()
     members = list(dict.fromkeys(paths))
@@ -343,14 +387,14 @@ def group_card(pairs, two_sets):
 
     queries = set(pairs["query"])
     images = {}
-    for number, path in enumerate(chosen, start=1):
+    for place, path in enumerate(chosen, start=1):
         role = ""
         if two_sets:
             role = "query " if path in queries else "reference "
         images[path] = {
             "path": path,
-            "number": number,
-            "role": f"{role}{number}",
+            "number": place,
+            "role": f"{role}{place}",
             "details": details[path],
             "keep": reason if path == kept and details[path] else "",
             "pairs": [],  # that it is in, by their place in the list
@@ -369,27 +413,54 @@ def group_card(pairs, two_sets):
             query["parts"].append((place, line["part"]))
         lines.append(line)
     return {
+        "number": str(number),
         "size": len(members),
         "pairs": len(pairs),
-        "best": pairs["score"].max(),
+        "scores": scores_text(pairs),
         "images": list(images.values()),
+        "others": [path for path in members if path not in images],
         "lines": lines,
     }
 
 
+def scores_text(pairs):
+    """The lowest and the best score of a group, such as "lowest 0.7012, best 0.9300".
+
+    The score of identical files is not a number: re-saved files may reach 1.0000 by rounding.
+    """
+    scores = pairs["score"][~pairs["identical"]]
+    if not len(scores):
+        return "identical files"
+    if len(pairs) == 1:
+        return f"score {scores.iloc[0]:.4f}"
+    best = f"best {scores.max():.4f}"
+    if pairs["identical"].any():
+        best = "best: identical files"
+    return f"lowest {scores.min():.4f}, {best}"
+
+
 def pair_line(pair, query, reference):
     """What the page says of a pair; query, reference: the numbers of its images in the group."""
-    view = VIEW_OF_NAME.get(pair.view)
     first, second = sorted((query, reference))
-    return {
+    line = {
         "first": first,
         "second": second,
+        "identical": pair.identical,
         "cosine": pair.cosine,
-        "normalized": None if np.isnan(pair.normalized) else pair.normalized,
-        "view": view_text(pair.view, query),
-        "part": view if view and view.size < 1 else None,
+        "normalized": None,
+        "view": "",
+        "part": None,
         "row": not_copy_row(pair),
     }
+    if pair.identical:  # nothing else needs to be said
+        return line
+    view = VIEW_OF_NAME.get(pair.view)
+    line["view"] = view_text(pair.view, query)
+    if view and view.size < 1:
+        line["part"] = view
+    if not np.isnan(pair.normalized):
+        line["normalized"] = pair.normalized
+    return line
 
 
 def view_text(name, number):

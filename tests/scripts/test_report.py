@@ -16,6 +16,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import h5py
 import numpy as np
@@ -405,7 +406,7 @@ def test_many_queries(tmp_path, capsys):
 def test_match_page(pairs, tmp_path):
     unreadable = [(os.fsdecode(b"/x/\xff.heic"), 'no "image"'), (f"/x/{EVIL}", "empty")]
     line = report.write_match_page(tmp_path / "m.html", pairs, unreadable, 0.604169)
-    assert line == f"{tmp_path}/m.html: 0.0 MB, 6 images, 1 not found"
+    assert line == f"{tmp_path}/m.html: 0.0 MB, 3 of 3 groups, 6 images, 1 not found"
     page = Page(tmp_path / "m.html")
     text = " ".join(page.text.split())
     for part in (
@@ -420,20 +421,30 @@ def test_match_page(pairs, tmp_path):
         f"/x/{EVIL} empty",
     ):
         assert part in text, part
-    titles = re.findall(r"\d images \d pairs?(?:, the best)? \S+", text)
-    assert titles == [
-        "3 images 2 pairs, the best 0.9300",
-        "2 images 1 pair 0.9900",
-        "2 images 1 pair 0.7000",
+    assert headings(text) == [
+        "Group 3 2 images · score 0.7000",
+        "Group 7 3 images · lowest 0.9100, best 0.9300",
+        "Group 2 2 images · score 0.9900",
     ]
-    assert re.search(r"1 . 2 0\.9300 not a copy 1 . 3 0\.9100", text)
+    assert re.search(r"1 . 2 0\.9100 not a copy 1 . 3 0\.9300", text)
+    assert "3 of 3 groups are shown" in text and "--gallery" not in text
+    assert "images compared" not in text
+
+
+def headings(text):
+    """The titles of a page's groups."""
+    scores = r"identical files|score \S+|lowest [\d.-]+, best(?: \S+|: identical files)"
+    return re.findall(rf"Group \S+ \d+ images · (?:{scores})", text)
 
 
 def test_page_from_the_csv_of_match(pairs, tmp_path):
     pairs.to_csv(tmp_path / "matches.csv", index=False, errors="surrogateescape")
     result = run(SCRIPT, tmp_path / "matches.csv")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{tmp_path}/matches.csv.html: 0.0 MB, 6 images, 1 not found\n"
+    assert (
+        result.stdout
+        == f"{tmp_path}/matches.csv.html: 0.0 MB, 3 of 3 groups, 6 images, 1 not found\n"
+    )
     report.write_match_page(tmp_path / "same.html", pairs)
     assert (tmp_path / "matches.csv.html").read_bytes() == (tmp_path / "same.html").read_bytes()
 
@@ -452,9 +463,14 @@ def test_match_page_without_matches_and_with_large_groups(pairs, tmp_path):
     text = " ".join(shown.text.split())
     assert len(shown.all("article")) == 2
     assert text.count("not found") == 2 * page.MAX_GROUP_IMAGES
+    assert headings(text) == [
+        "Group 0 80 images · lowest 0.5000, best 0.5390",
+        "Group 1 80 images · lowest 0.5400, best 0.5790",
+    ]
     for part in (
-        "80 images 40 pairs",
-        "2 of 10 groups",
+        "2 of 10 groups are shown",
+        "--gallery 10 shows all",
+        "68 more images",
         "and 700 more",
         "query 1",
         "reference 2",
@@ -585,9 +601,9 @@ def test_views_of_a_larger_group_name_their_image(tmp_path):
         row("/gone/c", "/gone/a", 0.7, view="turned 90"),
     ]
     text = " ".join(written(tmp_path, *rows).text.split())
-    assert re.search(r"1 . 2 0\.9000 1 mirrored", text)
-    assert re.search(r"2 . 3 0\.8000 top left part of 3, mirrored", text)
-    assert re.search(r"1 . 3 0\.7000 3 turned 90°", text)
+    assert re.search(r"1 . 2 0\.7000 1 turned 90°", text)
+    assert re.search(r"1 . 3 0\.8000 top left part of 1, mirrored", text)
+    assert re.search(r"2 . 3 0\.9000 2 mirrored", text)
 
 
 def test_scores_are_cosines_or_normalized(tmp_path):
@@ -604,7 +620,8 @@ def test_scores_are_cosines_or_normalized(tmp_path):
         "normalized 0.4321 cosine 0.9123",
         "normalized -0.0321 cosine 0.8123",
         "normalized 0.2221 cosine 0.7123",
-        "2 pairs, the best 0.4321",
+        "Group 1 3 images · lowest -0.0321, best 0.4321",
+        "Group 2 2 images · score 0.2221",
     ):
         assert part in text, part
     assert "normalized score" in shown.all("svg")[0]["aria-label"]
@@ -650,11 +667,140 @@ def test_only_its_own_script_may_run(pairs, tmp_path):
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
     assert rules["script-src"] == f"'sha256-{digest}'"
     # and there is none where nothing can be ticked
     report.write_match_page(tmp_path / "none.html", pairs[:0])
     empty = (tmp_path / "none.html").read_text()
     assert "<script" not in empty and "script-src" not in empty
+
+
+# ---- pages of match.py: what needs judging ----
+
+
+def groups_of(text):
+    """The numbers of a page's groups, in order."""
+    return re.findall(r"Group (\d+) \d+ images", text)
+
+
+def test_groups_that_need_judging_come_first(tmp_path):
+    """By the lowest of all pairs, also where a group's best pair is the best of all."""
+    rows = [
+        row("/gone/a", "/gone/b", 0.8, 41),
+        row("/gone/c", "/gone/d", 0.99, 5),
+        row("/gone/e", "/gone/d", 0.61, 5),
+        row("/gone/f", "/gone/g", 0.7, 12),
+        row("/gone/f", "/gone/h", 0.95, 12),
+    ]
+    shown = written(tmp_path, *rows)
+    text = " ".join(shown.text.split())
+    assert groups_of(text) == ["5", "12", "41"]
+    assert "lowest score first" in text
+    few = " ".join(written(tmp_path, *rows, gallery=2).text.split())
+    assert groups_of(few) == ["5", "12"] and "2 of 3 groups are shown" in few
+    none = " ".join(written(tmp_path, *rows, gallery=0).text.split())
+    assert groups_of(none) == [] and "No group is shown." in none
+
+
+def test_the_lowest_pair_of_a_large_group_is_shown(tmp_path):
+    names = [f"/gone/{number}.jpg" for number in range(40)]
+    rows = [row(one, other, 0.95 - n / 100) for n, (one, other) in enumerate(pairwise(names))]
+    shown = written(tmp_path, *rows)
+    assert decoded(shown.all("input")[0])[:2] == names[-2:]
+
+
+@pytest.mark.parametrize("size", [2, 8, 30])
+def test_many_groups_are_shown_but_not_too_many_images(size, tmp_path):
+    rows = []
+    for group in range(260):
+        first, *others = [f"/gone/{group}/{n}" for n in range(size)]
+        rows += [row(first, other, 0.5 + group / 1000, group) for other in others]
+    line = report.write_match_page(tmp_path / "m.html", table(*rows))
+    text = " ".join(Page(tmp_path / "m.html").text.split())
+    groups = groups_of(text)
+    tiles = len(Page(tmp_path / "m.html").all("figure")) - 1  # the chart is one
+    assert tiles == len(groups) * min(size, page.MAX_GROUP_IMAGES)
+    assert groups == [str(group) for group in range(len(groups))]
+    assert f" {len(groups)} of 260 groups, " in line
+    assert f"{len(groups)} of 260 groups are shown" in text
+    if size == 2:
+        assert len(groups) == 200
+    else:
+        assert 900 < tiles <= 1000
+    everything = " ".join(written(tmp_path, *rows, gallery=300).text.split())
+    assert len(groups_of(everything)) == 260
+
+
+def test_images_without_room_are_listed(tmp_path):
+    names = [f"/photos/n{number} & {EVIL.replace('/', '-')}.jpg" for number in range(26)]
+    names[20] = os.fsdecode(b"/photos/caf\xe9\n.jpg")
+    rows = [row(names[0], other, 0.9) for other in names[1:]]
+    shown = written(tmp_path, *rows)
+    text = " ".join(shown.text.split())
+    assert "Group 1 26 images" in text and "14 more images" in text
+    for name in names:
+        assert text.count(page.shown(name).removeprefix("/photos/")) == 1, name
+    assert "more images" not in written(tmp_path, *rows[: page.MAX_GROUP_IMAGES - 1]).text
+
+
+def test_identical_files_are_told_from_resaved_ones(tmp_path):
+    first = write_image(tmp_path / "first.png", 0)
+    same = str(shutil.copy(first, tmp_path / "same.png"))
+    resaved = str(write_image(tmp_path / "resaved.png", 1))
+    first = str(first)
+    rows = [row(first, same, 1.0, 1), row(first, resaved, 0.99999999, 2)]
+    text = " ".join(written(tmp_path, *rows).text.split())
+    assert headings(text) == [
+        "Group 2 2 images · score 1.0000",
+        "Group 1 2 images · identical files",
+    ]
+    rows = [row(first, same, 0.9999999, 1), row(first, resaved, 1.0, 1)]
+    text = " ".join(written(tmp_path, *rows).text.split())
+    assert headings(text) == ["Group 1 3 images · lowest 1.0000, best: identical files"]
+    assert re.search(r"1 . 2 1\.0000 not a copy 1 . 3 identical files not a copy", text)
+
+
+def test_identical_files_come_last_whatever_their_normalized_score(tmp_path):
+    first = write_image(tmp_path / "first.png", 0)
+    same = str(shutil.copy(first, tmp_path / "same.png"))
+    rows = [row(str(first), same, 1.0, 1, "mirrored", 0.2), row("/a", "/b", 0.9, 2, "whole", 0.3)]
+    text = " ".join(written(tmp_path, *rows, scored_by="normalized score").text.split())
+    assert headings(text) == [
+        "Group 2 2 images · score 0.3000",
+        "Group 1 2 images · identical files",
+    ]
+    assert "mirrored" not in text and "normalized 0.2000" not in text
+
+
+def test_unknown_digests_are_not_identical(tmp_path):
+    text = written(tmp_path, row("/gone/a", "/gone/b", 1.0)).text
+    assert "score 1.0000" in text and "best: identical" not in text
+
+
+def test_how_many_images_were_compared(tmp_path):
+    text = " ".join(written(tmp_path, row("/a", "/b", 0.9), compared=20_000).text.split())
+    assert "images compared 20,000" in text
+    assert text.index("Group 1") < text.index("Cosine of the descriptors")  # the chart comes last
+    none = " ".join(written(tmp_path, compared=0).text.split())
+    assert "images compared 0" in none
+
+
+def test_images_link_to_their_files(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    paths = [str(folder / name) for name in [*HARD_NAMES, "50% #1?.jpg", "javascript:alert(1).jpg"]]
+    for number, path in enumerate(paths):
+        write_image(folder / "image.png", number).rename(path)
+    rows = [row(one, other, 0.9) for one, other in pairwise(paths)]
+    links = written(tmp_path, *rows, row("/gone/a", "/gone/b", 0.8, 2)).all("a")
+    found = {os.fsdecode(unquote_to_bytes(link["href"].removeprefix("file://"))) for link in links}
+    assert found == set(paths)
+    for link in links:
+        assert re.fullmatch(r"file:///[\w/.%~-]+", link["href"], re.ASCII)
+        assert link["rel"] == "noopener"
+    monkeypatch.chdir(folder)  # paths in the csv are relative to where match.py ran
+    names = [os.path.basename(path) for path in paths[:2]]  # noqa: PTH119
+    relative = written(tmp_path, row(*names, 0.9)).all("a")
+    assert {link["href"] for link in relative} <= {link["href"] for link in links}
 
 
 # ---- locales ----
@@ -841,6 +987,7 @@ def test_needs_neither_torch_nor_matplotlib(library):
         (["sub.h5", "truth.csv", "--images", "none"], ["none", "folder"]),
         (["sub.h5", "truth.csv", "--precision", "95"], ["--precision", "0.95"]),
         (["sub.h5", "truth.csv", "--output", "sub.h5"], ["--output", "sub.h5"]),
+        (["sub.h5", "truth.csv", "--output", "photo.JPG"], ["--output", "photo.JPG", ".html"]),
         (["sub.h5", "truth.csv", "--output", "none/p.html"], ["none"]),
         (["matches.csv", "--threshold", "0.9"], ["--threshold", "GROUND_TRUTH"]),
         (["matches.csv", "--matching"], ["--matching", "GROUND_TRUTH"]),
@@ -861,6 +1008,43 @@ def test_refusals(flags, words, data, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.iterdir())
     assert_refused(called(report.main, flags, capsys), *words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["sub.h5", "truth.csv", "query_edits.csv", "own_edits.csv"])
+@pytest.mark.parametrize("spelling", ["absolute", "dots", "symbolic link", "hard link"])
+def test_no_spelling_of_output_replaces_what_it_reads(
+    name, spelling, data, tmp_path, monkeypatch, capsys
+):
+    for file in "sub.h5", "truth.csv", "query_edits.csv":
+        shutil.copy(data / file, tmp_path)
+    shutil.copy(data / "query_edits.csv", tmp_path / "own_edits.csv")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(name)
+    (tmp_path / "hard").hardlink_to(tmp_path / name)
+    output = {
+        "absolute": tmp_path / name,
+        "dots": f"folder/../{name}",
+        "symbolic link": "link",
+        "hard link": "hard",
+    }[spelling]
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    flags = ["sub.h5", "truth.csv", "--output", output]
+    if name == "own_edits.csv":
+        flags += ["--edits", "own_edits.csv"]
+    assert_refused(called(report.main, flags, capsys), "--output", "replace")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_output_may_replace_an_earlier_page_but_not_the_matches(pairs, tmp_path, capsys):
+    pairs.to_csv(tmp_path / "m.csv", index=False, errors="surrogateescape")
+    before = (tmp_path / "m.csv").read_bytes()
+    dots = f"{tmp_path}/../{tmp_path.name}/m.csv"
+    assert_refused(called(report.main, [tmp_path / "m.csv", "--output", dots], capsys), "replace")
+    assert (tmp_path / "m.csv").read_bytes() == before
+    for _ in range(2):
+        assert report.main([str(tmp_path / "m.csv"), "--output", str(tmp_path / "p.html")]) == 0
+    capsys.readouterr()
 
 
 def test_refusal_as_a_user_sees_it(data):
@@ -971,7 +1155,9 @@ def test_ticked_pairs_are_saved_byte_for_byte(hard, browser, tmp_path):
     content = os.fsdecode((tmp_path / "saved.csv").read_bytes())
     header, *rows = csv.reader(io.StringIO(content, newline=""))
     assert header == ["query", "reference", "query_sha256", "reference_sha256"]
-    expected = matches.drop(index=1)[header].to_numpy().tolist()
+    lowest_first = matches[::-1]
+    unticked = lowest_first.index[1]
+    expected = lowest_first.drop(index=unticked)[header].to_numpy().tolist()
     assert rows == expected
     assert all(len(digest) == 64 for cells in rows for digest in cells[2:])
     read = pd.read_csv(tmp_path / "saved.csv", encoding_errors="surrogateescape")
@@ -1033,8 +1219,8 @@ def test_a_pair_of_a_large_group_shows_its_images(browser, tmp_path):
     page = browser.new_page()
     page.goto((tmp_path / "m.html").as_uri())
     assert page.locator(".part:visible").count() == 0
-    page.get_by_role("checkbox", name="2 and 3").focus()
-    assert page.locator("figure", has_text="2.png").locator(".part").is_visible()
     page.get_by_role("checkbox", name="1 and 2").focus()
+    assert page.locator("figure", has_text="2.png").locator(".part").is_visible()
+    page.get_by_role("checkbox", name="2 and 3").focus()
     assert page.locator(".part:visible").count() == 0
     page.close()
