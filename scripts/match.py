@@ -64,6 +64,7 @@ from common.background import (
     LEAST_COLLECTION,
     collection_background,
     given_background,
+    sure_cosine,
     threshold_for,
 )
 from common.cli import at_least, hidden_stderr
@@ -128,17 +129,27 @@ class Scoring:
     """What decides whether a pair is a match: its cosine, or its normalized score.
 
     threshold: the least score of a match; normalized: whether the query's background is subtracted
-    from the cosine; cosine_threshold: what decides where there is too little background.
+    from the cosine; cosine_threshold: what decides where there is too little background;
+    sure_cosine: what is a match whatever the background, or None.
     """
 
     threshold: float
     normalized: bool
     cosine_threshold: float
+    sure_cosine: float | None = None
 
     @property
     def name(self):
-        """What decides, in words."""
+        """What a score is, in words."""
         return "normalized score" if self.normalized else "cosine"
+
+    @property
+    def rule(self):
+        """What decides, in words."""
+        rule = f"by {self.name} of at least {self.threshold:g}"
+        if self.sure_cosine is not None:
+            rule += f" or cosine of at least {self.sure_cosine:g}"
+        return rule
 
 
 def choose_scoring(args, network, reference_count):
@@ -163,18 +174,20 @@ def choose_scoring(args, network, reference_count):
     threshold = args.normalized_threshold
     if threshold is None and not args.negatives:  # NES needs a threshold of its own
         threshold = network.thresholds.for_normalized(with_views)
-        if threshold is not None:
-            threshold = threshold_for(threshold, reference_count)
     if threshold is None:
         return by_cosine
     if reference_count < LEAST_COLLECTION and not args.negatives:
         say(
             args,
-            f"scores are cosines: {reference_count} images are too few for background "
-            f"normalization, which needs {LEAST_COLLECTION}",
+            f"scores are cosines: background normalization needs a collection of "
+            f"{LEAST_COLLECTION} images, and here are {reference_count}",
         )
         return by_cosine
-    return Scoring(threshold, True, cosine_threshold)
+    if args.normalized_threshold is not None:
+        return Scoring(threshold, True, cosine_threshold)
+    threshold = threshold_for(threshold, reference_count)
+    sure = sure_cosine(cosine_threshold, reference_count)
+    return Scoring(threshold, True, cosine_threshold, sure)
 
 
 def say(args, message):
@@ -280,7 +293,10 @@ def query_background(views, queries, references, rows, scoring, negatives, quiet
             row_of_file[files[0]] = row
     neutral = scoring.cosine_threshold - scoring.threshold
     collection = rows[distinct.first]
-    return collection_background(views, row_of_file[queries], collection, neutral, quiet)
+    background = collection_background(views, row_of_file[queries], collection, neutral, quiet)
+    if scoring.sure_cosine is not None:
+        background = np.minimum(background, scoring.sure_cosine - scoring.threshold)
+    return background
 
 
 def as_table(pairs, paths, digests, views, normalized):
@@ -316,8 +332,11 @@ def as_table(pairs, paths, digests, views, normalized):
 # ---- output ----
 
 
-def write_outputs(args, table, groups, unreadable, scoring):
-    """Write the table and the groups to all files that the command line names."""
+def write_outputs(args, table, groups, unreadable, scoring, compared):
+    """Write the table and the groups to all files that the command line names.
+
+    compared: the number of images that were.
+    """
     for path in args.output:
         if path.endswith(".jsonl"):
             records = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -335,6 +354,7 @@ def write_outputs(args, table, groups, unreadable, scoring):
             list(unreadable.items()),
             scoring.threshold,
             scored_by=scoring.name,
+            compared=compared,
         )
         say(args, line)
 
@@ -645,7 +665,7 @@ def run(args, problems):
         raise KeyboardInterrupt(kept) from None
     counts = f"{len(paths)} images, {len(cache.new_images)} of them new"
     matches = f"{len(table)} matches in {len(groups)} groups"
-    say(args, f"{counts}; {matches}, by {scoring.name} of at least {scoring.threshold:g}")
+    say(args, f"{counts}; {matches}, {scoring.rule}")
     if problems.unreadable and args.bad_images == "error":
         count = len(problems.unreadable)
         raise InputError(
@@ -692,7 +712,7 @@ def compare(args, network, extract, places, paths, members, problems):
         quiet=args.quiet,
     )
     table, groups = as_table(pairs, paths, extracted.digests, args.views, scoring.normalized)
-    write_outputs(args, table, groups, problems.unreadable, scoring)
+    write_outputs(args, table, groups, problems.unreadable, scoring, int(is_readable.sum()))
     return table, groups, scoring
 
 

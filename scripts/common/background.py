@@ -17,6 +17,7 @@ ALIKE = 0.8  # least cosine with a query's best match of an image that does not 
 LEAST_COLLECTION = 50  # images; the background of fewer says nothing
 CALIBRATED_ON = 600  # images of the collection that the networks' thresholds were measured with
 SLOPE = 0.12  # of the threshold over the logarithm of a smaller collection's size, measured
+SURE_COSINE = 0.85  # of a pair that matches whatever its background, in a larger collection
 FIRST_SEARCH = 32  # neighbors fetched at first; more where most of them do not count
 BLOCK = 2048  # views at once, whose neighbors are held
 
@@ -29,6 +30,17 @@ def threshold_for(threshold, collection_size):
     """
     missing = max(1, CALIBRATED_ON / collection_size)
     return round(threshold + SLOPE * math.log(missing), 2)
+
+
+def sure_cosine(cosine_threshold, collection_size):
+    """The cosine from which a pair matches whatever the query's background.
+
+    Else a copy could be missed because the collection holds many images that resemble it. Where the
+    threshold for cosines was measured, it serves; more images give more chances to err.
+    """
+    if collection_size <= CALIBRATED_ON:
+        return cosine_threshold
+    return max(cosine_threshold, SURE_COSINE)
 
 
 def collection_background(views, own_rows, collection, neutral, quiet=True):

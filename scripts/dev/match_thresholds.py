@@ -22,7 +22,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 
-from common.background import collection_background, threshold_for
+from common.background import collection_background, sure_cosine, threshold_for
 from common.cli import at_least
 from common.descriptor_cache import DescriptorCache
 from common.errors import InputError, one_line_errors
@@ -170,9 +170,11 @@ def print_sizes(collection, truth, network, sizes):
             for scoring, threshold in thresholds.items():
                 if threshold is None:
                     continue
+                sure = None
                 if scoring == "normalized":
                     threshold = threshold_for(threshold, size)
-                precision, recall = precision_and_recall(drawn, truth, scoring, threshold)
+                    sure = sure_cosine(thresholds["cosine"], size)
+                precision, recall = precision_and_recall(drawn, truth, threshold, sure)
                 row[f"{scoring} ≥"] = f"{threshold:g}"
                 row[f"precision ({scoring})"] = f"{precision:.3f}"
                 row[f"recall ({scoring})"] = f"{recall:.3f}"
@@ -199,15 +201,18 @@ def drawn_collections(collection, size, filler):
     return collections
 
 
-def precision_and_recall(collections, truth, scoring, threshold):
-    """Of all collections together, of the pairs at or above the threshold."""
+def precision_and_recall(collections, truth, threshold, sure):
+    """Of all collections together, of the pairs at or above the threshold.
+
+    sure: the cosine that always suffices, with normalized scores; None with cosines.
+    """
     found = 0
     right = 0
     wanted = 0
     for collection in collections:
         background = np.zeros(len(collection.views))
-        if scoring == "normalized":
-            background = collection.background()
+        if sure is not None:
+            background = np.minimum(collection.background(), sure - threshold)
         pairs = collection.candidates(background, threshold)
         there = truth[truth["reference_id"].isin(collection.reference_ids)]
         found += len(pairs)

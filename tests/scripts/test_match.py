@@ -709,7 +709,7 @@ def test_normalization_can_be_turned_off(many, do, tmp_path, flag):
 def test_a_small_collection_takes_cosines(folder, do, tmp_path):
     network = with_thresholds(tmp_path, normalized_threshold=0.23)
     _, rows, err = do(folder, network=network, threshold=None)
-    assert "12 images are too few for background normalization, which needs 50" in err
+    assert "needs a collection of 50 images, and here are 12" in err
     assert rows == do(folder)[1]
 
 
