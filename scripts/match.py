@@ -11,7 +11,7 @@
 #     "tqdm==4.70.1",
 # ]
 # ///
-r"""Find copies among images of one's own: cropped, recompressed, renamed, edited.
+r"""Find copies among your images: cropped, recompressed, renamed, edited.
 
     python scripts/match.py FOLDER  # copies inside one folder
     # which of these are copies of those?
@@ -19,6 +19,7 @@ r"""Find copies among images of one's own: cropped, recompressed, renamed, edite
     python scripts/match.py photo.jpg archive/ --weight checkpoint_0009.pth.tar
     python scripts/match.py uploads.txt archive/ --onnx isc.onnx --device cpu
     python scripts/match.py FOLDER --groups groups.jsonl --report page.html
+    python scripts/match.py FOLDER --views all  # mirrored, turned, a part of another image, too
     uv run scripts/match.py FOLDER  # also installs what it needs, as in requirements-match.txt
 
 QUERIES, REFERENCES and FOLDER are each a folder, with all folders below it; or one image; or a text
@@ -26,20 +27,24 @@ file of paths, one a line (or each ended by a NUL byte, as by `find -print0`), r
 command runs. In folders, hidden files are skipped, symbolic links are followed, and each folder is
 read once. A file that two paths lead to is one file, and no copy of itself.
 
-Reads   JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is installed; the first
-        frame of an animation; upright as EXIF says and viewers show it; at most 100 million
-        pixels. In a folder, files are chosen by suffix, then read by content. Unreadable files are
+Reads   JPEG, JPEG 2000, PNG, WEBP, BMP, GIF, TIFF, PPM, AVIF, and HEIC where pillow-heif is
+        installed; the first frame of an animation; as viewers show it: upright as EXIF says,
+        transparent pixels on white; at most 100 million pixels. In a folder, files are chosen by suffix, then read by content. Unreadable files are
         named at the end, on stderr, and so are images without content (one color, but for slight
         noise or a slight gradient), which are left out of the comparison.
 Needs   requirements-match.txt only, not torch: descriptors are those of the small network
         weights/v98.onnx, by ONNX Runtime. --onnx takes another file of export.py. --weight takes
         the published network, which is fetched once, or a checkpoint; it needs requirements.txt.
-Writes  query,reference,score,group. The score is the cosine of two descriptors, 1 for the same
-        image. A group is all images that copies, and copies of copies, connect: over every pair
-        at or above --threshold, reported or not. Paths keep their bytes: csv has them as they are,
-        in quotes where they hold commas, quotes or line ends; JSON has \udc80 to \udcff for bytes
-        that are not UTF-8, and Python's os.fsencode() turns these back.
-Keeps   finished descriptors in --cache, by content and network. After an interruption of any kind
+Writes  query,reference,score,group,view,cosine,normalized,query_sha256,reference_sha256. The cosine
+        is that of two descriptors, 1 for the same image. The normalized score is the cosine less
+        the query's background, the mean of its next best cosines with the collection; `score` is
+        this where it decides, else the cosine. By default either may suffice; the last line on
+        stderr says what decided. `view` is the view of the query that matched. A group is all
+        images that copies, and copies of copies, connect: over every match, reported or not. Paths
+        keep their bytes: csv has them as they are, in quotes where they hold commas, quotes or line
+        ends; JSON has \udc80 to \udcff for bytes that are not UTF-8, and Python's os.fsencode()
+        turns these back.
+Keeps   finished descriptors in --cache, by content, view and network. After an interruption of any kind
         the same command does only the rest, and several commands may run at once. To clear the
         cache, delete the file.
 
@@ -483,7 +488,8 @@ def parse_args(argv=None):
         metavar="KIND,...",
         help=f"compare queries in more views than the whole image: {', '.join(KINDS)}, or all. "
         f"Descriptors of a query: parts 5 (the whole, and four overlapping parts of 2/3 of a "
-        f"side), mirrored 2, turned 4 (by 90, 180, 270 degrees), all 13 (parts mirrored as well)",
+        f"side), mirrored 2, turned 4 (by 90, 180, 270 degrees), all 13 (parts mirrored as well). "
+        f"To find what was cut out of references, give these as QUERIES, or all in one FOLDER",
     )
     add(
         "--threshold",
@@ -497,8 +503,8 @@ def parse_args(argv=None):
         type=at_least(float, -2),
         help="least normalized score of a match: the cosine less the query's background, the mean "
         "of its next best cosines with the collection (default: the one in the ONNX file's "
-        f"metadata; networks without one, and collections of fewer than {LEAST_COLLECTION} "
-        "images, take --threshold)",
+        "metadata, higher for small collections, or a high cosine; networks without one, and "
+        f"collections of fewer than {LEAST_COLLECTION} images, take --threshold)",
     )
     add("--no-normalization", action="store_true", help="cosines decide, whatever the network")
     add(

@@ -746,6 +746,21 @@ def test_copies_in_numbers_are_one_group(many, do, tmp_path):
     assert sorted(sizes) == [5, 31]
 
 
+def test_a_copy_among_many_similar_images_is_found(tmp_path, do):
+    """Whose background is as high as its cosine is sure to be enough."""
+    alike = tmp_path / "alike"
+    alike.mkdir()
+    for seed in range(60):
+        Image.blend(draw(1000), draw(seed), 0.5).save(alike / f"{seed}.png")
+    shutil.copy(alike / "7.png", alike / "copy.png")
+    Image.open(alike / "8.png").save(alike / "recompressed.jpg", quality=90)
+    network = with_thresholds(tmp_path, normalized_threshold=0.4)
+    _, rows, _ = do(alike, network=network, threshold=None)
+    assert names(rows) == {("7.png", "copy.png"), ("8.png", "recompressed.jpg")}
+    _, rows, _ = do(alike, "--normalized-threshold", 0.67, network=network, threshold=None)
+    assert rows == []  # alone, the normalized score does not suffice
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
