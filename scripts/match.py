@@ -29,9 +29,10 @@ read once. A file that two paths lead to is one file, and no copy of itself.
 
 Reads   JPEG, JPEG 2000, PNG, WEBP, BMP, GIF, TIFF, PPM, AVIF, and HEIC where pillow-heif is
         installed; the first frame of an animation; as viewers show it: upright as EXIF says,
-        transparent pixels on white; at most 100 million pixels. In a folder, files are chosen by suffix, then read by content. Unreadable files are
-        named at the end, on stderr, and so are images without content (one color, but for slight
-        noise or a slight gradient), which are left out of the comparison.
+        transparent pixels on white; at most 100 million pixels. In a folder, files are chosen by
+        suffix, then read by content. Unreadable files are named at the end, on stderr, and so are
+        images without content (one color, but for slight noise or a slight gradient), which are
+        left out of the comparison.
 Needs   requirements-match.txt only, not torch: descriptors are those of the small network
         weights/v98.onnx, by ONNX Runtime. --onnx takes another file of export.py. --weight takes
         the published network, which is fetched once, or a checkpoint; it needs requirements.txt.
@@ -44,8 +45,8 @@ Writes  query,reference,score,group,view,cosine,normalized,query_sha256,referenc
         keep their bytes: csv has them as they are, in quotes where they hold commas, quotes or line
         ends; JSON has \udc80 to \udcff for bytes that are not UTF-8, and Python's os.fsencode()
         turns these back.
-Keeps   finished descriptors in --cache, by content, view and network. After an interruption of any kind
-        the same command does only the rest, and several commands may run at once. To clear the
+Keeps   finished descriptors in --cache, by content, view and network. After an interruption of any
+        kind the same command does only the rest, and several commands may run at once. To clear the
         cache, delete the file.
 
 Exit code: 0 with matches, 1 without, 2 after an error, 130 after Ctrl-C. Unreadable files change it
