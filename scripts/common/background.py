@@ -18,8 +18,9 @@ LEAST_COLLECTION = 50  # images; the background of fewer says nothing
 CALIBRATED_ON = 600  # images of the collection that the networks' thresholds were measured with
 SLOPE = 0.12  # of the threshold over the logarithm of a smaller collection's size, measured
 SURE_COSINE = 0.85  # of a pair that matches whatever its background, in a larger collection
-FIRST_SEARCH = 32  # neighbors fetched at first; more where most of them do not count
+NEIGHBORS = 32  # of a view, searched first; all images where too few of these count
 BLOCK = 2048  # views at once, whose neighbors are held
+MAX_SIMILARITIES = 2**23  # held at once, float32, where all images are looked at
 
 
 def threshold_for(threshold, collection_size):
@@ -68,31 +69,54 @@ def collection_background(views, own_rows, collection, neutral, quiet=True):
 
 def mean_beyond_best(rows, own, collection, neutral):
     """What collection_background says of each view, for rows (n, dim) whose own rows are `own`."""
+    scores, neighbors = nearest(rows, collection, NEIGHBORS, "ip", quiet=True)
+    best = best_neighbor(neighbors, own)
+    best_rows = collection[best][:, None]
+    likeness = pair_scores(collection[neighbors], best_rows, "ip")
+    counts = (neighbors != own[:, None]) & (likeness < ALIKE)
     means = np.empty(len(rows))
-    pending = np.arange(len(rows))
-    count = FIRST_SEARCH
-    while len(pending):
-        scores, neighbors = nearest(rows[pending], collection, count, "ip", quiet=True)
-        counts = background_members(neighbors, own[pending], collection)
-        is_complete = (counts.sum(axis=1) >= RANKS) | (neighbors.shape[1] == len(collection))
-        for place in np.flatnonzero(is_complete):
-            cosines = scores[place, counts[place]][:RANKS].astype(float)
-            missing = RANKS - len(cosines)
-            means[pending[place]] = (cosines.sum() + missing * neutral) / RANKS
-        pending = pending[~is_complete]
-        count *= 4
+    is_complete = (counts.sum(axis=1) >= RANKS) | (neighbors.shape[1] == len(collection))
+    for row in np.flatnonzero(is_complete):
+        means[row] = mean_of_ranks(scores[row, counts[row]], neutral)
+
+    others = np.flatnonzero(~is_complete)  # whose best match has many likes
+    step = max(1, MAX_SIMILARITIES // len(collection))
+    for start in range(0, len(others), step):
+        block = others[start : start + step]
+        means[block] = mean_among_all(rows[block], own[block], best[block], collection, neutral)
     return means
 
 
-def background_members(neighbors, own, collection):
-    """Which neighbors (n, k), best first, count as background: bool (n, k).
+def best_neighbor(neighbors, own):
+    """The first of each view's neighbors (n, k), best first, that is not its own row; (n,)."""
+    if neighbors.shape[1] == 1:
+        return neighbors[:, 0]
+    is_own = neighbors[:, 0] == own
+    return np.where(is_own, neighbors[:, 1], neighbors[:, 0])
 
-    Not the query itself, not the best of the others, and not what resembles that.
-    """
-    is_own = neighbors == own[:, None]
-    best = np.where(is_own[:, 0], neighbors[:, min(1, neighbors.shape[1] - 1)], neighbors[:, 0])
-    likeness = pair_scores(collection[neighbors], collection[best][:, None], "ip")
-    return ~is_own & (neighbors != best[:, None]) & (likeness < ALIKE)
+
+def mean_of_ranks(cosines, neutral):
+    """The mean of the first RANKS of cosines, best first; `neutral` stands for missing ones."""
+    cosines = cosines[:RANKS]
+    missing = RANKS - len(cosines)
+    return (cosines.sum(dtype=float) + missing * neutral) / RANKS
+
+
+def mean_among_all(rows, own, best, collection, neutral):
+    """As mean_beyond_best, for views whose best matches `best` (n,) resemble many images."""
+    similarity = rows @ collection.T
+    likeness = collection[best] @ collection.T
+    similarity[likeness >= ALIKE] = -np.inf
+    has_own = np.flatnonzero(own >= 0)
+    similarity[has_own, own[has_own]] = -np.inf
+    means = np.empty(len(rows))
+    for row, cosines in enumerate(similarity):
+        left = min(RANKS, np.count_nonzero(np.isfinite(cosines)))
+        highest = np.argpartition(-cosines, RANKS - 1)[:RANKS]
+        highest = highest[np.argsort(-cosines[highest])][:left]
+        exact = pair_scores(collection[highest], rows[row], "ip")
+        means[row] = mean_of_ranks(exact, neutral)
+    return means
 
 
 def given_background(views, background, quiet=True):
