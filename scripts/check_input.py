@@ -34,14 +34,13 @@ from tqdm import tqdm
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
+from common.images import STAGE_SUFFIXES
 from common.parallel import parallel
 from common.submissions import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exp"))
 
 INPUT = Path(__file__).resolve().parents[1] / "input"
-# Those that the stages in exp/ read.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DISC21 = {  # folder: letter, digits, numbers
     "training_images": ("T", 6, range(1_000_000)),
     "reference_images": ("R", 6, range(1_000_000)),
@@ -86,7 +85,7 @@ def list_folder(root, name):
     strays = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            has_suffix = entry.name.lower().endswith(IMAGE_SUFFIXES)
+            has_suffix = entry.name.lower().endswith(STAGE_SUFFIXES)
             hidden = entry.name.startswith(".")  # such as macOS's ._Q00000.jpg
             if has_suffix and not hidden and not entry.is_dir():
                 images.append(entry.name)

@@ -20,35 +20,15 @@ from common import pixels
 from common.cut_files import lacks_only_the_end, why_cut, with_end_marker
 from common.errors import InputError
 
+# Those that the stages in exp/ read.
+STAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HEIC_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
 SUFFIXES = (
-    ".apng",
-    ".avif",
-    ".avifs",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".j2c",
-    ".j2k",
-    ".jfif",
-    ".jp2",
-    ".jpc",
-    ".jpe",
-    ".jpeg",
-    ".jpf",
-    ".jpg",
-    ".jpx",
-    ".mpo",
-    ".pbm",
-    ".pfm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
+    *STAGE_SUFFIXES,
     *HEIC_SUFFIXES,
+    *(".apng", ".avif", ".avifs", ".dib", ".jfif", ".jpe", ".mpo"),
+    *(".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"),  # JPEG 2000
+    *(".pbm", ".pfm", ".pgm", ".pnm", ".ppm"),
 )
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 FIRST_BYTES = 32  # of a file, which tell its format
