@@ -16,11 +16,11 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        self.server.requests.append(self.path)  # first: the client does not wait for the end
         self.send_response(404 if self.path == "/missing" else 200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
         self.wfile.write(CONTENT[:1000] if self.path == "/interrupted" else CONTENT)
-        self.server.requests.append(self.path)
 
     def log_message(self, *_):
         pass
