@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 MAX_BYTES = 1_000_000_000  # of a file that is looked at
+MAX_MEASURED_PIXELS = 16_000_000  # of a JPEG that must be decoded in full for it
 
 
 def why_cut(content):
@@ -88,6 +89,8 @@ def why_jpeg_cut(content):
     headers = read_jpeg_headers(content)
     if headers is None:
         return "is cut in its header: the whole image is missing"
+    if not is_measurable(content, headers):
+        return "is cut"
     share = missing_share_of_scan(content, headers)
     if headers.one_pass:
         return f"is cut: {last(share)} of the image are missing" if share > 0 else None
@@ -111,9 +114,20 @@ def lacks_only_the_end(content):
         return False
     if headers is None or not (headers.one_pass or headers.reaches_full_detail):
         return False
+    if not is_measurable(content, headers):
+        return False
     with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
         unit_share = headers.unit[0] * headers.unit[1] / (image.width * image.height)
     return missing_share_of_scan(content, headers) <= max(0.01, unit_share)
+
+
+def is_measurable(content, headers):
+    """Whether what is missing of a cut JPEG can be measured in little memory.
+
+    That decodes it several times: in full, but for images that one scan holds.
+    """
+    with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+        return headers.one_pass or image.width * image.height <= MAX_MEASURED_PIXELS
 
 
 def with_end_marker(content):
