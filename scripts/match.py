@@ -77,8 +77,8 @@ from common.cli import at_least, hidden_stderr
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.errors import InputError, one_line_errors
-from common.exclusions import excluded_files
-from common.extraction import Extracted, extract_descriptors, read_background
+from common.exclusions import excluded_files, read_pairs
+from common.extraction import extract_descriptors, read_background
 from common.files import atomic, names_as_utf8, shown
 from common.keeping import group_record
 from common.listing import describe_left_out, list_files
@@ -106,10 +106,13 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 
 @dataclass
 class Problems:
-    """What is wrong with files: {path: why it is unreadable}, {path: what a readable one lacks}."""
+    """What is wrong with files: {path: why it is unreadable}, {path: what a readable one lacks},
+    {path: what is said of an image that has nothing to compare}.
+    """
 
     unreadable: dict = field(default_factory=dict)
     warnings: dict = field(default_factory=dict)
+    without_content: dict = field(default_factory=dict)
 
 
 # ---- network and descriptors ----
@@ -164,9 +167,12 @@ def choose_scoring(args, network, reference_count):
     Raises InputError where no threshold is known.
     """
     with_views = len(args.views) > 1
+    enough_background = reference_count >= LEAST_COLLECTION or bool(args.negatives)
     cosine_threshold = args.threshold
     if cosine_threshold is None:
         cosine_threshold = network.thresholds.for_cosine(with_views)
+    if cosine_threshold is None and args.normalized_threshold is not None and enough_background:
+        cosine_threshold = 1.0
     if cosine_threshold is None:
         raise InputError(
             f"{args.onnx}: has no threshold in its metadata; give --threshold "
@@ -182,7 +188,7 @@ def choose_scoring(args, network, reference_count):
         threshold = network.thresholds.for_normalized(with_views)
     if threshold is None:
         return by_cosine
-    if reference_count < LEAST_COLLECTION and not args.negatives:
+    if not enough_background:
         say(
             args,
             f"scores are cosines: background normalization needs a collection of "
@@ -248,8 +254,11 @@ def extract_collection(paths, members, views, extract):
         digests[others] = found.digests
         extracted.unreadable |= found.unreadable
         extracted.warnings |= found.warnings
+        extracted.without_content |= found.without_content
     query_views = extracted.rows
-    return rows, query_views, Extracted(None, digests, extracted.unreadable, extracted.warnings)
+    extracted.rows = None
+    extracted.digests = digests
+    return rows, query_views, extracted
 
 
 def subtract_negatives(rows, query_views, negatives, quiet):
@@ -279,7 +288,7 @@ def check_readable(places, members, rows):
     for place, files in zip(places, members, strict=True):
         if not rows[files].any():
             raise InputError(
-                f"{shown(place)}: no image of {len(files)} can be read; see the list below"
+                f"{shown(place)}: no image of {len(files)} can be compared; see the list below"
             )
 
 
@@ -297,12 +306,16 @@ def query_background(views, queries, references, rows, scoring, negatives, quiet
     for row, files in enumerate(distinct.files):
         if len(files) == 1:  # of several equal ones, one is a copy of the other
             row_of_file[files[0]] = row
+    # Where nothing is left to compare with, the score is as far from its threshold as the cosine.
     neutral = scoring.cosine_threshold - scoring.threshold
-    collection = rows[distinct.first]
-    background = collection_background(views, row_of_file[queries], collection, neutral, quiet)
-    if scoring.sure_cosine is not None:
-        background = np.minimum(background, scoring.sure_cosine - scoring.threshold)
-    return background
+    return collection_background(
+        views,
+        row_of_file[queries],
+        rows[distinct.first],
+        scoring.cosine_threshold,
+        neutral,
+        quiet,
+    )
 
 
 def as_table(pairs, paths, digests, views, normalized):
@@ -634,8 +647,40 @@ def main(argv=None):
     exit_code = run(args, problems)
     if exit_code != INTERRUPTED:
         print_problems("damaged files, read all the same", problems.warnings)
+        print_problems("images without content, left out", problems.without_content)
         print_problems("unreadable files", problems.unreadable)
     return exit_code
+
+
+def check_early(args, network):
+    """Raise InputError, before hours of work, where a file or a threshold is missing."""
+    given = args.threshold is not None or args.normalized_threshold is not None
+    if not given and network.thresholds.cosine is None:
+        raise InputError(
+            f"{args.onnx}: has no threshold in its metadata; give --threshold "
+            f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
+        )
+    for file in args.ignore:
+        read_pairs(file)
+    if args.negatives and not Path(args.negatives).exists():
+        raise InputError(f"{args.negatives}: no such file or folder; check --negatives")
+    for place in (args.queries, args.references):
+        if args.not_within and place and not Path(place).is_dir():
+            raise InputError(f"{shown(place)}: is no folder; --not-within goes with folders")
+
+
+def open_cache(args, network):
+    """The DescriptorCache of --cache; none is kept where the default one cannot be written.
+
+    Raises InputError where the user named one that cannot be used.
+    """
+    try:
+        return DescriptorCache(args.cache, network)
+    except InputError as error:
+        if args.cache != default_cache() or args.cache.exists():
+            raise
+        say(args, f"{error}; nothing is kept")
+        return DescriptorCache(None, network)
 
 
 @one_line_errors
@@ -654,7 +699,8 @@ def run(args, problems):
     if left_out:
         say(args, describe_left_out(left_out))
     network = load_network(args)
-    cache = DescriptorCache(args.cache, network)
+    check_early(args, network)
+    cache = open_cache(args, network)
     extract = partial(
         extract_descriptors,
         network=network,
@@ -691,6 +737,7 @@ def compare(args, network, extract, places, paths, members, problems):
     rows, query_views, extracted = extract_collection(paths, members, args.views, extract)
     problems.unreadable.update(extracted.unreadable)
     problems.warnings.update(extracted.warnings)
+    problems.without_content.update(extracted.without_content)
     check_readable(places, members, rows)
     is_readable = rows.any(axis=1)
     query_views = keep_rows(query_views, is_readable[members[0]])
@@ -715,6 +762,7 @@ def compare(args, network, extract, places, paths, members, problems):
         args.top_k,
         views=query_views,
         background=background,
+        sure_cosine=scoring.sure_cosine,
         excluded=excluded_files(paths, extracted.digests, args.ignore, args.not_within, places),
         quiet=args.quiet,
     )

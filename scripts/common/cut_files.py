@@ -89,12 +89,12 @@ def why_jpeg_cut(content):
     headers = read_jpeg_headers(content)
     if headers is None:
         return "is cut in its header: the whole image is missing"
+    number = len(headers.scans)
     if not is_measurable(content, headers):
-        return "is cut"
+        return f"is cut in pass {number} of a progressive JPEG"
     share = missing_share_of_scan(content, headers)
     if headers.one_pass:
         return f"is cut: {last(share)} of the image are missing" if share > 0 else None
-    number = len(headers.scans)
     if number == 1:
         return f"is cut: {last(share)} of the image, and detail of the rest, are missing"
     if not headers.reaches_full_detail:
@@ -237,11 +237,11 @@ def png_missing_share(content):
         rows = max(0, -(-(height - top) // down))
         if columns:
             expected += rows * (1 + -(-columns * pixel_bits // 8))
-    return max(0.0, 1 - png_data_size(content) / expected)
+    return max(0.0, 1 - png_data_size(content, expected) / expected)
 
 
-def png_data_size(content):
-    """Bytes of pixels that a PNG holds, without compression."""
+def png_data_size(content, enough):
+    """Bytes of pixels that a PNG holds, without compression; counted up to `enough`."""
     inflate = zlib.decompressobj()
     size = 0
     position = 8
@@ -249,8 +249,10 @@ def png_data_size(content):
         length, kind = struct.unpack_from(">I4s", content, position)
         data = content[position + 8 : position + 8 + length]
         position += 12 + length
+        if size > enough:
+            break
         try:
-            while kind == b"IDAT" and data:
+            while kind == b"IDAT" and data and size <= enough:
                 size += len(inflate.decompress(data, 1_000_000))
                 data = inflate.unconsumed_tail
         except zlib.error:

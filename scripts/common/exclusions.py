@@ -46,16 +46,19 @@ def ignored_contents(file, paths, digests, contents):
     table = read_pairs(file)
     pairs = set()
     for row in table.to_dict("records"):
-        query = content_of.get(row["query_sha256"] or real_path(row["query"]))
-        reference = content_of.get(row["reference_sha256"] or real_path(row["reference"]))
+        query = content_of.get(row["query_sha256"].lower() or real_path(row["query"]))
+        reference = content_of.get(row["reference_sha256"].lower() or real_path(row["reference"]))
         if query is not None and reference is not None:
             pairs.add((query, reference))
     return pairs
 
 
 def real_path(name):
-    """The real path of a file that a csv names, in UTF-8 whatever the locale."""
-    return os.path.realpath(as_path(name))
+    """The real path of a file that a csv names, in UTF-8 whatever the locale; None of nonsense."""
+    try:
+        return os.path.realpath(as_path(name))
+    except ValueError:  # a NUL byte
+        return None
 
 
 def read_pairs(file):
@@ -71,6 +74,7 @@ def read_pairs(file):
             keep_default_na=False,
             encoding="utf-8-sig",
             encoding_errors="surrogateescape",
+            index_col=False,  # else a row with a field too many would shift all others
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

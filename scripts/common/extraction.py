@@ -17,6 +17,7 @@ from common.descriptors import read_train
 from common.errors import InputError
 from common.images import (
     MAX_PIXELS,
+    NoContent,
     check_content,
     decode,
     has_content,
@@ -63,6 +64,7 @@ class LoadedFile:
     digest is the SHA-256 of its content, 32 bytes. descriptors {view: (dimensions,)} are from the
     cache; network_inputs {view: (3, size, size)} are of the other views. problem: why the file is
     unreadable, None where it is not; warning: what is wrong with one that is read all the same.
+    has_content is false where the problem is that there is nothing to compare.
     """
 
     digest: bytes | None = None
@@ -70,6 +72,7 @@ class LoadedFile:
     network_inputs: dict = field(default_factory=dict)
     problem: str | None = None
     warning: str | None = None
+    has_content: bool = True
 
 
 def load_file(path, network, cache, budget, views):
@@ -97,6 +100,8 @@ def load_file(path, network, cache, budget, views):
             return loaded
     except InputError:
         raise
+    except NoContent as error:
+        return LoadedFile(problem=str(error), has_content=False)
     except Exception as error:  # file system, formats and decoders each fail in their own way
         return LoadedFile(problem=why_unreadable(error, path))
 
@@ -158,13 +163,15 @@ class Extracted:
 
     rows (files, views, dimensions) float32, unit rows, zero for unreadable files; digests: SHA-256
     of each file's content, 32 bytes, None where unreadable; unreadable {path: problem}; warnings
-    {path: what is wrong with a file that is read all the same}.
+    {path: what is wrong with a file that is read all the same}; without_content {path: what is
+    said of an image that has nothing to compare}.
     """
 
     rows: np.ndarray
     digests: list
     unreadable: dict
     warnings: dict
+    without_content: dict
 
 
 def extract_descriptors(
@@ -184,7 +191,7 @@ def extract_descriptors(
     neither on the number of threads nor on the other views.
     """
     rows = np.zeros((len(paths), len(views), network.dimensions), np.float32)
-    result = Extracted(rows, [None] * len(paths), {}, {})
+    result = Extracted(rows, [None] * len(paths), {}, {}, {})
     first_file = {}  # of each SHA-256
     copies = {}  # number of a file: the first one with the same content
     batches = {view: {} for view in views}  # {number of a file: network input}
@@ -205,7 +212,8 @@ def extract_descriptors(
     bar = tqdm(loaded_files, title, len(paths), unit="image", disable=quiet)
     for number, loaded in enumerate(bar):
         if loaded.problem:
-            result.unreadable[paths[number]] = loaded.problem
+            reasons = result.unreadable if loaded.has_content else result.without_content
+            reasons[paths[number]] = loaded.problem
             continue
         if loaded.warning:
             result.warnings[paths[number]] = loaded.warning
@@ -228,7 +236,9 @@ def extract_descriptors(
         rows[number] = rows[first]
     for number in np.flatnonzero(~rows.any(axis=2).all(axis=1)).tolist():
         rows[number] = 0
-        result.unreadable.setdefault(paths[number], "the network's descriptor of it is not finite")
+        if paths[number] not in result.without_content:
+            problem = "the network's descriptor of it is not finite"
+            result.unreadable.setdefault(paths[number], problem)
     return result
 
 

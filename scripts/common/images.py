@@ -58,7 +58,11 @@ FAR_CELLS = 10
 
 
 class NoImage(ValueError):
-    """A file that is whole, and of no use; the message says why."""
+    """A file that is complete, and of no use; the message says why."""
+
+
+class NoContent(NoImage):
+    """An image that has nothing to compare."""
 
 
 # ---- formats ----
@@ -221,9 +225,9 @@ def has_content(image):
 
 
 def check_content(image):
-    """Raise NoImage where an image, RGB, has no content to compare."""
+    """Raise NoContent where an image, RGB, has none to compare."""
     if not has_content(image):
-        raise NoImage("is one color: has nothing to compare")
+        raise NoContent("is nearly one color: has nothing to compare")
 
 
 def why_unreadable(error, path):

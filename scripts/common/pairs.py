@@ -57,6 +57,7 @@ def find_pairs(
     top_k,
     views=None,
     background=None,
+    sure_cosine=None,
     excluded=None,
     quiet=True,
     max_similarities=MAX_SIMILARITIES,
@@ -66,15 +67,20 @@ def find_pairs(
     descriptors (files, dim) float32, unit rows; queries and references: numbers of files, int64.
     views (queries, views, dim) float32, the whole image first (default: the whole alone).
     background (queries,) float64: what is subtracted from each query's cosines (default: 0).
-    A query is paired with its `top_k` best other files whose score is at least `threshold`, equal
-    scores in the order of references. Where `queries is references`, a pair is listed once, in the
-    direction of the higher score.
+    A query is paired with its `top_k` best other files whose score is at least `threshold`, or
+    whose cosine is at least `sure_cosine` (default: the score alone decides), equal scores in the
+    order of references. Where `queries is references`, a pair is listed once, in the direction of
+    the higher score.
     """
     if views is None:
         views = descriptors[queries][:, None]
     if background is None:
         background = np.zeros(len(queries))
-    search = Search(descriptors, views, background, queries, references, threshold, excluded)
+    if sure_cosine is None:
+        sure_cosine = np.inf
+    search = Search(
+        descriptors, views, background, queries, references, threshold, sure_cosine, excluded
+    )
     pairs = search.run(top_k, quiet, max_similarities)
     query, reference = concatenate_pairs(pairs)
     if queries is references:
@@ -90,11 +96,24 @@ def find_pairs(
 class Search:
     """The state of find_pairs: rows to compare, connected files."""
 
-    def __init__(self, descriptors, views, background, queries, references, threshold, excluded):
+    def __init__(
+        self,
+        descriptors,
+        views,
+        background,
+        queries,
+        references,
+        threshold,
+        sure_cosine,
+        excluded,
+    ):
         self.descriptors = descriptors
         self.views = views
         self.background = background
         self.threshold = threshold
+        self.sure_cosine = sure_cosine
+        # The least cosine of a match of each query.
+        self.least = np.minimum(threshold + background, sure_cosine)
         self.slack = rounding_error(descriptors.shape[1])
         self.number_of_query = np.full(len(descriptors), -1)  # rows of views, by file
         self.number_of_query[queries] = np.arange(len(queries))
@@ -158,8 +177,8 @@ class Search:
                 for offset, file in enumerate(files):
                     similarity[offset, self.masks[start + offset]] = -np.inf
                     similarity[offset, self.in_folder_of(file)] = -np.inf
-                least = self.threshold + self.background[numbers] - self.slack
-                may_match = (similarity >= least[:, None]).any(axis=1)
+                least = self.least[numbers, None] - self.slack
+                may_match = (similarity >= least).any(axis=1)
                 for offset in np.flatnonzero(may_match):
                     yield start + offset, similarity[offset]
                 bar.update(len(files))
@@ -173,14 +192,17 @@ class Search:
     def matching_rows(self, query, similarity):
         """The distinct reference rows whose score with a query file is at least the threshold.
 
-        similarity (m,) float32 is off by less than the slack. So only the scores of those rows are
-        computed exactly that are closer to the threshold than that. Returns int64, ascending.
+        similarity (m,) float32 is off by less than the slack. So only the cosines of those rows are
+        computed exactly that are closer than that to the least one of a match. Returns int64,
+        ascending.
         """
-        threshold = self.threshold + self.background[self.number_of_query[query]]
-        near = np.flatnonzero(similarity >= threshold - self.slack)
-        unsure = np.flatnonzero(similarity[near] < threshold + self.slack)
-        score = self.exact_scores(query, self.reference_rows[near[unsure]])
-        return np.delete(near, unsure[score < self.threshold])
+        number = self.number_of_query[query]
+        near = np.flatnonzero(similarity >= self.least[number] - self.slack)
+        unsure = np.flatnonzero(similarity[near] < self.least[number] + self.slack)
+        cosines = self.exact_cosines(query, self.reference_rows[near[unsure]])
+        scores = subtract(cosines, self.background[number])
+        is_match = (scores >= self.threshold) | (cosines >= self.sure_cosine)
+        return np.delete(near, unsure[~is_match])
 
     def best_files(self, query, near, similarity, count):
         """The `count` best files among the distinct reference rows `near`, best first, int64.
@@ -193,15 +215,14 @@ class Search:
         files_by_row = [self.reference_set.files[row][:count] for row in near]
         row_sizes = [len(files) for files in files_by_row]
         files = np.concatenate(files_by_row)
-        scores = np.repeat(self.exact_scores(query, self.reference_rows[near]), row_sizes)
-        best = np.lexsort((self.position[files], -scores))[:count]
+        cosines = np.repeat(self.exact_cosines(query, self.reference_rows[near]), row_sizes)
+        best = np.lexsort((self.position[files], -cosines))[:count]
         return files[best]
 
-    def exact_scores(self, query, rows):
-        """Scores (n,) float64 of a query file with reference rows (n, dim)."""
+    def exact_cosines(self, query, rows):
+        """Cosines (n,) float64 of a query file with reference rows (n, dim): its best views'."""
         number = self.number_of_query[query]
-        cosines = cosine(self.views[number], rows[:, None]).max(axis=1)
-        return subtract(cosines, self.background[number])
+        return cosine(self.views[number], rows[:, None]).max(axis=1)
 
     def score(self, query, reference, both_directions):
         """Scores of pairs (n,): query, reference, score, cosine and view, (n,) each.

@@ -89,12 +89,12 @@ class Collection:
         self.reference_ids = reference_ids
         self.references = references
 
-    def background(self):
+    def background(self, copy_cosine):
         """What normalization subtracts from each query's cosines, (queries,)."""
         nothing = np.full(len(self.views), -1)  # no query is among the references
-        return collection_background(self.views, nothing, self.references, neutral=0.5)
+        return collection_background(self.views, nothing, self.references, copy_cosine, neutral=0.5)
 
-    def candidates(self, background, threshold=NO_THRESHOLD):
+    def candidates(self, background, threshold=NO_THRESHOLD, sure=None):
         """DataFrame query_id, reference_id, score of the best pairs of each query."""
         query_count = len(self.query_ids)
         rows = np.concatenate([self.views[:, 0], self.references])
@@ -108,6 +108,7 @@ class Collection:
             CANDIDATES,
             views=self.views,
             background=background,
+            sure_cosine=sure,
         )
         return pd.DataFrame(
             {
@@ -132,16 +133,18 @@ def quality_row(name, ranking):
     return row
 
 
-def print_quality(collection, truth):
+def print_quality(collection, truth, network):
     """Print the first table."""
     rows = []
     for kinds in KINDS_SHOWN:
         shown = in_views(collection, kinds)
         name = ", ".join(kinds) or "whole"
         no_background = np.zeros(len(shown.views))
-        backgrounds = {"cosine": no_background, "normalized": shown.background()}
-        for scoring, background in backgrounds.items():
-            ranking = rank(shown.candidates(background), truth)
+        copy_cosine = network.thresholds.for_cosine(bool(kinds)) or 1.0
+        background = shown.background(copy_cosine)
+        backgrounds = {"cosine": no_background, "normalized": background}
+        for scoring, subtracted in backgrounds.items():
+            ranking = rank(shown.candidates(subtracted), truth)
             rows.append(quality_row(f"{name}: {scoring}", ranking))
     print(as_markdown(pd.DataFrame(rows)))
 
@@ -174,8 +177,12 @@ def print_sizes(collection, truth, network, sizes):
                 if scoring == "normalized":
                     threshold = threshold_for(threshold, size)
                     sure = sure_cosine(thresholds["cosine"], size)
-                precision, recall = precision_and_recall(drawn, truth, threshold, sure)
+                precision, recall = precision_and_recall(
+                    drawn, truth, threshold, thresholds["cosine"], sure
+                )
                 row[f"{scoring} ≥"] = f"{threshold:g}"
+                if sure is not None:
+                    row["or cosine ≥"] = f"{sure:g}"
                 row[f"precision ({scoring})"] = f"{precision:.3f}"
                 row[f"recall ({scoring})"] = f"{recall:.3f}"
             rows.append(row)
@@ -201,7 +208,7 @@ def drawn_collections(collection, size, filler):
     return collections
 
 
-def precision_and_recall(collections, truth, threshold, sure):
+def precision_and_recall(collections, truth, threshold, copy_cosine, sure):
     """Of all collections together, of the pairs at or above the threshold.
 
     sure: the cosine that always suffices, with normalized scores; None with cosines.
@@ -212,8 +219,8 @@ def precision_and_recall(collections, truth, threshold, sure):
     for collection in collections:
         background = np.zeros(len(collection.views))
         if sure is not None:
-            background = np.minimum(collection.background(), sure - threshold)
-        pairs = collection.candidates(background, threshold)
+            background = collection.background(copy_cosine)
+        pairs = collection.candidates(background, threshold, sure)
         there = truth[truth["reference_id"].isin(collection.reference_ids)]
         found += len(pairs)
         right += len(pairs.merge(there))
@@ -273,7 +280,7 @@ def main(argv=None):
     collection = Collection(query_ids, views, reference_ids, references[:, 0])
     copies = int((truth["reference_id"] != "").sum())
     print(f"{len(query_ids)} queries, {copies} copies, {len(reference_ids)} references\n")
-    print_quality(collection, truth)
+    print_quality(collection, truth, network)
     if args.sizes:
         print_sizes(collection, truth, network, args.sizes)
     return 0

@@ -235,7 +235,7 @@ def test_unreadable_files_are_named_and_do_not_end_the_job(folder, do):
     code, rows, err = do(folder, "--bad-images", "error")
     assert code == 2 and len(rows) == 10 and "--bad-images error: 7 unreadable files" in err
     code, rows, err = do(folder / "text.jpg", folder)
-    assert code == 2 and rows == [] and "text.jpg: no image of 1 can be read" in err
+    assert code == 2 and rows == [] and "text.jpg: no image of 1 can be compared" in err
 
 
 def test_the_threshold_of_the_file(folder, tmp_path, capfd):
@@ -823,6 +823,49 @@ def test_files_of_one_folder_are_not_paired(do, tmp_path):
     assert names(do(tree)[1]) == everything | with_top
     assert names(do(tree, "--not-within", 1)[1]) == everything - {("x.png", "y.png")} | with_top
     assert names(do(tree, "--not-within", 2)[1]) == everything | with_top
+
+
+def test_not_within_is_for_folders(folder, capfd, tmp_path, network_file):
+    (tmp_path / "list.txt").write_text(f"{folder}/0.png\n")
+    argv = [tmp_path / "list.txt", "--onnx", network_file, "--threshold", "0.95", "-q"]
+    result = called(match.main, [*argv, "--not-within", "1", "--no-cache"], capfd)
+    assert_refused(result, "list.txt", "--not-within goes with folders")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ignore", "none.csv"], "none.csv"),
+        (["--negatives", "none"], "check --negatives"),
+        ([], "has no threshold in its metadata"),
+    ],
+)
+def test_what_is_missing_shows_before_the_work(
+    folder, capfd, tmp_path, network_file, monkeypatch, options, words
+):
+    def fail(*_, **__):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(match, "extract_descriptors", fail)
+    flags = ["--threshold", "0.95"] if options else []
+    argv = [folder, "--onnx", network_file, "--no-cache", "-q", *flags, *options]
+    assert_refused(called(match.main, argv, capfd), words)
+
+
+def test_an_image_without_content_is_no_unreadable_file(folder, do):
+    Image.new("RGB", (60, 40), (0, 90, 0)).save(folder / "plain.png")
+    code, rows, err = do(folder, "--bad-images", "error")
+    assert code == 0 and len(rows) == 10
+    assert (
+        "images without content, left out (1):" in err and "plain.png: is nearly one color" in err
+    )
+
+
+def test_a_default_cache_that_cannot_be_written(folder, network_file, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+    argv = [str(folder), "--onnx", network_file, "--threshold", THRESHOLD]
+    assert match.main(argv) == 0
+    assert "nothing is kept" in capfd.readouterr().err
 
 
 # ---- files to keep ----

@@ -31,7 +31,9 @@ def is_excluded(excluded, i, j):
     return excluded.folders[i] >= 0 and excluded.folders[i] == excluded.folders[j]
 
 
-def by_brute_force(rows, queries, references, threshold, top_k, views, background, excluded):
+def by_brute_force(
+    rows, queries, references, threshold, top_k, views, background, sure_cosine, excluded
+):
     """{(query, reference): (score, cosine, view)} and sorted groups, from all pairs."""
     number_of = {int(file): number for number, file in enumerate(queries)}
     both = queries is references
@@ -49,8 +51,8 @@ def by_brute_force(rows, queries, references, threshold, top_k, views, backgroun
         for place, j in enumerate(references.tolist()):
             if is_excluded(excluded, i, j):
                 continue
-            score, *_ = directed(i, j)
-            if score >= threshold:
+            score, cosine_of_pair, _ = directed(i, j)
+            if score >= threshold or (sure_cosine and cosine_of_pair >= sure_cosine):
                 near.append((-score, place, j))
                 links[i].add(j)
                 links[j].add(i)
@@ -91,12 +93,22 @@ def found_by(pairs):
     top_k=st.sampled_from([1, 2, 3, 100]),
     threshold=st.sampled_from([-1.0, 0.3, 0.8, 1.0]),
     has_background=st.booleans(),
+    sure_cosine=st.sampled_from([None, 0.7]),
     excludes=st.booleans(),
     same=st.booleans(),
     similarities=st.sampled_from([1, 50, 10**6]),
 )
 def test_pairs_and_groups_are_those_of_brute_force(
-    seed, count, view_count, top_k, threshold, has_background, excludes, same, similarities
+    seed,
+    count,
+    view_count,
+    top_k,
+    threshold,
+    has_background,
+    sure_cosine,
+    excludes,
+    same,
+    similarities,
 ):
     rng = np.random.default_rng(seed)
     contents = rng.integers(0, count, count)  # some files have the same
@@ -113,7 +125,12 @@ def test_pairs_and_groups_are_those_of_brute_force(
     if excludes:
         ignored = {tuple(pair) for pair in rng.integers(0, count, (count, 2)).tolist()}
         excluded = Excluded(contents, rng.integers(-1, 3, count), ignored)
-    options = {"views": all_views[queries], "background": background, "excluded": excluded}
+    options = {
+        "views": all_views[queries],
+        "background": background,
+        "sure_cosine": sure_cosine,
+        "excluded": excluded,
+    }
     pairs = find_pairs(
         rows, queries, references, threshold, top_k, max_similarities=similarities, **options
     )
@@ -161,7 +178,7 @@ def test_masses_of_copies_stay_few_pairs():
 # ---- background ----
 
 
-def background_by_brute_force(views, own, collection, neutral):
+def background_by_brute_force(views, own, collection, copy_cosine, neutral):
     means = []
     for view in views:
         cosines = collection @ view
@@ -170,7 +187,11 @@ def background_by_brute_force(views, own, collection, neutral):
             means.append(neutral)
             continue
         likeness = collection @ collection[others[0]]
-        counted = [cosines[row] for row in others[1:] if likeness[row] < ALIKE][:RANKS]
+        counted = []
+        for row in others[1:]:
+            if likeness[row] < ALIKE and cosines[row] < copy_cosine:
+                counted.append(cosines[row])
+        counted = counted[:RANKS]
         means.append((sum(counted) + (RANKS - len(counted)) * neutral) / RANKS)
     return max(means)
 
@@ -189,9 +210,10 @@ def test_background_is_that_of_brute_force(copies):
     own = np.full(40, -1)
     own[:10] = np.arange(10)
     expected = [
-        background_by_brute_force(views[query], own[query], collection, 0.5) for query in range(40)
+        background_by_brute_force(views[query], own[query], collection, 0.6, 0.5)
+        for query in range(40)
     ]
-    actual = collection_background(views, own, collection, 0.5)
+    actual = collection_background(views, own, collection, 0.6, 0.5)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
@@ -203,9 +225,9 @@ def test_copies_in_numbers_do_not_cancel_each_other():
     copies = unit_rows(source + 0.03 * rng.standard_normal((30, 64)))
     rows = np.concatenate([copies, others])
     files = np.arange(len(rows))
-    background = collection_background(rows[:, None], files, rows, 0.5)
+    background = collection_background(rows[:, None], files, rows, 0.9, 0.5)
     alone = np.concatenate([copies[:2], others])
-    background_alone = collection_background(alone[:, None], np.arange(62), alone, 0.5)
+    background_alone = collection_background(alone[:, None], np.arange(62), alone, 0.9, 0.5)
     np.testing.assert_allclose(background[:2], background_alone[:2], atol=0.05)
     pairs = find_pairs(rows, files, files, 0.4, 100, background=background)
     assert pairs.groups.tolist() == [0] * 30 + [-1] * 60
@@ -217,7 +239,7 @@ def test_where_all_images_resemble_the_best_match_cosines_decide():
     source = unit_rows(rng.standard_normal((1, 64)))
     copies = unit_rows(source + 0.02 * rng.standard_normal((80, 64)))
     query = unit_rows(0.4 * source + 0.9 * unit_rows(rng.standard_normal((1, 64))))
-    background = collection_background(query[:, None], np.array([-1]), copies, neutral=0.5)
+    background = collection_background(query[:, None], np.array([-1]), copies, 0.9, neutral=0.5)
     assert background == pytest.approx(0.5)
 
 
