@@ -94,8 +94,9 @@ def check_data(root, folders, expected, log, needs_truth):
     mine = [line for line in findings if line.startswith(tuple(read))]
     if mine:
         more = f" (and {len(mine) - 1} more findings: {log})" if len(mine) > 1 else ""
+        finding = mine[0].replace(", or give --partial", "")  # a flag of check_input.py
         raise InputError(
-            f"{mine[0]}{more}; likely a download that was interrupted: --download fetches what is "
+            f"{finding}{more}; likely a download that was interrupted: --download fetches what is "
             f"missing, as `aws s3 sync` does"
         )
     facts = [summary]

@@ -12,7 +12,8 @@ from common.reproduction.machine import Machine, extraction_hours, fit, training
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("v83", "v86", "v98", "v107")
-DOWNLOADED = "train/checkpoint_{:04}.pth.tar"
+KNOWN_ANSWERS = checks.KNOWN_ANSWERS.relative_to(ROOT)
+CHECKPOINT = "train/checkpoint_{:04}.pth.tar"
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ class Setup:
 class Step:
     """One command, and what stands around it.
 
-    needs, writes: its files; prepare: called before it; prepared: what that does, as one would type
-    it; check: called with the log's path after it, returns checks.Findings, raises InputError;
-    accepts: exit codes that are no failure; is_stage: whether SIGTERM makes it save and stop;
-    trains: whether a repetition would go on in its folder; hours: None where unknown; fits: in
-    words, with which flags.
+    needs, writes: its files. settings: what its check depends on beside them, in words. prepare:
+    called before it; prepared: what that does, as one would type it. check: called with the log's
+    path after it, returns checks.Findings, raises InputError. accepts: exit codes that are no
+    failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a repetition would go
+    on in its folder. hours: None where unknown. fits: in words, with which flags. obstacle: why it
+    cannot run on this machine, or None.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Step:
     check: Callable
     needs: tuple = ()
     writes: tuple = ()
+    settings: str = ""
     prepare: Callable | None = None
     prepared: str = ""
     accepts: tuple = (0,)
@@ -109,8 +112,9 @@ def make_plan(setup):
     if setup.train:
         for training in needed_trainings(setup):
             steps.append(training_step(setup, training))
-            weights = checkpoint(setup, training)
-            steps.append(probe_step(setup, training.script, weights, training.input_size))
+            if training.name == training.script:  # the first run of v83 is only half a stage
+                weights = checkpoint(setup, training)
+                steps.append(probe_step(setup, training.script, weights, training.input_size))
     else:
         for stage in setup.stages:
             steps.append(weights_step(setup, stage))
@@ -157,13 +161,13 @@ def folder_of(setup, stage):
 
 def checkpoint(setup, training):
     """The checkpoint of a training run that is used afterwards."""
-    return setup.output / "exp" / training.name / DOWNLOADED.format(training.result)
+    return setup.output / "exp" / training.name / CHECKPOINT.format(training.result)
 
 
 def stage_weights(setup, stage):
     """The weights that a stage is scored with: the author's, or the own ones in their place."""
     epoch = {training.name: training.result for training in published.TRAININGS}[stage]
-    return folder_of(setup, stage) / DOWNLOADED.format(epoch)
+    return folder_of(setup, stage) / CHECKPOINT.format(epoch)
 
 
 # ---- data and weights ----
@@ -205,6 +209,7 @@ def data_step(setup):
         command=tuple(command),
         check=check,
         needs=(setup.truth, *images_of(setup, *needed_folders(setup))),
+        settings=f"{setup.expected.images}",
         accepts=(0, 1),  # 1: findings, perhaps on folders that nothing here reads
     )
 
@@ -222,6 +227,7 @@ def weights_step(setup, stage):
         command=tuple(command),
         check=functools.partial(checks.check_weights, ROOT / path, setup.arch),
         writes=(path,),
+        settings=setup.arch,
         gigabytes=published.CHECKPOINT_GB,
     )
 
@@ -244,7 +250,7 @@ def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
             arch=setup.arch,
             input_size=input_size,
         ),
-        needs=(weights,),
+        needs=(weights, KNOWN_ANSWERS),
         writes=(submission,),
         prepare=functools.partial(prepare.draw_images, ROOT / images),
         prepared=f"# first {checks.PROBE_IMAGES} generated images are drawn into {images}",
@@ -266,10 +272,10 @@ def training_step(setup, training):
     needs, preparation, prepared = (), None, ""
     if training.start:
         name, epoch = training.start
-        start = setup.output / "exp" / name / DOWNLOADED.format(epoch)
+        start = setup.output / "exp" / name / CHECKPOINT.format(epoch)
         needs = (start,)
         if name == "v83-first":
-            copy = folder / DOWNLOADED.format(epoch)
+            copy = folder / CHECKPOINT.format(epoch)
             preparation = functools.partial(prepare.copy_once, ROOT / start, ROOT / copy)
             prepared = f"mkdir -p {copy.parent} && cp {start} {copy.parent}/"
         else:
@@ -361,7 +367,6 @@ def scoring_steps(setup, stage, weights):
         is_stage=True,
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
-        fits="the network alone: far less than training",
         **step_of_look,
     )
     steps = [extraction]
@@ -425,6 +430,7 @@ def evaluation_step(setup, name, title, submission):
         ),
         needs=(submission, setup.truth),
         writes=(candidates,),
+        settings=f"{expected}, {setup.tolerance}",
     )
 
 

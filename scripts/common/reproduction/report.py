@@ -11,13 +11,12 @@ from common.reproduction.running import clock
 
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARIES = ("torch", "torchvision", "timm", "augly", "pillow", "numpy", "faiss-cpu", "faiss-gpu")
-SEVERAL_HOURS = 24  # of a CPU, above which a run has to be asked for
 
 
 def in_hours(hours):
     """Hours in words."""
     if hours is None:
-        return "hours unknown for this machine"
+        return "hours unknown for this GPU"
     if hours < 0.1:
         return "minutes"
     return f"about {hours:.1f} h"
@@ -27,25 +26,34 @@ def in_hours(hours):
 
 
 def print_plan(setup, steps, finished, obstacles):
-    """Say what will be done. finished: names of steps."""
-    print(f"Machine: {setup.machine}")
-    if setup.machine.assumed:
-        print("(given by --gpus; its CPU cores are assumed)")
-    print(f"Commands run in {ROOT}" if not setup.machine.assumed else "", end="\n\n")
+    """Say what will be done, with which commands, and what is missing. finished: names of steps."""
+    assumed = " assumed" if setup.machine.assumed else ""
+    print(f"Machine: {setup.machine}{assumed}\n")
     for number, step in enumerate(steps, 1):
-        notes = [in_hours(step.hours)] if step.hours != 0 else []
-        notes += [step.fits] if step.fits else []
-        notes += [f"{step.gigabytes:.1f} GB"] if step.gigabytes >= 0.05 else []
-        notes += ["done before"] if step.name in finished else []
-        print(f"{number:02}-{step.name}" + (f": {'; '.join(notes)}" if notes else ""))
+        print(f"{number:02}-{step.name}{describe(step, step.name in finished)}")
+    print(f"\n{total(setup, steps, finished)}\n\nCommands, in {ROOT.name}/:")
+    for step in steps:
         if step.prepared:
             print(f"    {step.prepared}")
         print(f"    {typed(step.command)}")
-    print(f"\n{total(setup, steps, finished)}")
     if obstacles:
         print("\nIt cannot start before these are settled:")
         for line in obstacles:
             print(f"- {line}")
+
+
+def describe(step, finished):
+    """What a line of the plan says about a step, beside its name."""
+    notes = []
+    if finished:
+        notes.append("done before")
+    if step.hours != 0:
+        notes.append(in_hours(step.hours))
+    if step.fits:
+        notes.append(step.fits)
+    if step.gigabytes >= 0.05:
+        notes.append(f"{step.gigabytes:.1f} GB of disk")
+    return f": {'; '.join(notes)}" if notes else ""
 
 
 def needed_gigabytes(steps, finished):
@@ -65,9 +73,12 @@ def total(setup, steps, finished):
     to_do = [step for step in steps if step.name not in finished]
     known = [step.hours for step in to_do if step.hours is not None]
     unknown = [step.name for step in to_do if step.hours is None]
-    text = f"In all: {in_hours(sum(known))}"
+    hours = sum(known)
+    if unknown and hours == 0:
+        hours = None
+    text = f"In all: {in_hours(hours)}"
     if unknown:
-        text += f" and {', '.join(unknown)}, whose time is unknown"
+        text += f"; unknown: {len(unknown)} of {len(to_do)} steps"
     text += f"; {needed_gigabytes(steps, finished):.1f} GB of disk"
     if not setup.machine.assumed:
         text += f", {free_gigabytes(ROOT / setup.output):.1f} GB are free"

@@ -77,7 +77,13 @@ class Runner:
         start = time.monotonic()
         log = self.folder / f"{title}.log"
         if step.prepare:
-            step.prepare()
+            try:
+                step.prepare()
+            except OSError as error:  # Pillow's does not name the file
+                raise InputError(
+                    f"{title}: {self.folder} cannot be written ({error}); make room, and the same "
+                    f"command goes on"
+                ) from error
         code = self.execute(step, title, log)
         self.state.add_seconds(step, time.monotonic() - start)
         if self.stopped_by is not None or code == STOPPED:

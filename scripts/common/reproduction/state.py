@@ -17,9 +17,12 @@ WITHOUT_EFFECT = ("--grad-checkpointing",)  # flags that change no result
 ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
 
 
-def identity(command):
-    """A command without the flags that change no result."""
-    return [str(part) for part in command if part not in WITHOUT_EFFECT]
+def identity(step):
+    """What a step does: its command without the flags that change no result, and the settings of
+    its check.
+    """
+    command = [str(part) for part in step.command if part not in WITHOUT_EFFECT]
+    return [*command, step.settings]
 
 
 class State:
@@ -76,7 +79,7 @@ class State:
         record = self.records.get(step.name)
         if record is None:
             return False
-        same_command = record["command"] == identity(step.command)
+        same_command = record["command"] == identity(step)
         same_needs = record["needs"] == self.digests_of(step.needs)
         if step.trains and not (same_command and same_needs):
             what = "another command" if not same_command else "other weights"
@@ -92,7 +95,7 @@ class State:
     def begin(self, step):
         """Note that a step begins; a repetition keeps the seconds of the earlier attempts."""
         record = {
-            "command": identity(step.command),
+            "command": identity(step),
             "needs": self.digests_of(step.needs),
             "writes": {},
             "seconds": 0,
