@@ -10,8 +10,9 @@ Runs the published commands one after the other, checks what each left, and comp
 Killed anywhere, the same command goes on. docs/REPRODUCE.md says how to read the result.
 
 Needs   INPUT as in input/README.md. The weights are fetched.
-Writes  OUTPUT/report.md (fit to paste into an issue), OUTPUT/NN-step.log, OUTPUT/state.json;
-        OUTPUT/published/vNN of the author's weights, OUTPUT/exp/vNN of the own ones.
+Writes  OUTPUT/report.md, fit to paste into an issue (report-trained.md with --train, and so on);
+        OUTPUT/NN-step.log, OUTPUT/state.json; OUTPUT/published/vNN of the author's weights,
+        OUTPUT/exp/vNN of the own ones.
 
 Exit codes: 0 all scores reproduced, 1 one was not, 2 something is missing or a check failed (one
 line says what), 75 after SIGTERM, 130 after Ctrl-C.
@@ -115,6 +116,8 @@ def parse_args(argv=None):
     if args.gpus and args.cpu:
         parser.error("--gpus: does not go with --cpu")
     if args.phase == 2:
+        if args.stages == ["v98"]:
+            parser.error("--phase 2: a score was published of v107 alone")
         args.stages = ["v107"]
     return args
 
@@ -185,12 +188,13 @@ def reproduce(args):
         except Stopped as stopped:
             print("stopped; the same command goes on", file=sys.stderr)
             return stopped.code
-        scores = write_report(output / "report.md", setup, steps, runner.state)
+        report = output / f"report{setup.variant}.md"
+        scores = write_report(report, setup, steps, runner.state)
     for score in scores:
         print(f"{score['title']}: {score['verdict']}")
         for cause in score.get("causes", []):
             print(f"  perhaps {cause}")
-    print(f"To look at: {output / 'report.md'}")
+    print(f"To look at: {report}")
     return 1 if any(score["verdict"] == "not reproduced" for score in scores) else 0
 
 

@@ -65,6 +65,7 @@ def start_run(data, output, *flags):
 
 
 def without_times(report, output):
-    """A report without what differs between runs: times, and the name of its folder."""
+    """A report without what differs between runs: times, the commit, the name of its folder."""
     text = re.sub(r"\| \d+:\d\d:\d\d \|", "| time |", report)
+    text = re.sub(r"^- commit: .*$", "", text, flags=re.MULTILINE)
     return text.replace(str(output), "OUTPUT")

@@ -21,7 +21,7 @@ def finish(data, output):
     process = start_run(data, output, *SMALL_TRAINING)
     _, errors = process.communicate(timeout=600)
     assert process.returncode in (0, 1), errors
-    return without_times((output / "report.md").read_text(), output)
+    return without_times((output / "report-trained.md").read_text(), output)
 
 
 def test_random_kills_of_a_training(data, tmp_path, request, figure):

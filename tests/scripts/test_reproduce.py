@@ -3,6 +3,7 @@ is there to find.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -504,6 +505,49 @@ def test_a_changed_training_run_is_not_continued(tmp_path):
     state.save()
     with pytest.raises(InputError, match="another command"):
         State(tmp_path / "state.json").is_finished(step)
+
+
+def test_download_by_aws(small_input, tmp_path):
+    """With a stand-in for aws, which copies. The wrong weights end the run after the data."""
+    (tmp_path / "bin").mkdir()
+    aws = tmp_path / "bin" / "aws"
+    aws.write_text(f'#!/bin/sh\nmkdir -p "$4"\ncp {small_input}/"${{4##*/input/}}"* "$4"\n')
+    aws.chmod(0o755)
+    data = tmp_path / "input"
+    data.mkdir()
+    shutil.copy(small_input / "public_ground_truth.csv", data)
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98", ROOT / "weights" / "v107.pth.tar")
+    flags = ["--cpu", "--stages", "v98", *NETWORK, "--input", data, "--output", output]
+    flags += ["--expect", expectations(small_input), "--download"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    result = run("scripts/reproduce.py", *flags, PATH=path)
+    assert_refused(result, "weights-v98")
+    assert f"aws s3 sync {published.BUCKET}/reference_images/ {data}/reference_images/" in (
+        result.stdout
+    )
+    assert len(list((data / "reference_images").iterdir())) == 48
+    assert re.search(r"^03-check-data: \d", result.stdout, re.MULTILINE)
+
+
+def test_download_without_aws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["--cpu", "--download", "--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    assert_refused(called(reproduce.main, flags, capsys), "aws is not installed", "awscli")
+
+
+def test_runs_in_one_folder_keep_apart(small_input):
+    """A first look, phase 2 and own training do not make the full run's steps run again."""
+    machine = Machine(0, "", 0, 2)
+    variants = ({}, {"train": True}, {"references": 40}, {"phase": 2, "stages": ("v107",)})
+    commands = {}
+    for options in variants:
+        for step in make_plan(setup_for(machine, **options)):
+            assert commands.setdefault(step.name, step.command) == step.command
+    for options in variants:
+        names = [step.name for step in make_plan(setup_for(machine, **options))]
+        assert len(set(names)) == len(names)
+        assert any(name.startswith("evaluate") for name in names)
 
 
 def test_a_first_look_links_a_part(small_input, tmp_path):

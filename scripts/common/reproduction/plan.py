@@ -56,6 +56,18 @@ class Setup:
         return self.input / name
 
     @property
+    def variant(self):
+        """What tells the steps and the report apart from those of other runs in the same folder."""
+        parts = []
+        if self.train:
+            parts.append("-trained")
+        if self.references is not None:
+            parts.append(f"-references-{self.references}")
+        if self.phase == 2:
+            parts.append("-phase2")
+        return "".join(parts)
+
+    @property
     def queries(self):
         """The folder of the queries."""
         return "query_images" if self.phase == 1 else "query_images_phase2"
@@ -70,12 +82,12 @@ class Setup:
 class Step:
     """One command, and what stands around it.
 
-    needs, writes: its files. settings: what its check depends on beside them, in words. prepare:
-    called before it; prepared: what that does, as one would type it. check: called with the log's
-    path after it, returns checks.Findings, raises InputError. accepts: exit codes that are no
-    failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a repetition would go
-    on in its folder. hours: None where unknown. fits: in words, with which flags. obstacle: why it
-    cannot run on this machine, or None.
+    needs, writes: its files, or folders of images. settings: what its check depends on beside them,
+    in words. prepare: called before it; prepared: what that does, as one would type it. check:
+    called with the log's path after it, returns checks.Findings, raises InputError. accepts: exit
+    codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
+    repetition would go on in its folder. hours: None where unknown. fits: in words, with which
+    flags. obstacle: why it cannot run on this machine, or None.
     """
 
     name: str
@@ -182,12 +194,17 @@ def source_of(setup, folder):
 def download_step(setup, folder):
     """Fetch what is missing of a folder of images."""
     source, target = source_of(setup, folder)
-    share = published.IMAGES[folder] / sum(published.IMAGES.values())
+    gigabytes = 0
+    if setup.expected.disc21:
+        missing = published.IMAGES[folder] - len(checks.images_by_id(setup.input, folder))
+        share = max(0, missing) / sum(published.IMAGES.values())
+        gigabytes = share * published.BYTES_OF_DATA / 1e9
     return Step(
         name=f"download-{folder}",
         command=("aws", "s3", "sync", source, target, "--no-sign-request", "--no-progress"),
         check=functools.partial(checks.check_count, setup.input, folder, setup.expected.images),
-        gigabytes=share * published.BYTES_OF_DATA / 1e9,
+        writes=(setup.input / folder,),
+        gigabytes=gigabytes,
         hours=None,
     )
 
@@ -205,7 +222,7 @@ def data_step(setup):
         needs_truth=setup.truth,
     )
     return Step(
-        name="check-data",
+        name=f"check-data{setup.variant}",
         command=tuple(command),
         check=check,
         needs=(setup.truth, *images_of(setup, *needed_folders(setup))),
@@ -239,7 +256,7 @@ def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
     output = setup.output / "probe" / ("exp" if setup.train else "published") / weights.parts[-3]
     submission = output / "extract" / "fb-isc-submission.h5"
     return Step(
-        name=f"probe-{weights.parts[-3]}",
+        name=f"probe-{weights.parts[-3]}{'-trained' if setup.train else ''}",
         command=extract_command(setup, stage, weights, output, images, "q", input_size),
         check=functools.partial(
             checks.check_probe,
@@ -351,7 +368,7 @@ def scoring_steps(setup, stage, weights):
     read = (setup.queries, "reference_images", *(("training_images",) if subtract else ()))
     target_set = "qrt" if subtract else "qr"
     extraction = Step(
-        name=f"extract-{stage}{suffix}",
+        name=f"extract-{stage}{setup.variant}",
         command=extract_command(
             setup, stage, weights, folder, images, target_set, input_size, setup.phase
         ),
@@ -371,8 +388,8 @@ def scoring_steps(setup, stage, weights):
     )
     steps = [extraction]
     title = f"{stage}{', phase 2' if setup.phase == 2 else ''}"
-    if setup.phase == 1:
-        steps.append(evaluation_step(setup, f"evaluate-{stage}", title, submission))
+    if setup.phase == 1 or not subtract:
+        steps.append(evaluation_step(setup, f"evaluate-{stage}{setup.variant}", title, submission))
     if subtract:
         stem = "v107_iso" + ("_phase2" if setup.phase == 2 else "")
         subtracted = folder / "extract" / f"{stem}.h5"
@@ -381,7 +398,7 @@ def scoring_steps(setup, stage, weights):
             command += ["--phase", "2"]
         steps.append(
             Step(
-                name=f"subtract-{stage}{suffix}",
+                name=f"subtract-{stage}{setup.variant}",
                 command=tuple(command),
                 check=functools.partial(
                     checks.check_extraction,
@@ -397,7 +414,9 @@ def scoring_steps(setup, stage, weights):
             )
         )
         title = title.replace("v107", "v107 + NES")
-        steps.append(evaluation_step(setup, f"evaluate-{stage}-nes{suffix}", title, subtracted))
+        steps.append(
+            evaluation_step(setup, f"evaluate-{stage}-nes{setup.variant}", title, subtracted)
+        )
     return steps
 
 

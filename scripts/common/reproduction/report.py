@@ -118,7 +118,11 @@ def write_report(path, setup, steps, state):
     """Write report.md; returns its scores."""
     records = [(step, state.records[step.name]) for step in steps]
     scores = [record["score"] for _, record in records if record["score"]]
-    depth = "all four stages trained" if setup.train else "the published weights"
+    depth = "training" if setup.train else "the published weights"
+    if setup.phase == 2:
+        depth += ", phase 2"
+    if setup.references is not None:
+        depth += f", a first look at {setup.references:,} references"
     lines = [
         f"# Reproduction from {depth}",
         "",

@@ -2,13 +2,12 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 from common.errors import InputError
 from common.reproduction.plan import typed
@@ -16,6 +15,7 @@ from common.reproduction.plan import typed
 ROOT = Path(__file__).resolve().parents[3]
 STOPPED = 75  # exit code of a stage that was told to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CLEAR_LINE = "\x1b[K"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -94,7 +94,7 @@ class Runner:
                 f"command goes on when that is repaired"
             )
         for path in step.writes:
-            if not (ROOT / path).is_file():
+            if not (ROOT / path).exists():
                 raise InputError(f"{title}: did not write {path}; look at {log}")
         findings = step.check(log=log)
         self.state.finish(step, findings)
@@ -128,20 +128,29 @@ class Runner:
         return self.wait(title, log)
 
     def wait(self, title, log):
-        """Wait for the running process, with its own last line shown on a terminal."""
-        with tqdm(bar_format="{desc}", leave=False, disable=None) as line:
-            start = time.monotonic()
-            while True:
-                try:
-                    code = self.process.wait(timeout=1)
-                except subprocess.TimeoutExpired:
-                    if not line.disable:
-                        line.ncols = None
-                        elapsed = clock(time.monotonic() - start)
-                        line.set_description_str(f"{title} {elapsed}  {last_line(log)}"[:150])
-                    continue
-                self.process = None
-                return code
+        """Wait for the running process. On a terminal its own last line, mostly a progress bar, is
+        shown beside the elapsed time.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                code = self.process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                said = last_line(log)
+                if said.startswith("$ "):  # the command itself
+                    said = "starting"
+                show(f"{title} {clock(time.monotonic() - start)}  {said}")
+                continue
+            show("")
+            self.process = None
+            return code
+
+
+def show(text):
+    """Put a text in the place of the last one, where stderr is a terminal."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{CLEAR_LINE}{text[:width]}", end="", file=sys.stderr, flush=True)
 
 
 def end_with_parent():
