@@ -159,7 +159,7 @@ def more_obstacles(setup, steps, finished, cpu):
             words += " (2 CPU seconds an image)"
             if trains:
                 words += ", and training months"
-            found.append(f"no GPU: {words}; give --cpu if you mean it, or --references")
+            found.append(f"no GPU: {words}; give --cpu if you mean it")
     needed = needed_gigabytes(steps, finished)
     free = free_gigabytes(ROOT / setup.output)
     if needed > free:

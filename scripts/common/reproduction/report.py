@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "augly", "pillow", "numpy", "faiss-
 def in_hours(hours):
     """Hours in words."""
     if hours is None:
-        return "hours unknown for this GPU"
+        return "hours unknown"
     if hours < 0.1:
         return "minutes"
     return f"about {hours:.1f} h"
