@@ -31,9 +31,9 @@ PUBLIC_QUERIES = 25_000  # of phase 1, in the ground truth
 # Least cosine of a descriptor with the recorded one. Measured with weights/v98.pth.tar: bfloat16
 # gives 0.9996 (fp16 rounds 8 times finer), GeM's exponent 1.1 gives 0.995, 88 pixels for 96 0.77.
 KNOWN_COSINE = 0.999
-# Largest mean cosine of different images; a collapsed network has 1. Measured: 0.23 to 0.29 with the
-# networks of weights/; without any training 0.94 (test_byobnet), 0.59 (EfficientNetV2-M): a network
-# that has not learned may pass, which the loss shows.
+# Largest mean cosine of different images; a collapsed network has 1. Measured: 0.23 to 0.29 with
+# the networks of weights/; without any training 0.94 (test_byobnet), 0.59 (EfficientNetV2-M). So a
+# network that has not learned may pass here; its loss shows it.
 COLLAPSED = 0.9
 NORM_ERROR = 0.01  # fp16 rounds
 MAX_SKIPPED = 0.001  # share of the steps
