@@ -3,10 +3,13 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: demo test faults benchmark gpu figures sync lint clean help
+.PHONY: demo reproduce test faults benchmark gpu figures sync lint clean help
 
 demo: .venv/ready  ## all steps on a small data set, on any machine, in some minutes
 	.venv/bin/python scripts/demo.py
+
+reproduce: .venv/ready  ## the published scores, from DISC21 and the author's weights; says what is missing; ARGS=--plan, ARGS=--train
+	.venv/bin/python scripts/reproduce.py $(ARGS)
 
 test: .venv/ready  ## all tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

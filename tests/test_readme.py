@@ -26,6 +26,7 @@ README = "README.md"
 MATCHING = "docs/MATCHING.md"
 FAULTS = "docs/FAULTS.md"
 SCALE = "docs/SCALE.md"
+REPRODUCE = "docs/REPRODUCE.md"
 DOCUMENTS = [
     README,
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))),
@@ -52,6 +53,8 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
     (FAULTS, "Score v98"): "nothing: here they are parsed; test_training.py runs the like",
     (MATCHING, "In Python"): "test_hubconf.py, with a file",
     (SCALE, "Feed an index"): "here",
+    (REPRODUCE, "Plans for four machines"): "test_reproduce.py",
+    (REPRODUCE, "Other networks and data"): "test_reproduce.py, with other folders",
     ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
     ("input/README.md", "The published weights"): "nothing: they fetch; test_check_input.py",
     ("input/README.md", "A small data set of your own"): "test_fine_tuning.py, with other flags",

@@ -1,0 +1,378 @@
+"""The checks between the steps: each returns Findings for the report, or raises InputError with
+what is wrong and the likely cause.
+"""
+
+import json
+import math
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common.descriptors import read_train
+from common.errors import InputError
+from common.files import atomic, sha256_of
+from common.images import SUFFIXES
+from common.parallel import start_worker
+from common.reproduction import published
+from common.submissions import read_submission
+
+ROOT = Path(__file__).resolve().parents[3]
+KNOWN_ANSWERS = ROOT / "docs" / "known_answers.json"
+PROBE_IMAGES = 12
+PUBLIC_QUERIES = 25_000  # of phase 1, in the ground truth
+# Least cosine of a descriptor with the recorded one. Measured with weights/v98.pth.tar: bfloat16
+# gives 0.9996 (fp16 rounds 8 times finer), GeM's exponent 1.1 gives 0.995, 88 pixels for 96 0.77.
+KNOWN_COSINE = 0.999
+# Largest mean cosine of different images; a collapsed network has 1. Measured: 0.23 to 0.29 with
+# the networks of weights/; without any training 0.94 (test_byobnet), 0.59 (EfficientNetV2-M). So a
+# network that has not learned may pass here; its loss shows it.
+COLLAPSED = 0.9
+NORM_ERROR = 0.01  # fp16 rounds
+MAX_SKIPPED = 0.001  # share of the steps
+SAMPLE = 1000  # rows whose cosines are looked at
+
+
+@dataclass
+class Findings:
+    """What a check found: lines for the report, the score, the curve of the loss."""
+
+    facts: list = field(default_factory=list)
+    score: dict | None = None
+    curve: list = field(default_factory=list)
+
+
+# ---- data ----
+
+
+def folder_of_images(root, name):
+    """The folder of some images, under DISC21's own name too, or None where there is none."""
+    names = [name, published.IN_BUCKET.get(name, name)]
+    for path in (Path(root, other) for other in names):
+        if path.is_dir():
+            return path
+    return None
+
+
+def images_by_id(root, name):
+    """{id: path} of the images of a folder, {} where there is none."""
+    folder = folder_of_images(ROOT / root, name)
+    if folder is None:
+        return {}
+    images = {}
+    for entry in os.scandir(folder):
+        if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+            images[entry.name.rpartition(".")[0]] = Path(entry.path)
+    return images
+
+
+def check_count(root, name, expected, log):
+    """Whether a downloaded folder is complete."""
+    count = len(images_by_id(root, name))
+    wanted = expected.get(name)
+    if wanted is not None and count != wanted:
+        raise InputError(
+            f"{root / name}: {count:,} images, not {wanted:,}; the download is not complete: run "
+            f"this again with --download, which fetches only what is missing"
+        )
+    return Findings([f"{name}: {count:,} images"])
+
+
+def check_data(root, folders, expected, log, needs_truth):
+    """Findings of check_input.py on what the steps read, then the numbers of images."""
+    lines = [line for line in last_run(log).splitlines() if line.startswith(str(root))]
+    *findings, summary = lines or ["no summary: see the log"]
+    read = [f"{needs_truth}: "]
+    for name in folders:
+        read += [f"{root / name}: ", f"{root / published.IN_BUCKET.get(name, name)}: "]
+    mine = [line for line in findings if line.startswith(tuple(read))]
+    if mine:
+        more = f" (and {len(mine) - 1} more findings: {log})" if len(mine) > 1 else ""
+        finding = mine[0].replace(", or give --partial", "")  # a flag of check_input.py
+        raise InputError(
+            f"{finding}{more}; likely a download that was interrupted: --download fetches what is "
+            f"missing, as `aws s3 sync` does"
+        )
+    facts = [summary]
+    for name in folders:
+        facts += check_count(root, name, expected, log).facts
+    return Findings(facts)
+
+
+# ---- weights ----
+
+
+def describe_weights(path):
+    """(number of tensors, architecture) of a checkpoint, or why it is none, a str."""
+    sys.path.insert(0, str(ROOT / "exp"))
+    import v107  # here, in a process of its own: torch takes seconds and hundreds of megabytes
+
+    try:
+        content = v107.read_checkpoint(path)
+    except v107.InputError as error:
+        return str(error)
+    return len(content["state_dict"]), str(content.get("arch"))
+
+
+def in_a_process(function, *arguments):
+    """What a function returns, called in a process that ends after it."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_worker) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(f"{arguments[0]}: the process that read it died") from error
+
+
+def check_weights(path, arch, log):
+    """Whether this is a checkpoint, with 1,118 tensors where it is the published network."""
+    found = in_a_process(describe_weights, path)
+    if isinstance(found, str):
+        raise InputError(f"{found}; delete the file, and it is fetched again")
+    number, written_by = found
+    if arch == published.ARCH and number != published.PUBLISHED_KEYS:
+        raise InputError(
+            f"{path}: {number} tensors (arch {written_by}), not {published.PUBLISHED_KEYS:,}; it "
+            f"is no published checkpoint but one of another architecture: move it away, or give -a"
+        )
+    return Findings([f"{number:,} tensors, SHA-256 {sha256_of(path)}"])
+
+
+# ---- known answers ----
+
+
+def mean_cosine(rows):
+    """Mean cosine of different rows, (n, dim); at most SAMPLE of them, spread evenly."""
+    rows = rows[:: max(1, len(rows) // SAMPLE)].astype(np.float64)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    number = len(rows)
+    if number < 2:
+        return 0.0
+    return float(((rows @ rows.T).sum() - number) / (number * (number - 1)))
+
+
+def check_spread(rows, name):
+    """Raise InputError where different images have nearly the same descriptor; returns a fact."""
+    mean = mean_cosine(rows)
+    if not mean < COLLAPSED:
+        raise InputError(
+            f"{name}: the mean cosine of different images is {mean:.3f}, not below {COLLAPSED}: "
+            f"the network has collapsed, or its weights are damaged; look at the loss, and train "
+            f"the stage again in another --output"
+        )
+    return f"mean cosine of different images {mean:.3f}"
+
+
+def check_rows(rows, name):
+    """Raise InputError where descriptors are not finite or not of length 1; returns a fact."""
+    norms = np.linalg.norm(rows, axis=1)
+    wrong = ~(np.abs(norms - 1) < NORM_ERROR)  # also where they are no numbers
+    if wrong.any():
+        raise InputError(
+            f"{name}: {wrong.sum():,} of {len(rows):,} rows are not of length 1, such as row "
+            f"{np.flatnonzero(wrong)[0]}; unreadable images are rows of zeros, and fp16 may have "
+            f"overflowed: try --stage-flags 'extract: --amp off'"
+        )
+    return f"{len(rows):,} rows of length 1"
+
+
+def check_probe(path, log, *, stage, weights, output, arch, input_size):
+    """Descriptors of the generated images: apart from each other, and equal to those recorded for
+    the same weights.
+
+    output: of the run, for answers that nobody has recorded yet; None for own training.
+    """
+    with h5py.File(path) as file:
+        rows = file["query"][()]
+    facts = [check_rows(rows, path), check_spread(rows, path)]
+    if output is None:
+        return Findings(facts)
+    digest = sha256_of(weights)
+    known = read_known(KNOWN_ANSWERS)
+    for entry in known:
+        if entry["sha256"] == digest:
+            facts.append(compare_known(rows, entry, path, input_size))
+            return Findings(facts)
+    same_name = [entry for entry in known if (entry["stage"], entry["arch"]) == (stage, arch)]
+    if same_name and arch == published.ARCH:
+        raise InputError(
+            f"{weights}: its SHA-256 is {digest}, not the recorded {same_name[0]['sha256']}; it is "
+            f"another or a damaged file: delete it, and it is fetched again"
+        )
+    record = {
+        "weights": f"{stage}, published" if arch == published.ARCH else f"{stage}, {arch}",
+        "stage": stage,
+        "arch": arch,
+        "sha256": digest,
+        "input_size": input_size,
+        "versions": {name: version(name) for name in ("torch", "timm", "pillow", "numpy")},
+        "descriptors": np.round(rows.astype(float), 4).tolist(),
+    }
+    own = output / "known_answers.json"
+    others = [entry for entry in read_known(own) if entry["stage"] != stage]
+    write_known(own, [*others, record])
+    facts.append(f"known answers: none recorded for these weights yet, written to {own}")
+    return Findings(facts)
+
+
+def compare_known(rows, entry, path, input_size):
+    """Raise InputError where descriptors differ from the recorded ones; returns a fact."""
+    recorded = np.array(entry["descriptors"])
+    if recorded.shape != rows.shape:
+        raise InputError(f"{path}: {rows.shape} descriptors, recorded are {recorded.shape}")
+    lengths = np.linalg.norm(recorded, axis=1) * np.linalg.norm(rows, axis=1)
+    least = float(((recorded * rows).sum(axis=1) / lengths).min())
+    if not least >= KNOWN_COSINE:
+        cause = "libraries or the GPU compute something else"
+        if input_size != entry["input_size"]:
+            cause = f"--input-size is {input_size}, recorded with {entry['input_size']}"
+        raise InputError(
+            f"{path}: differs from the known answers of {entry['weights']}: least cosine "
+            f"{least:.4f}, not {KNOWN_COSINE} or more; the likely cause: {cause}"
+        )
+    return f"known answers of {entry['weights']}: least cosine {least:.5f}"
+
+
+def read_known(path):
+    """The recorded answers in a file, a list of dicts; [] where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: is not readable as JSON ({error}); delete it") from None
+
+
+def write_known(path, entries):
+    """Write recorded answers, a line for each descriptor."""
+    parts = []
+    for entry in entries:
+        head = {name: value for name, value in entry.items() if name != "descriptors"}
+        rows = ",\n".join(json.dumps(row) for row in entry["descriptors"])
+        parts.append(f'{json.dumps(head, indent=1)[:-2]},\n "descriptors": [\n{rows}\n]}}')
+    text = f"[{', '.join(parts)}]"
+    with atomic(path) as file:
+        file.write_text(text + "\n")
+
+
+# ---- training ----
+
+
+def check_training(path, log):
+    """The log of a training run: its loss, positive pairs and skipped steps."""
+    lines = []
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        if "loss" in line:
+            lines.append(line)
+    if not lines:
+        raise InputError(f"{path}: has no line with a loss; look at {log}")
+    losses = [line["loss"] for line in lines]
+    if any(loss is None or not math.isfinite(loss) for loss in losses):
+        raise InputError(
+            f"{path}: a line has no finite loss; likely fp16 overflowed: --stage-flags "
+            f"'all: --amp bf16', in another --output"
+        )
+    tenth = max(1, len(lines) // 10)
+    first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
+    if not last < first:
+        raise InputError(
+            f"{path}: the loss is {last:.4f} in its last tenth, {first:.4f} in its first, so it "
+            f"has not learned; likely causes: other starting weights, another learning rate, "
+            f"images of another kind"
+        )
+    pairs = np.mean([line["pos_pairs"] for line in lines])
+    if not pairs > 0:
+        raise InputError(
+            f"{path}: has no positive pair; the views of an image do not share a label, or all are "
+            f"nearer than --pos-margin"
+        )
+    skipped = sum(line["skipped"] for line in lines)
+    steps = lines[-1]["step"]
+    if skipped > MAX_SKIPPED * steps:
+        raise InputError(
+            f"{path}: {skipped} of {steps} steps were skipped, more than {MAX_SKIPPED:.1%}; likely "
+            f"fp16 overflowed or a GPU computes wrongly"
+        )
+    facts = [
+        f"loss {first:.4f} in the first tenth, {last:.4f} in the last; {steps:,} steps, {skipped} "
+        f"skipped; {pairs:.1f} active positive pairs a step"
+    ]
+    shown = np.unique(np.linspace(0, len(lines) - 1, 10).round().astype(int))
+    return Findings(facts, curve=[[lines[i]["step"], round(losses[i], 4)] for i in shown])
+
+
+# ---- descriptors and scores ----
+
+
+def check_extraction(path, negatives, log, *, images, queries):
+    """Rows, order, lengths and spread of a submission and of the negatives (a path or None)."""
+    submission = read_submission(path)
+    facts = []
+    for name, folder in (("query", queries), ("reference", "reference_images")):
+        expected = sorted(images_by_id(images, folder))
+        ids = [row.decode() for row in submission[f"{name}_ids"]]
+        if ids != expected:
+            raise InputError(
+                f"{path}: its {len(ids):,} {name} ids are not those of the {len(expected):,} "
+                f"images in {images / folder}; images were added or removed meanwhile: run again"
+            )
+        facts.append(f"{name}: {check_rows(submission[name], path)}")
+    facts.append(check_spread(submission["reference"], path))
+    if negatives is not None:
+        rows = read_train(negatives)
+        expected = len(images_by_id(images, "training_images"))
+        if len(rows) != expected:
+            raise InputError(
+                f"{negatives}: {len(rows):,} rows of {expected:,} training images; extract again"
+            )
+        facts.append(f"training images: {check_rows(rows, negatives)}")
+    return Findings(facts)
+
+
+def check_score(log, *, title, expected, tolerance, is_look):
+    """The score at the end of the evaluation's log, beside the published one, with a verdict."""
+    printed = [line for line in last_run(log).splitlines() if line.startswith("{")]
+    if not printed:
+        raise InputError(f"{log}: has no score")
+    found = json.loads(printed[-1])
+    score = {"title": title, **found, "published": None, "verdict": "no published score"}
+    if is_look:
+        score["verdict"] = "a look: fewer references, so higher than the published score"
+    if expected is not None:
+        pairs = [(found["average_precision"], expected.average_precision)]
+        if expected.recall_p90 is not None:
+            pairs.append((found["recall_p90"], expected.recall_p90))
+        close = all(abs(mine - theirs) <= tolerance for mine, theirs in pairs)
+        score["published"] = [expected.average_precision, expected.recall_p90]
+        score["verdict"] = "reproduced" if close else "not reproduced"
+        score["tolerance"] = tolerance
+        score["causes"] = [] if close else likely_causes(*pairs[0])
+    fact = f"{title}: {found['average_precision']:.7f} / {found['recall_p90']:.7f}"
+    return Findings([f"{fact}: {score['verdict']}"], score=score)
+
+
+def likely_causes(found, expected):
+    """The three likeliest causes of a score that is another than the published one."""
+    size = "another input size: one public report had 0.4955 instead of 0.5831 by that"
+    phase = "queries of the other phase, or its ground truth"
+    exponent = "another exponent of GeM pooling (--gem-eval-p 1.0 is the published one)"
+    unlabeled = "queries without labels were counted: the ground truth must list 25,000"
+    fewer = "fewer references than 1,000,000: these give a higher score"
+    weights = "other weights: compare their SHA-256 with another report's"
+    if found < 0.2 * expected:
+        return [phase, weights, size]
+    if found > expected:
+        return [fewer, "another ground truth than the public 25,000 rows", weights]
+    return [size, exponent, unlabeled]
+
+
+def last_run(log):
+    """What the last run of a step wrote into its log."""
+    return log.read_text(errors="replace").rpartition("\n$ ")[2]

@@ -1,0 +1,153 @@
+"""The machine: its GPUs, whether a stage fits them, how long it takes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InputError
+from common.reproduction import published
+
+MEMORY_OF = {"H100": 80, "H200": 141, "V100": 32, "L40S": 48}  # GB, where the name alone says it
+ASK_TORCH = """
+import json, torch
+gpus = []
+for number in range(torch.cuda.device_count()):
+    gpu = torch.cuda.get_device_properties(number)
+    gpus.append([gpu.name, gpu.total_memory])
+print(json.dumps([torch.__version__, torch.version.cuda, gpus]))
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a run would use, all alike: how many, name, memory in GB each; CPU cores."""
+
+    gpus: int
+    name: str
+    memory: float
+    cores: int
+    assumed: bool = False  # named by a flag: not this machine
+
+    def __str__(self):
+        if not self.gpus:
+            return f"no GPU, {self.cores} CPU cores"
+        return f"{self.gpus} x {self.name}, {self.memory:.0f} GB each, {self.cores} CPU cores"
+
+
+def find_machine(cpu):
+    """This machine as torch sees it, in a process of its own, which leaves the GPUs alone after it;
+    cpu: leave out its GPUs.
+
+    Raises InputError where the GPUs differ.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cpu:
+        return Machine(0, "CPU", 0, cores)
+    asked = subprocess.run([sys.executable, "-c", ASK_TORCH], stdout=subprocess.PIPE, text=True)
+    if asked.returncode:
+        raise InputError(
+            "torch: cannot be imported, its message is above; install requirements.txt"
+        )
+    _, _, gpus = json.loads(asked.stdout)
+    if not gpus:
+        return Machine(0, "CPU", 0, cores)
+    names = {name for name, _ in gpus}
+    if len(names) > 1:
+        raise InputError(
+            f"GPUs of different kinds: {', '.join(sorted(names))}; choose with CUDA_VISIBLE_DEVICES"
+        )
+    least = min(memory for _, memory in gpus)
+    return Machine(len(gpus), gpus[0][0], least / 1e9, cores)
+
+
+def parse_machine(text):
+    """The Machine of a text such as "8 x A100-80": number, name, GB each. 96 CPU cores are assumed,
+    as in docs/PERFORMANCE.md.
+
+    Raises InputError where the text says no memory.
+    """
+    match = re.fullmatch(r"(\d+)\s*x\s*([A-Za-z][\w ]*?)(?:-(\d+))?", text.strip())
+    memory = match and (match[3] or MEMORY_OF.get(match[2].upper()))
+    if not memory or int(match[1]) < 1:
+        raise InputError(f"--gpus {text}: must be like '8 x A100-80': number, name, GB of each")
+    cores = published.CORES_OF_THE_TABLE
+    return Machine(int(match[1]), match[2], float(memory), cores, assumed=True)
+
+
+def driver_complaint():
+    """What is wrong where the machine has GPUs that torch cannot use, or None."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
+        return (
+            "this machine has a GPU that torch cannot use: see docs/FAULTS.md, Before the first run"
+        )
+    return None
+
+
+# ---- memory ----
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a stage fits the GPUs: ok, the flags that it needs for that, and why in words."""
+
+    ok: bool
+    flags: tuple
+    words: str
+
+
+def fit(stage, machine):
+    """The Fit of a stage's published batch on the GPUs."""
+    if not machine.gpus:
+        return Fit(True, (), "runs on the CPU")
+    if machine.gpus not in published.NUMBERS_OF_GPUS:
+        usable = max(n for n in published.NUMBERS_OF_GPUS if n <= machine.gpus)
+        chosen = ",".join(map(str, range(usable)))
+        words = f"batch not divisible by {machine.gpus} GPUs: set CUDA_VISIBLE_DEVICES={chosen}"
+        return Fit(False, (), words)
+    column = published.NUMBERS_OF_GPUS.index(machine.gpus)
+    plain, checkpointed = (row[column] for row in published.MEMORY[stage])
+    for needed, flags in ((plain, ()), (checkpointed, ("--grad-checkpointing",))):
+        if needed + published.CONTEXT <= machine.memory:
+            tightly = " tightly" if needed > published.TIGHT * machine.memory else ""
+            suffix = " with --grad-checkpointing" if flags else ""
+            return Fit(True, flags, f"fits{tightly}{suffix}: {needed} of {machine.memory:.0f} GB")
+    words = f"does not fit: {checkpointed} GB with --grad-checkpointing, {machine.memory:.0f} there"
+    return Fit(False, (), words)
+
+
+# ---- hours ----
+
+
+def extraction_hours(images, machine, arch):
+    """Hours for the descriptors of so many images, or None where nobody knows."""
+    if arch != published.ARCH:
+        return None
+    if not machine.gpus:
+        return images * published.CPU_SECONDS_AN_IMAGE / machine.cores / 3600
+    if "A100" not in machine.name:
+        return None
+    return images * published.A100_SECONDS_AN_IMAGE / machine.gpus / 3600
+
+
+def training_hours(training, machine, arch, checkpointing):
+    """Hours to plan for a training run on A100s, or None where nobody knows."""
+    if arch != published.ARCH or "A100" not in machine.name:
+        return None
+    on_gpu, launches, loading = published.TRAINING_MINUTES[training.script]
+    on_gpu *= 16 / machine.gpus
+    if checkpointing:
+        on_gpu *= published.CHECKPOINTING_COST
+        launches *= published.CHECKPOINTING_COST
+    loading *= published.CORES_OF_THE_TABLE / machine.cores
+    first = published.TRAININGS[0]
+    share = 1
+    if training.script == first.script:  # in two runs, of half the epochs each
+        share = 0.5
+    return 2 * max(on_gpu, launches, loading) * share / 60

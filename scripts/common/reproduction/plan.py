@@ -1,0 +1,493 @@
+"""The steps of a reproduction as data: each calls one command of this repository."""
+
+import functools
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import InputError
+from common.reproduction import checks, prepare, published
+from common.reproduction.machine import Machine, extraction_hours, fit, training_hours
+
+ROOT = Path(__file__).resolve().parents[3]
+STAGES = ("v83", "v86", "v98", "v107")
+KNOWN_ANSWERS = checks.KNOWN_ANSWERS.relative_to(ROOT)
+CHECKPOINT = "train/checkpoint_{:04}.pth.tar"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the checks compare with: scores by title, SHA-256 of weights by stage, numbers of
+    images by folder.
+    """
+
+    scores: dict = field(default_factory=lambda: published.SCORES)
+    sha256: dict = field(default_factory=dict)
+    images: dict = field(default_factory=lambda: published.IMAGES)
+    disc21: bool = True  # whether check_input.py is to demand DISC21's names and numbers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command line asks for. Folders are relative to the repository where they lie in it.
+
+    stages: those to be scored; references: number of a first look, or None; stage_flags: {stage:
+    flags} for its training, "all" and "extract" among them.
+    """
+
+    input: Path
+    output: Path
+    machine: Machine
+    expected: Expected
+    train: bool = False
+    stages: tuple = ("v98", "v107")
+    phase: int = 1
+    references: int | None = None
+    arch: str = published.ARCH
+    input_size: int | None = None
+    stage_flags: dict = field(default_factory=dict)
+    download: bool = False
+
+    @property
+    def truth(self):
+        """The ground truth that scores are computed with."""
+        name = "public_ground_truth.csv" if self.phase == 1 else "private_ground_truth.csv"
+        return self.input / name
+
+    @property
+    def variant(self):
+        """What tells the steps and the report apart from those of other runs in the same folder."""
+        parts = []
+        if self.train:
+            parts.append("-trained")
+        if self.references is not None:
+            parts.append(f"-references-{self.references}")
+        if self.phase == 2:
+            parts.append("-phase2")
+        return "".join(parts)
+
+    @property
+    def queries(self):
+        """The folder of the queries."""
+        return "query_images" if self.phase == 1 else "query_images_phase2"
+
+    @property
+    def tolerance(self):
+        """The largest difference to the published score that counts as reproduced."""
+        return published.TOLERANCE["trained" if self.train else "published"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and what stands around it.
+
+    needs, writes: its files, or folders of images. settings: what its check depends on beside them,
+    in words. prepare: called before it; prepared: what that does, as one would type it. check:
+    called with the log's path after it, returns checks.Findings, raises InputError. accepts: exit
+    codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
+    repetition would go on in its folder. hours: None where unknown. fits: in words, with which
+    flags. obstacle: why it cannot run on this machine, or None.
+    """
+
+    name: str
+    command: tuple
+    check: Callable
+    needs: tuple = ()
+    writes: tuple = ()
+    settings: str = ""
+    prepare: Callable | None = None
+    prepared: str = ""
+    accepts: tuple = (0,)
+    is_stage: bool = False
+    trains: bool = False
+    gigabytes: float = 0
+    hours: float | None = 0
+    fits: str = ""
+    obstacle: str | None = None
+
+
+def typed(command):
+    """A command as one would type it in the repository's folder."""
+    return shlex.join(str(part) for part in command)
+
+
+# ---- the whole plan ----
+
+
+def make_plan(setup):
+    """The list of Steps."""
+    steps = []
+    if setup.download:
+        steps += [download_step(setup, name) for name in needed_folders(setup)]
+    steps.append(data_step(setup))
+    if setup.train:
+        for training in needed_trainings(setup):
+            steps.append(training_step(setup, training))
+            if training.name == training.script:  # the first run of v83 is only half a stage
+                weights = checkpoint(setup, training)
+                steps.append(probe_step(setup, training.script, weights, training.input_size))
+    else:
+        for stage in setup.stages:
+            steps.append(weights_step(setup, stage))
+            steps.append(probe_step(setup, stage, stage_weights(setup, stage)))
+    for stage in setup.stages:
+        steps += scoring_steps(setup, stage, stage_weights(setup, stage))
+    return steps
+
+
+def needed_trainings(setup):
+    """The training runs up to the last stage that is scored."""
+    last = max(STAGES.index(stage) for stage in setup.stages)
+    return [run for run in published.TRAININGS if STAGES.index(run.script) <= last]
+
+
+def needs_negatives(setup):
+    """Whether negative embedding subtraction is done, which takes the training images."""
+    return "v107" in setup.stages and setup.references is None
+
+
+def needed_folders(setup):
+    """The folders of images that the steps read."""
+    folders = [setup.queries, "reference_images"]
+    if setup.train or needs_negatives(setup):
+        folders.append("training_images")
+    if setup.train and "v107" in setup.stages and "query_images" not in folders:
+        folders.append("query_images")  # v107 trains on the pairs of phase 1
+    return folders
+
+
+def images_of(setup, *folders):
+    """The paths of folders of images, whatever the name of that of the training images is."""
+    paths = []
+    for name in folders:
+        found = checks.folder_of_images(ROOT / setup.input, name)
+        paths.append(setup.input / (found.name if found else name))
+    return tuple(paths)
+
+
+def folder_of(setup, stage):
+    """The folder of a stage's results. Own training and published weights never share one."""
+    return setup.output / ("exp" if setup.train else "published") / stage
+
+
+def checkpoint(setup, training):
+    """The checkpoint of a training run that is used afterwards."""
+    return setup.output / "exp" / training.name / CHECKPOINT.format(training.result)
+
+
+def stage_weights(setup, stage):
+    """The weights that a stage is scored with: the author's, or the own ones in their place."""
+    epoch = {training.name: training.result for training in published.TRAININGS}[stage]
+    return folder_of(setup, stage) / CHECKPOINT.format(epoch)
+
+
+# ---- data and weights ----
+
+
+def source_of(setup, folder):
+    """(the bucket's folder, the folder here) of a folder of images."""
+    name = published.IN_BUCKET.get(folder, folder)
+    return f"{published.BUCKET}/{name}/", f"{setup.input / folder}/"
+
+
+def download_step(setup, folder):
+    """Fetch what is missing of a folder of images."""
+    source, target = source_of(setup, folder)
+    gigabytes = 0
+    if setup.expected.disc21:
+        missing = published.IMAGES[folder] - len(checks.images_by_id(setup.input, folder))
+        share = max(0, missing) / sum(published.IMAGES.values())
+        gigabytes = share * published.BYTES_OF_DATA / 1e9
+    return Step(
+        name=f"download-{folder}",
+        command=("aws", "s3", "sync", source, target, "--no-sign-request", "--no-progress"),
+        check=functools.partial(checks.check_count, setup.input, folder, setup.expected.images),
+        writes=(setup.input / folder,),
+        gigabytes=gigabytes,
+        hours=None,
+    )
+
+
+def data_step(setup):
+    """Are the data complete and consistent?"""
+    command = ["python", "scripts/check_input.py", str(setup.input)]
+    if not setup.expected.disc21:
+        command.append("--partial")
+    check = functools.partial(
+        checks.check_data,
+        setup.input,
+        needed_folders(setup),
+        setup.expected.images,
+        needs_truth=setup.truth,
+    )
+    return Step(
+        name=f"check-data{setup.variant}",
+        command=tuple(command),
+        check=check,
+        needs=(setup.truth, *images_of(setup, *needed_folders(setup))),
+        settings=f"{setup.expected.images}",
+        accepts=(0, 1),  # 1: findings, perhaps on folders that nothing here reads
+    )
+
+
+def weights_step(setup, stage):
+    """The author's weights of a stage: fetched unless they are there."""
+    path = stage_weights(setup, stage)
+    command = ["python", "scripts/download_weights.py", stage]
+    command += ["--exp", str(setup.output / "published")]
+    digest = setup.expected.sha256.get(stage)
+    if digest:
+        command += ["--sha256", digest]
+    return Step(
+        name=f"weights-{stage}",
+        command=tuple(command),
+        check=functools.partial(checks.check_weights, ROOT / path, setup.arch),
+        writes=(path,),
+        settings=setup.arch,
+        gigabytes=published.CHECKPOINT_GB,
+    )
+
+
+def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
+    """Descriptors of a dozen generated images: the known answers, and a collapsed network."""
+    input_size = setup.input_size or input_size
+    images = setup.output / "probe" / "input"
+    output = setup.output / "probe" / ("exp" if setup.train else "published") / weights.parts[-3]
+    submission = output / "extract" / "fb-isc-submission.h5"
+    return Step(
+        name=f"probe-{weights.parts[-3]}{'-trained' if setup.train else ''}",
+        command=extract_command(setup, stage, weights, output, images, "q", input_size),
+        check=functools.partial(
+            checks.check_probe,
+            ROOT / submission,
+            stage=stage,
+            weights=ROOT / weights,
+            output=None if setup.train else ROOT / setup.output,
+            arch=setup.arch,
+            input_size=input_size,
+        ),
+        needs=(weights, KNOWN_ANSWERS),
+        writes=(submission,),
+        prepare=functools.partial(prepare.draw_images, ROOT / images),
+        prepared=f"# first {checks.PROBE_IMAGES} generated images are drawn into {images}",
+        is_stage=True,
+    )
+
+
+# ---- training ----
+
+
+def training_step(setup, training):
+    """A published training command, with --resume auto and paths to match."""
+    folder = setup.output / "exp" / training.name
+    command = ["python", f"exp/{training.script}.py", "-a", setup.arch]
+    command += shlex.split(published.COMMON)
+    command += ["--epochs", str(training.epochs)]
+    command += ["--input-size", str(setup.input_size or training.input_size)]
+    command += shlex.split(training.flags)
+    needs, preparation, prepared = (), None, ""
+    if training.start:
+        name, epoch = training.start
+        start = setup.output / "exp" / name / CHECKPOINT.format(epoch)
+        needs = (start,)
+        if name == "v83-first":
+            copy = folder / CHECKPOINT.format(epoch)
+            preparation = functools.partial(prepare.copy_once, ROOT / start, ROOT / copy)
+            prepared = f"mkdir -p {copy.parent} && cp {start} {copy.parent}/"
+        else:
+            command += ["--weight", str(start)]
+    placement = fit(training.script, setup.machine)
+    command += placement.flags
+    command += setup.stage_flags.get("all", [])
+    command += setup.stage_flags.get(training.script, [])
+    command += ["--resume", "auto", "--output", str(folder)]
+    command.append(f"{setup.input / 'training_images'}/")
+    log = folder / "train" / "log.jsonl"
+    return Step(
+        name=f"train-{training.name}",
+        command=tuple(command),
+        check=functools.partial(checks.check_training, ROOT / log),
+        needs=needs,
+        writes=(checkpoint(setup, training), log),
+        prepare=preparation,
+        prepared=prepared,
+        is_stage=True,
+        trains=True,
+        gigabytes=(training.epochs + 1) * published.CHECKPOINT_GB,
+        hours=training_hours(training, setup.machine, setup.arch, bool(placement.flags)),
+        fits=placement.words,
+        obstacle=None if placement.ok else f"{training.name}: {placement.words}",
+    )
+
+
+# ---- scores ----
+
+
+def extract_command(setup, stage, weights, output, images, target_set, input_size, phase=1):
+    """The published extraction on all GPUs."""
+    command = ["python", f"exp/{stage}.py", "-a", setup.arch, "--multiprocessing-distributed"]
+    command += ["--mode", "extract", "--batch-size", "128", "--gem-eval-p", "1.0"]
+    command += ["--weight", str(weights)]
+    command += ["--input-size", str(input_size), "--target-set", target_set]
+    command += setup.stage_flags.get("extract", [])
+    command += ["--output", str(output)]
+    if phase == 2:
+        command += ["--phase", "2"]
+    return (*command, f"{images}/")
+
+
+def scoring_steps(setup, stage, weights):
+    """Extract the descriptors of a stage and score them, in v107 after NES too."""
+    folder = folder_of(setup, stage)
+    images = setup.input
+    input_size = setup.input_size or published.INPUT_SIZE
+    step_of_look = {}
+    if setup.references is not None:
+        look = setup.output / f"references-{setup.references}"
+        folder = look / ("exp" if setup.train else "published") / stage
+        images = look / "input"
+        step_of_look = {
+            "prepare": functools.partial(
+                prepare.link_part,
+                setup.input,
+                ROOT / images,
+                ROOT / setup.truth,
+                setup.queries,
+                setup.references,
+            ),
+            "prepared": f"# first {setup.references:,} references and the queries of the ground "
+            f"truth are linked into {images}",
+        }
+    subtract = stage == "v107" and needs_negatives(setup)
+    suffix = "-phase2" if setup.phase == 2 else ""
+    submission = folder / "extract" / f"fb-isc-submission{suffix}.h5"
+    negatives = folder / "extract" / "train_feats.npy"
+    writes = (submission, negatives) if subtract else (submission,)
+    number = number_of_images(setup, subtract)
+    read = (setup.queries, "reference_images", *(("training_images",) if subtract else ()))
+    target_set = "qrt" if subtract else "qr"
+    extraction = Step(
+        name=f"extract-{stage}{setup.variant}",
+        command=extract_command(
+            setup, stage, weights, folder, images, target_set, input_size, setup.phase
+        ),
+        check=functools.partial(
+            checks.check_extraction,
+            ROOT / submission,
+            ROOT / negatives if subtract else None,
+            images=ROOT / images,
+            queries=setup.queries,
+        ),
+        needs=(weights, *images_of(setup, *read)),
+        writes=writes,
+        is_stage=True,
+        gigabytes=number * published.DESCRIPTOR_GB,
+        hours=extraction_hours(number, setup.machine, setup.arch),
+        **step_of_look,
+    )
+    steps = [extraction]
+    title = f"{stage}{', phase 2' if setup.phase == 2 else ''}"
+    if setup.phase == 1 or not subtract:
+        steps.append(evaluation_step(setup, f"evaluate-{stage}{setup.variant}", title, submission))
+    if subtract:
+        stem = "v107_iso" + ("_phase2" if setup.phase == 2 else "")
+        subtracted = folder / "extract" / f"{stem}.h5"
+        command = ["python", "scripts/postprocess.py", stage, "--exp", str(folder.parent)]
+        if setup.phase == 2:
+            command += ["--phase", "2"]
+        steps.append(
+            Step(
+                name=f"subtract-{stage}{setup.variant}",
+                command=tuple(command),
+                check=functools.partial(
+                    checks.check_extraction,
+                    ROOT / subtracted,
+                    None,
+                    images=ROOT / images,
+                    queries=setup.queries,
+                ),
+                needs=writes,
+                writes=(subtracted,),
+                gigabytes=number_of_images(setup, False) * 1024e-9,
+                hours=None,
+            )
+        )
+        title = title.replace("v107", "v107 + NES")
+        steps.append(
+            evaluation_step(setup, f"evaluate-{stage}-nes{setup.variant}", title, subtracted)
+        )
+    return steps
+
+
+def number_of_images(setup, with_training):
+    """How many images an extraction reads."""
+    images = setup.expected.images
+    queries = images.get(setup.queries, 0)
+    references = images.get("reference_images", 0)
+    if setup.references is not None:
+        queries = min(queries, checks.PUBLIC_QUERIES)
+        references = setup.references
+    return queries + references + (images.get("training_images", 0) if with_training else 0)
+
+
+def evaluation_step(setup, name, title, submission):
+    """Score a submission and compare it with the published score."""
+    expected = setup.expected.scores.get(title)
+    if setup.references is not None:
+        expected = None  # fewer references give a higher score
+    candidates = submission.with_name(f"{submission.stem}_candidates.csv")
+    return Step(
+        name=name,
+        command=("python", "scripts/eval_metrics.py", str(submission), str(setup.truth)),
+        check=functools.partial(
+            checks.check_score,
+            title=title,
+            expected=expected,
+            tolerance=setup.tolerance,
+            is_look=setup.references is not None,
+        ),
+        needs=(submission, setup.truth),
+        writes=(candidates,),
+        settings=f"{expected}, {setup.tolerance}",
+    )
+
+
+# ---- what keeps it from starting ----
+
+
+def obstacles(setup, steps):
+    """What is missing, a line each with its remedy, as far as it shows before anything runs."""
+    found = [step.obstacle for step in steps if step.obstacle]
+    root = ROOT / setup.input
+    if not root.is_dir() and not setup.download:
+        found.append(
+            f"{setup.input}: no such folder; give --input, or make it and download into it"
+        )
+    for folder in needed_folders(setup):
+        if checks.folder_of_images(root, folder) is None and not setup.download:
+            source, target = source_of(setup, folder)
+            command = f"aws s3 cp {source} {target} --recursive --no-sign-request"
+            found.append(f"{setup.input / folder}: is missing; {command} (or --download)")
+    if not (ROOT / setup.truth).is_file():
+        remedy = f"{published.GROUND_TRUTH} {setup.input}/"
+        if setup.phase == 2:
+            remedy = "the organizers' labels of phase 2, as query_id,reference_id"
+        found.append(f"{setup.truth}: is missing; {remedy}")
+    return found
+
+
+def parse_stage_flags(texts):
+    """{stage: list of flags} of texts such as "v83: --lr 0.01"; "all" is for every training,
+    "extract" for every extraction.
+    """
+    flags = {}
+    for text in texts:
+        stage, colon, rest = text.partition(":")
+        if not colon or stage not in (*STAGES, "all", "extract"):
+            raise InputError(
+                f"--stage-flags {text!r}: must be like 'v83: --lr 0.01', with one of "
+                f"{', '.join(STAGES)}, all, extract before the colon"
+            )
+        flags.setdefault(stage, []).extend(shlex.split(rest))
+    return flags

@@ -1,0 +1,72 @@
+"""What has to be there before a command can run: files that no command of its own makes."""
+
+import shutil
+
+import numpy as np
+
+from common.errors import InputError
+from common.files import atomic
+from common.reproduction import checks
+from common.sample_images import dead_leaves, generator
+from common.submissions import read_csv
+
+SEED = 20  # of the generated images and of the random references
+SIDE = 640  # pixels of the generated images: more than any --input-size
+
+
+def draw_images(root):
+    """Draw the images of the known answers, as PNG: the same pixels wherever NumPy's and Pillow's
+    versions are the pinned ones.
+    """
+    folder = root / "query_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(checks.PROBE_IMAGES):
+        path = folder / f"Q{number:05}.png"
+        if not path.exists():
+            image = dead_leaves(generator(SEED, "training", number), SIDE)
+            with atomic(path) as file:
+                image.save(file, format="png")
+
+
+def copy_once(source, target):
+    """Copy a checkpoint, unless the copy is there."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(target) as file:
+        shutil.copyfile(source, file)
+
+
+def link_part(data, root, truth, folder, number):
+    """Link the queries of a ground truth, its references and random others into `root`.
+
+    data: folder of all images; folder: name of that of the queries; number: of references. Raises
+    InputError where the data hold fewer, or the ground truth has more.
+    """
+    pairs = read_csv(truth, ("query_id", "reference_id"))
+    wanted = set(pairs["reference_id"]) - {""}
+    references = checks.images_by_id(data, "reference_images")
+    missing = sorted(wanted - references.keys())
+    if missing:
+        raise InputError(f"{truth}: {missing[0]} has no image in {data}/reference_images")
+    others = sorted(references.keys() - wanted)
+    if not len(wanted) <= number <= len(references):
+        raise InputError(
+            f"--references {number}: must lie between {len(wanted)}, those of the ground truth, "
+            f"and {len(references)}, all"
+        )
+    drawn = np.random.default_rng(SEED).choice(len(others), number - len(wanted), replace=False)
+    chosen = wanted | {others[i] for i in drawn}
+    queries = checks.images_by_id(data, folder)
+    link_all(root / "reference_images", [references[name] for name in sorted(chosen)])
+    present = sorted(set(pairs["query_id"]) & queries.keys())
+    link_all(root / folder, [queries[name] for name in present])
+
+
+def link_all(folder, paths):
+    """Link files into a folder; links that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    present = {path.name for path in folder.iterdir()}
+    for path in paths:
+        if path.name not in present:
+            (folder / path.name).symlink_to(path.resolve())

@@ -1,0 +1,159 @@
+"""The plan on the console, and report.md at the end."""
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from common.reproduction.plan import typed
+from common.reproduction.running import clock
+
+ROOT = Path(__file__).resolve().parents[3]
+LIBRARIES = ("torch", "torchvision", "timm", "augly", "pillow", "numpy", "faiss-cpu", "faiss-gpu")
+
+
+def in_hours(hours):
+    """Hours in words."""
+    if hours is None:
+        return "hours unknown"
+    if hours < 0.1:
+        return "minutes"
+    return f"about {hours:.1f} h"
+
+
+# ---- plan ----
+
+
+def print_plan(setup, steps, finished, obstacles):
+    """Say what will be done, with which commands, and what is missing. finished: names of steps."""
+    assumed = " assumed" if setup.machine.assumed else ""
+    print(f"Machine: {setup.machine}{assumed}\n")
+    for number, step in enumerate(steps, 1):
+        print(f"{number:02}-{step.name}{describe(step, step.name in finished)}")
+    print(f"\n{total(setup, steps, finished)}\n\nCommands, in {ROOT.name}/:")
+    for step in steps:
+        if step.prepared:
+            print(f"    {step.prepared}")
+        print(f"    {typed(step.command)}")
+    if obstacles:
+        print("\nIt cannot start before these are settled:")
+        for line in obstacles:
+            print(f"- {line}")
+
+
+def describe(step, finished):
+    """What a line of the plan says about a step, beside its name."""
+    notes = []
+    if finished:
+        notes.append("done before")
+    if step.hours != 0:
+        notes.append(in_hours(step.hours))
+    if step.fits:
+        notes.append(step.fits)
+    if step.gigabytes >= 0.05:
+        notes.append(f"{step.gigabytes:.1f} GB of disk")
+    return f": {'; '.join(notes)}" if notes else ""
+
+
+def needed_gigabytes(steps, finished):
+    """GB that the steps to come write."""
+    return sum(step.gigabytes for step in steps if step.name not in finished)
+
+
+def free_gigabytes(folder):
+    """GB that are free where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 1e9
+
+
+def total(setup, steps, finished):
+    """Hours and disk in all."""
+    to_do = [step for step in steps if step.name not in finished]
+    known = [step.hours for step in to_do if step.hours is not None]
+    unknown = [step.name for step in to_do if step.hours is None]
+    hours = sum(known)
+    if unknown and hours == 0:
+        hours = None
+    text = f"In all: {in_hours(hours)}"
+    if unknown:
+        text += f"; unknown: {len(unknown)} of {len(to_do)} steps"
+    text += f"; {needed_gigabytes(steps, finished):.1f} GB of disk"
+    if not setup.machine.assumed:
+        text += f", {free_gigabytes(ROOT / setup.output):.1f} GB are free"
+    return text
+
+
+# ---- report ----
+
+
+def versions():
+    """{library: version} of those that decide values."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit():
+    """The commit of this repository, with "modified" where files differ from it; or unknown."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=, modified"]
+    try:
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
+
+
+def number(value):
+    """A score with seven digits, or a dash."""
+    return "-" if value is None else f"{value:.7f}"
+
+
+def write_report(path, setup, steps, state):
+    """Write report.md; returns its scores."""
+    records = [(step, state.records[step.name]) for step in steps]
+    scores = [record["score"] for _, record in records if record["score"]]
+    depth = "training" if setup.train else "the published weights"
+    if setup.phase == 2:
+        depth += ", phase 2"
+    if setup.references is not None:
+        depth += f", a first look at {setup.references:,} references"
+    lines = [
+        f"# Reproduction from {depth}",
+        "",
+        f"- machine: {setup.machine}; {platform.system()} {platform.machine()}",
+        f"- commit: {commit()}",
+        f"- versions: {', '.join(f'{name} {value}' for name, value in versions().items())}",
+        f"- network: {setup.arch}, input size {setup.input_size or 'as published'}",
+        "",
+        "| score | µAP | R@P90 | published µAP | R@P90 | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for score in scores:
+        theirs = score["published"] or [None, None]
+        cells = [score["average_precision"], score["recall_p90"], *theirs]
+        lines.append(
+            f"| {score['title']} | {' | '.join(map(number, cells))} | {score['verdict']} |"
+        )
+    lines += ["", f"Reproduced: both within {setup.tolerance} of the published score.", ""]
+    for score in scores:
+        if score.get("causes"):
+            lines.append(f"Likeliest causes for {score['title']}:")
+            lines += [f"{i}. {cause}" for i, cause in enumerate(score["causes"], 1)]
+            lines.append("")
+    lines += ["| step | time | found |", "|---|---|---|"]
+    for step, record in records:
+        facts = "; ".join(record["facts"]).replace("|", "/")
+        lines.append(f"| {step.name} | {clock(record['seconds'])} | {facts} |")
+    curves = [(step, record["curve"]) for step, record in records if record["curve"]]
+    for step, curve in curves:
+        points = ", ".join(f"{at:,}: {loss}" for at, loss in curve)
+        lines += ["", f"Loss of {step.name} by step: {points}"]
+    lines += ["", "```", *(typed(step.command) for step in steps), "```", ""]
+    path.write_text("\n".join(lines))
+    return scores

@@ -1,0 +1,176 @@
+"""Run the steps one after the other, each as a process of its own."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.errors import InputError
+from common.reproduction.plan import typed
+
+ROOT = Path(__file__).resolve().parents[3]
+STOPPED = 75  # exit code of a stage that was told to stop
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CLEAR_LINE = "\x1b[K"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Stopped(Exception):
+    """The run was told to stop. code: its exit code."""
+
+    def __init__(self, code):
+        super().__init__(code)
+        self.code = code
+
+
+class Runner:
+    """Runs steps; passes signals to the one that is running.
+
+    state: of the run; folder: for the logs; lock: the open file that keeps other runs out; hidden:
+    whether the steps are to see no GPU.
+    """
+
+    def __init__(self, state, folder, lock, hidden):
+        self.state = state
+        self.folder = folder
+        self.lock = lock
+        self.environment = os.environ | {"TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
+        if hidden:
+            self.environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.process = None
+        self.step = None
+        self.stopped_by = None
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """Pass the first signal on. A stage saves at SIGTERM; the other commands clean up at
+        SIGINT.
+        """
+        if self.stopped_by is None:
+            self.stopped_by = number
+            self.pass_on()
+
+    def pass_on(self):
+        """Have the running step stop."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM if self.step.is_stage else signal.SIGINT)
+
+    def run(self, steps):
+        """Run what is not finished. Raises InputError where a step or its check fails, Stopped
+        after a signal.
+        """
+        for number, step in enumerate(steps, 1):
+            title = f"{number:02}-{step.name}"
+            if self.state.is_finished(step):
+                print(f"{title}: done before", flush=True)
+                continue
+            self.run_step(step, title)
+
+    def run_step(self, step, title):
+        """Run a step and its check."""
+        self.state.begin(step)
+        start = time.monotonic()
+        log = self.folder / f"{title}.log"
+        if step.prepare:
+            try:
+                step.prepare()
+            except OSError as error:  # Pillow's does not name the file
+                raise InputError(
+                    f"{title}: {self.folder} cannot be written ({error}); make room, and the same "
+                    f"command goes on"
+                ) from error
+        code = self.execute(step, title, log)
+        self.state.add_seconds(step, time.monotonic() - start)
+        if self.stopped_by is not None or code == STOPPED:
+            raise Stopped(130 if self.stopped_by == signal.SIGINT else STOPPED)
+        if code not in step.accepts:
+            raise InputError(
+                f"{title}: ended with code {code}: {last_line(log)} (all of it: {log}); the same "
+                f"command goes on when that is repaired"
+            )
+        for path in step.writes:
+            if not (ROOT / path).exists():
+                raise InputError(f"{title}: did not write {path}; look at {log}")
+        findings = step.check(log=log)
+        self.state.finish(step, findings)
+        seconds = self.state.records[step.name]["seconds"]
+        print(f"{title}: {clock(seconds)}; {'; '.join(findings.facts)}", flush=True)
+
+    def execute(self, step, title, log):
+        """Run a step's command, its output added to the log; returns the exit code."""
+        command = [str(part) for part in step.command]
+        if command[0] == "python":
+            command[0] = sys.executable
+        if self.stopped_by is not None:
+            return STOPPED
+        with log.open("ab") as file:
+            file.write(f"\n$ {typed(step.command)}\n".encode())
+            file.flush()
+            self.step = step
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through this process alone
+                pass_fds=[self.lock.fileno()],
+                preexec_fn=end_with_parent,
+            )
+        if self.stopped_by is not None:  # between the two lines above
+            self.pass_on()
+        return self.wait(title, log)
+
+    def wait(self, title, log):
+        """Wait for the running process. On a terminal its own last line, mostly a progress bar, is
+        shown beside the elapsed time.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                code = self.process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                said = last_line(log)
+                if said.startswith("$ "):  # the command itself
+                    said = "starting"
+                show(f"{title} {clock(time.monotonic() - start)}  {said}")
+                continue
+            show("")
+            self.process = None
+            return code
+
+
+def show(text):
+    """Put a text in the place of the last one, where stderr is a terminal."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{CLEAR_LINE}{text[:width]}", end="", file=sys.stderr, flush=True)
+
+
+def end_with_parent():
+    """Have the kernel send SIGTERM to this process when its parent dies, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def last_line(log):
+    """The last line that a step wrote, an error where there is one near the end."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4000))
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines or [""])[-1]
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,169 @@
+"""Which steps are finished: state.json, with the command of each and the SHA-256 of what it read
+and wrote.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import atomic, sha256_of
+
+ROOT = Path(__file__).resolve().parents[3]
+WITHOUT_EFFECT = ("--grad-checkpointing",)  # flags that change no result
+ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
+
+
+def identity(step):
+    """What a step does: its command without the flags that change no result, and the settings of
+    its check.
+    """
+    command = [str(part) for part in step.command if part not in WITHOUT_EFFECT]
+    return [*command, step.settings]
+
+
+class State:
+    """The record of a run, kept in a file that is replaced as a whole.
+
+    records: {step: {"command", "needs", "writes", "seconds", "finished", "facts", "score",
+    "curve"}}; digests: {path: [size, time of the last change, SHA-256]}, so that nothing is hashed
+    twice.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.records = {}
+        self.digests = {}
+        if path.exists():
+            try:
+                content = json.loads(path.read_text())
+                self.records = content["steps"]
+                self.digests = content["digests"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}: cannot be read ({error}); delete it: the steps then run again, from "
+                    f"where their own files are"
+                ) from None
+
+    def save(self):
+        """Write the file."""
+        content = {"steps": self.records, "digests": self.digests}
+        with atomic(self.path) as file:
+            file.write_text(json.dumps(content, indent=1))
+
+    def digest(self, path):
+        """SHA-256 of a file, or of the names in a folder; None where it is missing."""
+        path = ROOT / path
+        if not path.exists():
+            return None
+        status = path.stat()
+        known = self.digests.get(str(path))
+        if known and known[:2] == [status.st_size, status.st_mtime_ns]:
+            return known[2]
+        digest = sha256_of_names(path) if path.is_dir() else sha256_of(path)
+        self.digests[str(path)] = [status.st_size, status.st_mtime_ns, digest]
+        return digest
+
+    def digests_of(self, paths):
+        """{path: SHA-256} of some files."""
+        return {str(path): self.digest(path) for path in paths}
+
+    def is_finished(self, step):
+        """Whether a step has run with the same command and files, and what it wrote is unchanged.
+
+        Raises InputError where a training run was begun with others: it would be continued.
+        """
+        record = self.records.get(step.name)
+        if record is None:
+            return False
+        same_command = record["command"] == identity(step)
+        same_needs = record["needs"] == self.digests_of(step.needs)
+        if step.trains and not (same_command and same_needs):
+            what = "another command" if not same_command else "other weights"
+            raise InputError(
+                f"{step.name}: was begun with {what} than now, and would go on in its folder; give "
+                f"another --output, or move {ROOT / step.writes[0].parent} away and delete the "
+                f"step from {self.path}"
+            )
+        if not (same_command and same_needs and record["finished"]):
+            return False
+        return record["writes"] == self.digests_of(step.writes)
+
+    def begin(self, step):
+        """Note that a step begins; a repetition keeps the seconds of the earlier attempts."""
+        record = {
+            "command": identity(step),
+            "needs": self.digests_of(step.needs),
+            "writes": {},
+            "seconds": 0,
+            "finished": False,
+        }
+        former = self.records.get(step.name, {})
+        same = all(former.get(name) == record[name] for name in ("command", "needs"))
+        if same and not former["finished"]:
+            record["seconds"] = former["seconds"]
+        self.records[step.name] = record
+        self.save()
+
+    def add_seconds(self, step, seconds):
+        """Note how long an attempt took."""
+        self.records[step.name]["seconds"] += seconds
+        self.save()
+
+    def finish(self, step, findings):
+        """Note that a step and its check are done."""
+        record = self.records[step.name]
+        record["writes"] = self.digests_of(step.writes)
+        record["facts"] = findings.facts
+        record["score"] = findings.score
+        record["curve"] = findings.curve
+        record["finished"] = True
+        self.save()
+
+
+def sha256_of_names(folder):
+    """SHA-256 of the sorted names in a folder, 64 hexadecimal digits."""
+    names = sorted(os.fsencode(entry.name) for entry in os.scandir(folder))
+    return hashlib.sha256(b"\0".join(names)).hexdigest()
+
+
+def lock(folder):
+    """Lock a run's folder against a second run; returns the open file, which steps inherit.
+
+    After a kill, waits for the end of the step that was running: it stops by itself. Raises
+    InputError where another run is alive.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            if is_alive(owner) or time.monotonic() > deadline:
+                raise InputError(
+                    f"{folder}: another run works there (process {owner}); wait for it, or give "
+                    f"another --output"
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def is_alive(owner):
+    """Whether the process of this number (str) is there."""
+    try:
+        os.kill(int(owner), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,208 @@
+"""The published scores by one command: from the data to a verdict.
+
+    python scripts/reproduce.py --plan   # say what would be done, and what is missing
+    python scripts/reproduce.py          # the author's weights -> 0.9479 (v107), 0.6519 (v98)
+    python scripts/reproduce.py --train  # all four stages first, on all GPUs
+    python scripts/reproduce.py --references 100000  # a first look on a tenth of the references
+    python scripts/reproduce.py --plan --train --gpus "8 x A100-80"  # for another machine
+
+Runs the published commands one after the other, checks what each left, and compares the scores.
+Killed anywhere, the same command goes on. docs/REPRODUCE.md says how to read the result.
+
+Needs   INPUT as in input/README.md. The weights are fetched.
+Writes  OUTPUT/report.md, fit to paste into an issue (report-trained.md with --train, and so on);
+        OUTPUT/NN-step.log, OUTPUT/state.json; OUTPUT/published/vNN of the author's weights,
+        OUTPUT/exp/vNN of the own ones.
+
+Exit codes: 0 all scores reproduced, 1 one was not, 2 something is missing or a check failed (one
+line says what), 75 after SIGTERM, 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from common.cli import at_least
+from common.errors import InputError, one_line_errors
+from common.reproduction import published
+from common.reproduction.machine import driver_complaint, find_machine, parse_machine
+from common.reproduction.plan import Expected, Setup, make_plan, obstacles, parse_stage_flags
+from common.reproduction.report import (
+    free_gigabytes,
+    needed_gigabytes,
+    print_plan,
+    write_report,
+)
+from common.reproduction.running import Runner, Stopped
+from common.reproduction.state import State, lock
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_CPU_HOURS = 6  # without --cpu
+
+
+def from_root(path):
+    """A path of the command line, relative to the repository where it lies in it."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def read_expected(path):
+    """The Expected of a JSON file: {"scores": {title: [µAP, R@P90]}, "sha256": {stage: digest},
+    "images": {folder: number}}, each optional. Raises InputError.
+    """
+    try:
+        content = json.loads(path.read_text())
+        scores = {
+            title: published.Score(*values) for title, values in content.get("scores", {}).items()
+        }
+        images = dict(content.get("images", {}))
+        digests = dict(content.get("sha256", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not as --help says ({error}); correct it") from None
+    return Expected(scores, digests, images, disc21=False)
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--plan", action="store_true", help="only say what would be done")
+    add("--train", action="store_true", help="train all stages, in place of the author's weights")
+    add(
+        "--stages",
+        choices=["v98", "v107"],
+        nargs="+",
+        default=["v98", "v107"],
+        help="which to score (default: both)",
+    )
+    add("--phase", type=int, choices=[1, 2], default=1, help="2: the unseen queries, of v107 alone")
+    add(
+        "--references",
+        type=at_least(int, 1),
+        metavar="N",
+        help="a first look: the ground truth's references and random others, N in all; its score "
+        "compares with no published one",
+    )
+    add("--download", action="store_true", help="fetch missing images with aws")
+    add("--cpu", action="store_true", help="use no GPU, however long it takes")
+    add("--gpus", metavar="'8 x A100-80'", help="with --plan: of another machine")
+    add("--input", type=Path, default=ROOT / "input", help="the data (default: %(default)s)")
+    add("--output", type=Path, default=ROOT / "reproduce", help="default: %(default)s")
+    add = parser.add_argument_group("another network or data set").add_argument
+    add("-a", "--arch", default=published.ARCH, help="backbone (default: %(default)s)")
+    add("--input-size", type=at_least(int, 1), help="pixels, in every step (default: published)")
+    add(
+        "--expect",
+        type=Path,
+        metavar="FILE",
+        help="the data are not DISC21: JSON with what to expect in place of the published scores, "
+        '{"scores": {"v98": [0.65, 0.57]}, "images": {"query_images": 30}, "sha256": {}}',
+    )
+    add(
+        "--stage-flags",
+        action="append",
+        default=[],
+        metavar="'STAGE: FLAGS'",
+        help="more flags for the training of a stage (v83, v86, v98, v107, all) or for every "
+        "extraction (extract), such as 'v98: --lr 0.01'; repeatable",
+    )
+    args = parser.parse_args(argv)
+    if args.gpus and not args.plan:
+        parser.error("--gpus: is for --plan; a run uses the GPUs that are there")
+    if args.gpus and args.cpu:
+        parser.error("--gpus: does not go with --cpu")
+    if args.phase == 2:
+        if args.stages == ["v98"]:
+            parser.error("--phase 2: a score was published of v107 alone")
+        args.stages = ["v107"]
+    return args
+
+
+def make_setup(args):
+    """The Setup of a command line. Raises InputError."""
+    return Setup(
+        input=from_root(args.input),
+        output=from_root(args.output),
+        machine=parse_machine(args.gpus) if args.gpus else find_machine(args.cpu),
+        expected=read_expected(args.expect) if args.expect else Expected(),
+        train=args.train,
+        stages=tuple(sorted(set(args.stages), key=["v98", "v107"].index)),
+        phase=args.phase,
+        references=args.references,
+        arch=args.arch,
+        input_size=args.input_size,
+        stage_flags=parse_stage_flags(args.stage_flags),
+        download=args.download,
+    )
+
+
+def more_obstacles(setup, steps, finished, cpu):
+    """What the machine lacks, a line each."""
+    found = []
+    if setup.download and not shutil.which("aws"):
+        found.append("--download: aws is not installed; pip install awscli")
+    if setup.machine.assumed:
+        return found
+    if not setup.machine.gpus and not cpu:
+        complaint = driver_complaint()
+        if complaint:
+            found.append(f"{complaint}; or give --cpu")
+        to_do = [step for step in steps if step.name not in finished]
+        hours = sum(step.hours or 0 for step in to_do)
+        trains = any(step.trains for step in to_do)
+        if setup.arch == published.ARCH and (trains or hours > MOST_CPU_HOURS):
+            words = f"extraction takes about {hours:,.0f} hours on {setup.machine.cores} CPU cores"
+            words += " (2 CPU seconds an image)"
+            if trains:
+                words += ", and training months"
+            found.append(f"no GPU: {words}; give --cpu if you mean it")
+    needed = needed_gigabytes(steps, finished)
+    free = free_gigabytes(ROOT / setup.output)
+    if needed > free:
+        found.append(f"{setup.output}: {needed:.1f} GB are needed, {free:.1f} are free")
+    return found
+
+
+def reproduce(args):
+    """Plan and run; returns the exit code."""
+    setup = make_setup(args)
+    output = ROOT / setup.output
+    steps = make_plan(setup)
+    state = State(output / "state.json")
+    finished = {step.name for step in steps if state.is_finished(step)}
+    missing = obstacles(setup, steps) + more_obstacles(setup, steps, finished, args.cpu)
+    print_plan(setup, steps, finished, missing)
+    if args.plan:
+        return 0
+    if missing:
+        raise InputError(f"nothing was started: {missing[0]}")
+    with lock(output) as held:
+        runner = Runner(State(output / "state.json"), output, held, args.cpu)
+        print(flush=True)
+        try:
+            runner.run(steps)
+        except Stopped as stopped:
+            print("stopped; the same command goes on", file=sys.stderr)
+            return stopped.code
+        report = output / f"report{setup.variant}.md"
+        scores = write_report(report, setup, steps, runner.state)
+    for score in scores:
+        print(f"{score['title']}: {score['verdict']}")
+        for cause in score.get("causes", []):
+            print(f"  perhaps {cause}")
+    print(f"To look at: {report}")
+    return 1 if any(score["verdict"] == "not reproduced" for score in scores) else 0
+
+
+@one_line_errors
+def main(argv=None):
+    """Run the command; returns the exit code."""
+    return reproduce(parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

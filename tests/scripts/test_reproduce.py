@@ -1,0 +1,566 @@
+"""scripts/reproduce.py: its plans, the whole chain on small data, and each check on a fault that it
+is there to find.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import reproduce
+import v83
+import v86
+import v98
+import v107
+from common.errors import InputError
+from common.reproduction import checks, prepare, published
+from common.reproduction.machine import Machine, fit, parse_machine
+from common.reproduction.plan import Expected, Setup, make_plan, parse_stage_flags
+from common.reproduction.state import State
+from conftest import ROOT, assert_refused, called, readme_block, run
+from reproduction_runs import NETWORK, expectations, make_input, start_run
+from test_readme import parse_stage, python_commands
+
+PAGE = "docs/REPRODUCE.md"
+STAGES = {"v83": v83, "v86": v86, "v98": v98, "v107": v107}
+
+
+@pytest.fixture(scope="session")
+def small_input(tmp_path_factory):
+    return make_input(tmp_path_factory.mktemp("reproduce") / "input")
+
+
+def place_weights(output, stage, source=None, change=None):
+    """Put the small network where the author's weights of a stage are expected."""
+    epoch = {"v98": 1, "v107": 9}[stage]
+    target = output / "published" / stage / "train" / f"checkpoint_{epoch:04}.pth.tar"
+    target.parent.mkdir(parents=True)
+    shutil.copy(source or ROOT / "weights" / f"{stage}.pth.tar", target)
+    if change:
+        content = v98.read_checkpoint(target)
+        change(content["state_dict"])
+        torch.save(content, target)
+    return target
+
+
+def small_run(data, output, *flags):
+    """The command on small data with the small network; returns the CompletedProcess."""
+    network = [] if "-a" in flags else NETWORK
+    return run(
+        *("scripts/reproduce.py", "--cpu", "--stages", "v98", *network),
+        *("--input", data, "--output", output, "--expect", expectations(data), *flags),
+    )
+
+
+def setup_for(machine, **options):
+    return Setup(Path("input"), Path("reproduce"), machine, Expected(), **options)
+
+
+# ---- plans ----
+
+
+@pytest.mark.parametrize("gpus", ["1 x H200", "4 x A100-40", "8 x A100-80", "16 x A100-40"])
+def test_printed_plans(gpus, capsys, monkeypatch):
+    """Those that the page shows are what the command prints, down to the sum."""
+    blocks = [readme_block("Plans for four machines", PAGE, number) for number in range(4)]
+    (block,) = [block for block in blocks if f'"{gpus}"' in block]
+    command, _, shown = block.partition("\n")
+    _, script, *flags = shlex.split(command.removeprefix("$ "))
+    assert script == "scripts/reproduce.py"
+    result = called(reproduce.main, flags, capsys)
+    assert result.returncode == 0
+    assert result.stdout.partition("\n\nCommands")[0].strip() == shown.strip()
+
+
+def test_the_memory_table_is_the_documented_one():
+    text = (ROOT / "docs" / "PERFORMANCE.md").read_text()
+    rows = re.findall(r"^\| (v\d+) \| \d+ of \d+ px \| (.*) \|$", text, re.MULTILINE)
+    documented = {}
+    for stage, cells in rows:
+        pairs = [re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cell) for cell in cells.split(" | ")]
+        documented[stage] = tuple(tuple(float(pair[number]) for pair in pairs) for number in (1, 2))
+    assert documented == published.MEMORY
+
+
+@pytest.mark.parametrize(
+    ("gpus", "plain", "checkpointed"),
+    [
+        ("1 x H200", "v83 v86", "v98 v107"),
+        ("1 x A100-80", "v83", "v86 v98"),
+        ("2 x A100-80", "v83 v86", "v98 v107"),
+        ("4 x A100-40", "v83 v86", "v98 v107"),
+        ("4 x H100", "v83 v86 v98", "v107"),
+        ("8 x A100-40", "v83 v86 v98", "v107"),
+        ("16 x A100-40", "v83 v86 v98 v107", ""),
+        ("1 x V100-16", "", ""),
+    ],
+)
+def test_what_fits_is_what_the_documents_say(gpus, plain, checkpointed):
+    fits = {stage: fit(stage, parse_machine(gpus)) for stage in STAGES}
+    assert [stage for stage in STAGES if fits[stage].ok and not fits[stage].flags] == plain.split()
+    with_flag = [stage for stage in STAGES if fits[stage].flags]
+    assert with_flag == checkpointed.split()
+    for stage in with_flag:
+        assert fits[stage].ok and fits[stage].flags == ("--grad-checkpointing",)
+
+
+def test_batches_that_do_not_divide(tmp_path):
+    placement = fit("v98", parse_machine("6 x A100-80"))
+    assert not placement.ok and "CUDA_VISIBLE_DEVICES=0,1,2,3" in placement.words
+
+
+@pytest.mark.parametrize("text", ["A100-80", "0 x A100-80", "8 x A100", "8 x Unknown", "x"])
+def test_other_machines_are_refused(text, capsys):
+    result = called(reproduce.main, ["--plan", "--gpus", text], capsys)
+    assert_refused(result, "--gpus", "8 x A100-80")
+
+
+def test_training_commands_are_the_published_ones():
+    """Those of the README, but for --resume, --output, --weight and the folders."""
+    commands = python_commands(readme_block("Train"))[:-1]
+    steps = [
+        step
+        for step in make_plan(setup_for(parse_machine("16 x A100-40"), train=True))
+        if step.trains
+    ]
+    assert len(commands) == len(steps) == 5
+    for (script, *flags), step in zip(commands, steps, strict=True):
+        expected = vars(parse_stage(script, *flags))
+        _, own_script, *own_flags = step.command
+        assert own_script == f"exp/{script}"
+        args = vars(STAGES[script.removesuffix(".py")].parse_args(own_flags))
+        assert args["resume"] == "auto" and args["output"].startswith("reproduce/exp/v")
+        for name in ("resume", "output", "weight", "data"):
+            args.pop(name), expected.pop(name)
+        assert args == expected
+
+
+def test_weights_go_from_stage_to_stage():
+    steps = {step.name: step for step in make_plan(setup_for(Machine(0, "", 0, 2), train=True))}
+    for before, after, epoch in (("v83", "v86", 5), ("v86", "v98", 5), ("v98", "v107", 1)):
+        path = Path(f"reproduce/exp/{before}/train/checkpoint_{epoch:04}.pth.tar")
+        assert path in steps[f"train-{before}"].writes
+        assert (path,) == steps[f"train-{after}"].needs
+        assert str(path) in steps[f"train-{after}"].command
+    assert steps["train-v83"].prepared.endswith(
+        "cp reproduce/exp/v83-first/train/checkpoint_0004.pth.tar reproduce/exp/v83/train/"
+    )
+
+
+def test_published_weights_and_own_training_share_no_folder():
+    machine = Machine(0, "", 0, 2)
+    outputs = []
+    for train in (False, True):
+        outputs.append(
+            {
+                path.parent
+                for step in make_plan(setup_for(machine, train=train))
+                for path in step.writes
+            }
+        )
+    assert not outputs[0] & outputs[1]
+
+
+def test_published_scores_are_those_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for title, score in published.SCORES.items():
+        assert f"{score.average_precision:.4f}" in text
+        assert score.recall_p90 is None or f"{score.recall_p90:.4f}" in text, title
+
+
+# ---- the chain ----
+
+
+@pytest.fixture(scope="module")
+def finished(small_input, tmp_path_factory):
+    """A run from the "published" weights that was stopped by SIGTERM, killed, and ended."""
+    output = tmp_path_factory.mktemp("chain") / "reproduce"
+    place_weights(output, "v98")
+    flags = ["--stages", "v98"]
+    process = start_run(small_input, output, *flags)
+    wait_for(output / "probe" / "published" / "v98", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    process = start_run(small_input, output, *flags)
+    wait_for(output / "published" / "v98" / "extract", process)
+    process.kill()
+    process.wait()
+    result = small_run(small_input, output)
+    return output, result
+
+
+def wait_for(path, process):
+    """Wait until a file or folder is there."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "ended too soon"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_whole_chain_after_a_signal_and_a_kill(finished):
+    output, result = finished
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = (output / "report.md").read_text()
+    (row,) = re.findall(r"^\| v98 \| .*$", report, re.MULTILINE)
+    assert row.endswith("| reproduced |")
+    assert "known answers of weights/v98.pth.tar" in report
+    assert "106 tensors, SHA-256 1198c5aa" in report
+    for step in make_plan(setup_for(Machine(0, "", 0, 2), stages=("v98",))):
+        assert list(output.glob(f"*-{step.name}.log"))
+        assert f"| {step.name} |" in report
+
+
+def test_finished_steps_are_not_run_again(finished, small_input):
+    output, _ = finished
+    logs = {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
+    result = small_run(small_input, output)
+    assert result.returncode == 0
+    assert result.stdout.count("done before") == 2 * len(logs)  # in the plan, and in the run
+    assert logs == {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
+
+
+def test_another_expected_score_is_not_reproduced(finished, small_input, tmp_path):
+    output, _ = finished
+    expected = json.loads(expectations(small_input).read_text())
+    expected["scores"]["v98"][0] += 0.002
+    (tmp_path / "expect.json").write_text(json.dumps(expected))
+    copy = shutil.copytree(output, tmp_path / "reproduce")
+    state = (copy / "state.json").read_text().replace(str(output), str(copy))
+    (copy / "state.json").write_text(state)
+    result = small_run(small_input, copy, "--expect", tmp_path / "expect.json")
+    assert result.returncode == 1, result.stderr
+    report = (copy / "report.md").read_text()
+    assert "| not reproduced |" in report and "\n3. " in report and "another input size" in report
+
+
+# ---- planted faults, through the command ----
+
+
+def copied(small_input, tmp_path):
+    return shutil.copytree(small_input, tmp_path / "input", symlinks=True)
+
+
+@pytest.mark.parametrize("folder", ["query_images", "reference_images"])
+def test_a_missing_image(small_input, tmp_path, folder):
+    expect = expectations(small_input)
+    data = copied(small_input, tmp_path)
+    path = sorted((data / folder).iterdir())[-1]
+    path.unlink()
+    result = small_run(data, tmp_path / "reproduce", "--expect", expect)
+    assert_refused(result, data, "--download")
+
+
+def test_a_half_downloaded_set(small_input, tmp_path):
+    """Without --expect, the data have to be DISC21's."""
+    result = run(
+        *("scripts/reproduce.py", "--cpu", "--stages", "v98", *NETWORK),
+        *("--input", small_input, "--output", tmp_path),
+    )
+    assert_refused(result, small_input / "reference_images", "are missing", "--download")
+
+
+def test_swapped_phases(small_input, tmp_path):
+    data = copied(small_input, tmp_path)
+    (data / "query_images").rename(data / "q")
+    (data / "query_images_phase2").rename(data / "query_images")
+    (data / "q").rename(data / "query_images_phase2")
+    expect = expectations(small_input)
+    result = small_run(data, tmp_path / "reproduce", "--expect", expect)
+    assert_refused(result, "public_ground_truth.csv", "query_id have no image in query_images")
+
+
+def test_a_flipped_weight(small_input, tmp_path):
+    """A flipped bit shows by the file's checksum; another weight, by the SHA-256."""
+    output = tmp_path / "reproduce"
+    path = place_weights(output, "v98")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    result = small_run(small_input, output)
+    assert_refused(result, "checkpoint_0001.pth.tar")
+
+
+def test_another_file_of_weights(small_input, tmp_path):
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98", ROOT / "weights" / "v107.pth.tar")
+    result = small_run(small_input, output)
+    assert_refused(result, "weights-v98", "is not the file that --sha256 names")
+
+
+def test_a_collapsed_network(small_input, tmp_path):
+    def collapse(weights):
+        weights["module.bn.weight" if "module.bn.weight" in weights else "bn.weight"].zero_()
+
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98", change=collapse)
+    expect = tmp_path / "expect.json"
+    expect.write_text("{}")
+    result = small_run(small_input, output, "--expect", expect)
+    assert_refused(result, "mean cosine", "collapsed")
+
+
+def test_another_input_size(small_input, tmp_path):
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98")
+    result = small_run(small_input, output, "--input-size", 64)
+    assert_refused(result, "known answers", "--input-size is 64, recorded with 96")
+
+
+def test_a_checkpoint_of_another_architecture(small_input, tmp_path):
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98")
+    result = small_run(small_input, output, "-a", "test_efficientnet", "--input-size", 96)
+    assert_refused(result, "probe-v98", "holds other weights than --arch has")
+    result = small_run(small_input, output, "-a", published.ARCH)
+    assert_refused(result, "106 tensors", "1,118")
+
+
+def test_a_full_disk_in_the_middle(small_input, tmp_path):
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98")
+    limit = (
+        "import resource, runpy, sys; sys.path.insert(0, 'scripts'); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = ["scripts/reproduce.py", "--cpu", "--stages", "v98", *NETWORK]
+    command += ["--expect", expectations(small_input), "--input", small_input, "--output", output]
+    result = run("-c", limit, *command)
+    assert_refused(result, output)
+    assert small_run(small_input, output).returncode == 0
+
+
+# ---- what keeps it from starting ----
+
+
+def test_a_wrong_folder(tmp_path, capsys):
+    result = called(reproduce.main, ["--cpu", "--input", tmp_path / "nowhere"], capsys)
+    assert_refused(result, "nothing was started", "nowhere")
+    assert "aws s3 cp s3://drivendata-competition-fb-isc-data/all/train_images/" in result.stdout
+    assert "public_ground_truth.csv: is missing; git clone" in result.stdout
+
+
+def full_size(tmp_path):
+    """Folders as of DISC21, with an image in each."""
+    for name in published.IMAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").touch()
+    (tmp_path / "public_ground_truth.csv").touch()
+    return tmp_path
+
+
+def test_a_gpu_too_small(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "find_machine", lambda cpu: parse_machine("1 x V100-16"))
+    flags = ["--train", "--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    result = called(reproduce.main, flags, capsys)
+    assert_refused(result, "v83-first: does not fit", "16.3 GB with --grad-checkpointing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu_at_full_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(reproduce, "find_machine", lambda cpu: Machine(0, "CPU", 0, 4))
+    flags = ["--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    result = called(reproduce.main, flags, capsys)
+    hours = 3_100_000 * 2 / 4 / 3600
+    assert_refused(result, "no GPU", f"{hours:.0f} hours", "2 CPU seconds an image", "--cpu")
+
+
+def test_bad_expectations_and_flags(tmp_path, capsys):
+    (tmp_path / "expect.json").write_text('{"scores": {"v98": [1, 2, 3]}}')
+    result = called(reproduce.main, ["--cpu", "--expect", tmp_path / "expect.json"], capsys)
+    assert_refused(result, "expect.json")
+    with pytest.raises(InputError, match="before the colon"):
+        parse_stage_flags(["v84: --lr 1"])
+    assert parse_stage_flags(["all: --lr 1", "all:-j 0"]) == {"all": ["--lr", "1", "-j", "0"]}
+
+
+# ---- single checks ----
+
+
+def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0):
+    lines = [{"epoch": 0, "step": 0, "args": {}}]
+    for number, loss in enumerate(losses, 1):
+        lines.append(
+            {"step": 50 * number, "loss": loss, "pos_pairs": pos_pairs, "skipped": skipped}
+        )
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+FALLING = [1.3 - number / 100 for number in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("log", "word"),
+    [
+        ({"losses": FALLING[::-1]}, "has not learned"),
+        ({"losses": [*FALLING, None]}, "no finite loss"),
+        ({"losses": FALLING, "pos_pairs": 0}, "no positive pair"),
+        ({"losses": FALLING, "skipped": 1}, "were skipped"),
+        ({"losses": []}, "no line with a loss"),
+    ],
+)
+def test_faults_of_training(tmp_path, log, word):
+    with pytest.raises(InputError, match=word):
+        checks.check_training(write_log(tmp_path, **log), tmp_path / "train.log")
+
+
+def test_a_good_training_gives_its_curve(tmp_path):
+    findings = checks.check_training(write_log(tmp_path, FALLING), tmp_path / "train.log")
+    assert findings.curve[0] == [50, 1.3] and findings.curve[-1] == [2000, 0.91]
+    assert len(findings.curve) == 10
+
+
+def test_rows_and_norms_of_an_extraction(small_input, tmp_path):
+    rng = np.random.default_rng(0)
+    ids = {
+        "query": sorted(checks.images_by_id(small_input, "query_images")),
+        "reference": sorted(checks.images_by_id(small_input, "reference_images")),
+    }
+    path = tmp_path / "fb-isc-submission.h5"
+
+    def check(change):
+        rows = {name: rng.normal(size=(len(ids[name]), 256)) for name in ids}
+        rows = {
+            name: (value / np.linalg.norm(value, axis=1, keepdims=True)).astype(np.float32)
+            for name, value in rows.items()
+        }
+        names = {name: list(value) for name, value in ids.items()}
+        change(rows, names)
+        with h5py.File(path, "w") as file:
+            for name in ids:
+                file[name] = rows[name]
+                file[f"{name}_ids"] = np.array(names[name], "S8")
+        checks.check_extraction(path, None, None, images=small_input, queries="query_images")
+
+    check(lambda rows, names: None)
+
+    def lose_a_row(rows, names):
+        rows["query"] = rows["query"][1:]
+        names["query"] = names["query"][1:]
+
+    def shrink(rows, names):
+        rows["reference"][3] *= 0.9
+
+    def collapse(rows, names):
+        rows["reference"][:] = rows["reference"][0]
+
+    for change, word in (
+        (lose_a_row, "ids are not those"),
+        (shrink, "not of length 1, such as row 3"),
+        (collapse, "collapsed"),
+    ):
+        with pytest.raises(InputError, match=word):
+            check(change)
+
+
+def test_verdicts(tmp_path):
+    log = tmp_path / "evaluate.log"
+    log.write_text(
+        '\n$ python scripts/eval_metrics.py\n{"average_precision": 0.65, "recall_p90": 0.57}\n'
+    )
+    expected = published.Score(0.6519, 0.5710)
+
+    def verdict(tolerance, expected=expected, is_look=False):
+        return checks.check_score(
+            log, title="v98", expected=expected, tolerance=tolerance, is_look=is_look
+        ).score
+
+    assert verdict(0.001)["verdict"] == "not reproduced" and len(verdict(0.001)["causes"]) == 3
+    assert verdict(0.01)["verdict"] == "reproduced"
+    assert verdict(0.01, None)["verdict"] == "no published score"
+    assert "a look" in verdict(0.01, None, is_look=True)["verdict"]
+    assert len(checks.likely_causes(0.0, 0.6)) == len(checks.likely_causes(0.9, 0.6)) == 3
+
+
+def test_known_answers_survive_writing(tmp_path):
+    entries = checks.read_known(checks.KNOWN_ANSWERS)
+    checks.write_known(tmp_path / "known.json", entries * 2)
+    assert checks.read_known(tmp_path / "known.json") == entries * 2
+    assert checks.KNOWN_ANSWERS.read_text() == (
+        checks.write_known(tmp_path / "one.json", entries) or (tmp_path / "one.json").read_text()
+    )
+
+
+def test_a_changed_training_run_is_not_continued(tmp_path):
+    """A stage would go on in its folder, with other weights or another command."""
+    plan = make_plan(setup_for(Machine(0, "", 0, 2), train=True))
+    step = next(step for step in plan if step.trains)
+    state = State(tmp_path / "state.json")
+    state.begin(step)
+    assert not State(tmp_path / "state.json").is_finished(step)
+    state.records[step.name]["command"].append("--lr")
+    state.save()
+    with pytest.raises(InputError, match="another command"):
+        State(tmp_path / "state.json").is_finished(step)
+
+
+def test_download_by_aws(small_input, tmp_path):
+    """With a stand-in for aws, which copies. The wrong weights end the run after the data."""
+    (tmp_path / "bin").mkdir()
+    aws = tmp_path / "bin" / "aws"
+    aws.write_text(f'#!/bin/sh\nmkdir -p "$4"\ncp {small_input}/"${{4##*/input/}}"* "$4"\n')
+    aws.chmod(0o755)
+    data = tmp_path / "input"
+    data.mkdir()
+    shutil.copy(small_input / "public_ground_truth.csv", data)
+    output = tmp_path / "reproduce"
+    place_weights(output, "v98", ROOT / "weights" / "v107.pth.tar")
+    flags = ["--cpu", "--stages", "v98", *NETWORK, "--input", data, "--output", output]
+    flags += ["--expect", expectations(small_input), "--download"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    result = run("scripts/reproduce.py", *flags, PATH=path)
+    assert_refused(result, "weights-v98")
+    assert f"aws s3 sync {published.BUCKET}/reference_images/ {data}/reference_images/" in (
+        result.stdout
+    )
+    assert len(list((data / "reference_images").iterdir())) == 48
+    assert re.search(r"^03-check-data: \d", result.stdout, re.MULTILINE)
+
+
+def test_download_without_aws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["--cpu", "--download", "--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    assert_refused(called(reproduce.main, flags, capsys), "aws is not installed", "awscli")
+
+
+def test_runs_in_one_folder_keep_apart(small_input):
+    """A first look, phase 2 and own training do not make the full run's steps run again."""
+    machine = Machine(0, "", 0, 2)
+    variants = ({}, {"train": True}, {"references": 40}, {"phase": 2, "stages": ("v107",)})
+    commands = {}
+    for options in variants:
+        for step in make_plan(setup_for(machine, **options)):
+            assert commands.setdefault(step.name, step.command) == step.command
+    for options in variants:
+        names = [step.name for step in make_plan(setup_for(machine, **options))]
+        assert len(set(names)) == len(names)
+        assert any(name.startswith("evaluate") for name in names)
+
+
+def test_a_first_look_links_a_part(small_input, tmp_path):
+    root = tmp_path / "look"
+    arguments = (small_input, root, small_input / "public_ground_truth.csv", "query_images")
+    for _ in range(2):  # the second time nothing changes
+        prepare.link_part(*arguments, 40)
+        links = sorted((root / "reference_images").iterdir())
+        assert len(links) == 40 and all(link.is_symlink() for link in links)
+    text = (small_input / "public_ground_truth.csv").read_text()
+    wanted = set(re.findall(r"R\d{6}", text))
+    assert wanted <= {link.stem for link in links}
+    queries = {path.stem for path in (root / "query_images").iterdir()}
+    assert queries == set(re.findall(r"Q\d{5}", text))
+    with pytest.raises(InputError, match="must lie between"):
+        prepare.link_part(*arguments, 3)
