@@ -698,6 +698,8 @@ def run(args, problems):
     problems.unreadable.update(unreadable_folders)
     if left_out:
         say(args, describe_left_out(left_out))
+    if args.references and any(view.size < 1 for view in args.views):
+        say(args, "the parts are of QUERIES; to find what was cut out of REFERENCES, swap the two")
     network = load_network(args)
     check_early(args, network)
     cache = open_cache(args, network)

@@ -124,6 +124,7 @@ def pytest_collection_modifyitems(items):
     """
     longest = [
         "test_training",
+        "test_reproduce",
         "test_kills",
         "test_network",
         "test_benchmark",
