@@ -174,10 +174,7 @@ def choose_scoring(args, network, reference_count):
     if cosine_threshold is None and args.normalized_threshold is not None and enough_background:
         cosine_threshold = 1.0
     if cosine_threshold is None:
-        raise InputError(
-            f"{args.onnx}: has no threshold in its metadata; give --threshold "
-            f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
-        )
+        raise no_threshold(args)
     if args.threshold is None and args.weight not in (None, PUBLISHED[0]):
         say(args, f"the threshold {cosine_threshold} is {PUBLISHED[0]}'s; choose your own")
     by_cosine = Scoring(cosine_threshold, False, cosine_threshold)
@@ -200,6 +197,14 @@ def choose_scoring(args, network, reference_count):
     threshold = threshold_for(threshold, reference_count)
     sure = sure_cosine(cosine_threshold, reference_count)
     return Scoring(threshold, True, cosine_threshold, sure)
+
+
+def no_threshold(args):
+    """The InputError of a network whose file carries no threshold."""
+    return InputError(
+        f"{args.onnx}: has no threshold in its metadata; give --threshold "
+        f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
+    )
 
 
 def say(args, message):
@@ -302,15 +307,12 @@ def query_background(views, queries, references, rows, scoring, negatives, quiet
     if negatives is not None:
         return given_background(views, negatives, quiet)
     distinct = distinct_rows(label_distinct(rows, [b""] * len(rows)), references)
-    row_of_file = np.full(len(rows), -1)
-    for row, files in enumerate(distinct.files):
-        if len(files) == 1:  # of several equal ones, one is a copy of the other
-            row_of_file[files[0]] = row
+    own_row = distinct.row_of_single_file(len(rows))  # of several, one is a copy of the other
     # Where nothing is left to compare with, the score is as far from its threshold as the cosine.
     neutral = scoring.cosine_threshold - scoring.threshold
     return collection_background(
         views,
-        row_of_file[queries],
+        own_row[queries],
         rows[distinct.first],
         scoring.cosine_threshold,
         neutral,
@@ -656,10 +658,7 @@ def check_early(args, network):
     """Raise InputError, before hours of work, where a file or a threshold is missing."""
     given = args.threshold is not None or args.normalized_threshold is not None
     if not given and network.thresholds.cosine is None:
-        raise InputError(
-            f"{args.onnx}: has no threshold in its metadata; give --threshold "
-            f"({PUBLISHED_THRESHOLD} for {PUBLISHED[0]})"
-        )
+        raise no_threshold(args)
     for file in args.ignore:
         read_pairs(file)
     if args.negatives and not Path(args.negatives).exists():

@@ -61,6 +61,11 @@ def shown(name):
         text = os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # no name of a file in this locale
         text = name.encode("utf-8", "backslashreplace").decode()
+    return printable(text)
+
+
+def printable(text):
+    """Text for one line: unprintable characters as escapes."""
     characters = []
     for character in text:
         if not character.isprintable():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.files import atomic, shown
+from common.files import atomic, printable, shown
 from common.images import open_checked, upright_rgb
 from common.keeping import file_details, kept_and_reason
 from common.views import VIEW_OF_NAME, WHOLE
@@ -190,13 +190,7 @@ def escaped(text):
     """Text that is no file name, for one line: bytes that are not UTF-8 (surrogates), and
     unprintable characters, as escapes.
     """
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    characters = []
-    for character in text:
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        characters.append(character)
-    return "".join(characters)
+    return printable(text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
 def file_uri(path):

@@ -221,8 +221,8 @@ class Search:
 
     def exact_cosines(self, query, rows):
         """Cosines (n,) float64 of a query file with reference rows (n, dim): its best views'."""
-        number = self.number_of_query[query]
-        return cosine(self.views[number], rows[:, None]).max(axis=1)
+        cosines, _ = self.best_views(np.full(len(rows), self.number_of_query[query]), rows)
+        return cosines
 
     def score(self, query, reference, both_directions):
         """Scores of pairs (n,): query, reference, score, cosine and view, (n,) each.
@@ -244,16 +244,22 @@ class Search:
 
     def score_one_way(self, query, reference):
         """Scores, cosines (n,) float64 and numbers of the best views of pairs (n,) of files."""
-        best_cosine = np.empty(len(query))
-        view = np.empty(len(query), np.int64)
         numbers = self.number_of_query[query]
-        for start in range(0, len(query), PAIRS_AT_ONCE):
+        best_cosine, view = self.best_views(numbers, self.descriptors[reference])
+        return subtract(best_cosine, self.background[numbers]), best_cosine, view
+
+    def best_views(self, numbers, rows):
+        """Greatest cosines (n,) float64 of queries' views with one row (n, dim) each, and the
+        numbers of these views; numbers (n,): rows of `views`.
+        """
+        best_cosine = np.empty(len(rows))
+        view = np.empty(len(rows), np.int64)
+        for start in range(0, len(rows), PAIRS_AT_ONCE):
             block = slice(start, start + PAIRS_AT_ONCE)
-            rows = self.descriptors[reference[block]]
-            cosines = cosine(self.views[numbers[block]], rows[:, None])
+            cosines = cosine(self.views[numbers[block]], rows[block][:, None])
             view[block] = cosines.argmax(axis=1)
             best_cosine[block] = cosines.max(axis=1)
-        return subtract(best_cosine, self.background[numbers]), best_cosine, view
+        return best_cosine, view
 
     def groups(self):
         """The number of each file's group, (files,) int64, from 0 in the order of files, or -1."""
@@ -290,6 +296,14 @@ class DistinctRows:
         rows = np.full(file_count, -1)
         for row, files in enumerate(self.files):
             rows[files] = row
+        return rows
+
+    def row_of_single_file(self, file_count):
+        """As row_of_file; -1 also of files that share their row."""
+        rows = np.full(file_count, -1)
+        for row, files in enumerate(self.files):
+            if len(files) == 1:
+                rows[files] = row
         return rows
 
 
@@ -332,14 +346,12 @@ def own_rows(query_set, reference_set):
 
     Returns (queries,) int64; -1 where there is none, or where several files share the row.
     """
-    row_of_file = {}
-    for row, files in enumerate(reference_set.files):
-        if len(files) == 1:
-            row_of_file[files[0]] = row
+    file_count = max(query_set.first.max(), reference_set.first.max()) + 1
+    row_of_file = reference_set.row_of_single_file(file_count)
     own_row = np.full(len(query_set.files), -1)
     for row, files in enumerate(query_set.files):
         if len(files) == 1:
-            own_row[row] = row_of_file.get(files[0], -1)
+            own_row[row] = row_of_file[files[0]]
     return own_row
 
 

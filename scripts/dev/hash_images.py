@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from common.images import SUFFIXES, open_image
+from common.images import open_image
+from common.listing import is_image_name, is_visible
 
 # imagehash's: the signs of differences of neighboring pixels, and of cosine coefficients.
 HASHES = ("dhash", "phash")
@@ -34,7 +35,7 @@ def list_images(folder):
     paths = []
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if is_visible(path.name) and is_image_name(path.name):
                 paths.append(path)
     if not paths:
         raise InputError(

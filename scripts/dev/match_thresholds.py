@@ -28,7 +28,7 @@ from common.descriptor_cache import DescriptorCache
 from common.errors import InputError, one_line_errors
 from common.evaluation import rank, read_ground_truth
 from common.extraction import extract_descriptors
-from common.images import SUFFIXES
+from common.listing import is_image_name
 from common.networks import DEFAULT_ONNX, onnx_network
 from common.pairs import find_pairs
 from common.sample_images import dead_leaves, generator
@@ -53,7 +53,7 @@ def read_descriptors(folder, extract, views):
 
     Raises InputError where one is unreadable or there is none.
     """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.glob("*") if is_image_name(path.name))
     if not paths:
         raise InputError(f"{folder}: no images; give a folder that make_dataset.py has made")
     extracted = extract([str(path) for path in paths], views=views)
