@@ -22,9 +22,10 @@ import v86
 import v98
 import v107
 from common.errors import InputError
-from common.reproduction import checks, prepare, published
+from common.reproduction import checks, prepare, published, running
 from common.reproduction.machine import Machine, fit, parse_machine
-from common.reproduction.plan import Expected, Setup, make_plan, parse_stage_flags
+from common.reproduction.plan import Expected, Setup, Step, make_plan, parse_stage_flags
+from common.reproduction.running import Runner, last_line
 from common.reproduction.state import State
 from conftest import ROOT, assert_refused, called, readme_block, run
 from reproduction_runs import NETWORK, expectations, make_input, start_run
@@ -505,6 +506,59 @@ def test_a_changed_training_run_is_not_continued(tmp_path):
     state.save()
     with pytest.raises(InputError, match="another command"):
         State(tmp_path / "state.json").is_finished(step)
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """A Runner with an empty state; afterwards signals do what they did before."""
+    former = {number: signal.getsignal(number) for number in running.SIGNALS}
+    with (tmp_path / "lock").open("w") as lock:
+        yield Runner(State(tmp_path / "state.json"), tmp_path, lock, hidden=True)
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+def test_a_finished_extraction_is_kept_when_its_check_fails(runner, tmp_path):
+    """A kill during the check is the same: what it wrote is neither checked nor hashed yet."""
+    result, verdicts = tmp_path / "result", iter([InputError("check"), InputError("check"), None])
+
+    def check(log):
+        verdict = next(verdicts)
+        if verdict:
+            raise verdict
+        return checks.Findings(["fine"])
+
+    script = f"open({str(result)!r}, 'a').write('x')"
+    step = Step("extract", ("python", "-c", script), check, writes=(result,), keeps=True)
+    with pytest.raises(InputError, match="check"):
+        runner.run([step])
+    runner.state = State(tmp_path / "state.json")
+    with pytest.raises(InputError, match="check"):
+        runner.run([step])
+    assert result.read_text() == "x"
+    result.unlink()  # the remedy where images were unreadable
+    runner.run([step])
+    assert result.read_text() == "x" and runner.state.is_finished(step)
+
+
+def test_seconds_survive_a_kill(runner, tmp_path, monkeypatch):
+    """They are recorded while a step runs."""
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_RECORDS", 0)
+    state, recorded = tmp_path / "state.json", tmp_path / "recorded"
+    script = f"import time, shutil; time.sleep(1.5); shutil.copy({str(state)!r}, {str(recorded)!r})"
+    step = Step("slow", ("python", "-c", script), lambda log: checks.Findings())
+    runner.run([step])
+    assert State(recorded).records["slow"]["seconds"] > 0.5
+
+
+def test_the_last_line_is_of_the_last_run(tmp_path):
+    log = tmp_path / "step.log"
+    log.write_text("\n$ python x.py\nx.py: error: old\n\n$ python x.py\n")
+    assert last_line(log) == ""
+    log.write_text(log.read_text() + "50%\r60%")
+    assert last_line(log) == "60%"
+    log.write_text(log.read_text() + "\nx.py: error: new\nand more\n")
+    assert last_line(log) == "x.py: error: new"
 
 
 def test_download_by_aws(small_input, tmp_path):

@@ -176,8 +176,8 @@ def check_rows(rows, name):
     if wrong.any():
         raise InputError(
             f"{name}: {wrong.sum():,} of {len(rows):,} rows are not of length 1, such as row "
-            f"{np.flatnonzero(wrong)[0]}; unreadable images are rows of zeros, and fp16 may have "
-            f"overflowed: try --stage-flags 'extract: --amp off'"
+            f"{np.flatnonzero(wrong)[0]}; fp16 may have overflowed: try --stage-flags 'extract: "
+            f"--amp off'; or images are unreadable: replace them, delete this file, and run again"
         )
     return f"{len(rows):,} rows of length 1"
 

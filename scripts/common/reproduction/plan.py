@@ -86,8 +86,9 @@ class Step:
     in words. prepare: called before it; prepared: what that does, as one would type it. check:
     called with the log's path after it, returns checks.Findings, raises InputError. accepts: exit
     codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
-    repetition would go on in its folder. hours: None where unknown. fits: in words, with which
-    flags. obstacle: why it cannot run on this machine, or None.
+    repetition would go on in its folder. keeps: whether a run whose check failed, or was not
+    reached, is not repeated while its files are unchanged. hours: None where unknown. fits: in
+    words, with which flags. obstacle: why it cannot run on this machine, or None.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Step:
     accepts: tuple = (0,)
     is_stage: bool = False
     trains: bool = False
+    keeps: bool = False
     gigabytes: float = 0
     hours: float | None = 0
     fits: str = ""
@@ -382,6 +384,7 @@ def scoring_steps(setup, stage, weights):
         needs=(weights, *images_of(setup, *read)),
         writes=writes,
         is_stage=True,
+        keeps=True,
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
         **step_of_look,
@@ -409,6 +412,7 @@ def scoring_steps(setup, stage, weights):
                 ),
                 needs=writes,
                 writes=(subtracted,),
+                keeps=True,
                 gigabytes=number_of_images(setup, False) * 1024e-9,
                 hours=None,
             )

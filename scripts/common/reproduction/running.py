@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import InputError
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 STOPPED = 75  # exit code of a stage that was told to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CLEAR_LINE = "\x1b[K"
+SECONDS_BETWEEN_RECORDS = 60  # of the time that a step takes, which a kill would lose
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -43,6 +45,7 @@ class Runner:
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
         self.process = None
         self.step = None
+        self.counted = None  # when the time of the running step was last recorded
         self.stopped_by = None
         for number in SIGNALS:
             signal.signal(number, self.note)
@@ -73,8 +76,9 @@ class Runner:
 
     def run_step(self, step, title):
         """Run a step and its check."""
+        has_run = self.state.has_run(step)
         self.state.begin(step)
-        start = time.monotonic()
+        self.counted = time.monotonic()
         log = self.folder / f"{title}.log"
         if step.prepare:
             try:
@@ -84,8 +88,21 @@ class Runner:
                     f"{title}: {self.folder} cannot be written ({error}); make room, and the same "
                     f"command goes on"
                 ) from error
-        code = self.execute(step, title, log)
-        self.state.add_seconds(step, time.monotonic() - start)
+        if not has_run:
+            self.execute(step, title, log)
+        findings = step.check(log=log)
+        self.state.finish(step, findings)
+        seconds = self.state.records[step.name]["seconds"]
+        print(f"{title}: {clock(seconds)}; {'; '.join(findings.facts)}", flush=True)
+
+    def execute(self, step, title, log):
+        """Run a step's command to its end. Raises InputError where it fails, Stopped after a
+        signal.
+        """
+        code = self.start_and_wait(step, title, log)
+        self.count_time(step)
+        if code in step.accepts:
+            self.state.note_run(step)
         if self.stopped_by is not None or code == STOPPED:
             raise Stopped(130 if self.stopped_by == signal.SIGINT else STOPPED)
         if code not in step.accepts:
@@ -96,12 +113,14 @@ class Runner:
         for path in step.writes:
             if not (ROOT / path).exists():
                 raise InputError(f"{title}: did not write {path}; look at {log}")
-        findings = step.check(log=log)
-        self.state.finish(step, findings)
-        seconds = self.state.records[step.name]["seconds"]
-        print(f"{title}: {clock(seconds)}; {'; '.join(findings.facts)}", flush=True)
 
-    def execute(self, step, title, log):
+    def count_time(self, step):
+        """Add to the record what has passed since this was last called."""
+        now = time.monotonic()
+        self.state.add_seconds(step, now - self.counted)
+        self.counted = now
+
+    def start_and_wait(self, step, title, log):
         """Run a step's command, its output added to the log; returns the exit code."""
         command = [str(part) for part in step.command]
         if command[0] == "python":
@@ -136,10 +155,11 @@ class Runner:
             try:
                 code = self.process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                said = last_line(log)
-                if said.startswith("$ "):  # the command itself
-                    said = "starting"
+                said = last_line(log) or "starting"
                 show(f"{title} {clock(time.monotonic() - start)}  {said}")
+                if time.monotonic() - self.counted > SECONDS_BETWEEN_RECORDS:
+                    with suppress(OSError):  # of a full disk the step itself has more to say
+                        self.count_time(self.step)
                 continue
             show("")
             self.process = None
@@ -160,10 +180,16 @@ def end_with_parent():
 
 
 def last_line(log):
-    """The last line that a step wrote, an error where there is one near the end."""
+    """The last line that a step's last run wrote, an error where there is one near the end; ""
+    where it wrote none yet.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4000))
-        text = file.read().decode(errors="replace").replace("\r", "\n")
+        text = file.read().decode(errors="replace")
+    _, begins, run = text.rpartition("\n$ ")
+    if begins:
+        text = run.partition("\n")[2]  # without the command
+    text = text.replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]
     return (errors or lines or [""])[-1]

@@ -28,8 +28,9 @@ def identity(step):
 class State:
     """The record of a run, kept in a file that is replaced as a whole.
 
-    records: {step: {"command", "needs", "writes", "seconds", "finished", "facts", "score",
-    "curve"}}; digests: {path: [size, time of the last change, SHA-256]}, so that nothing is hashed
+    records: {step: {"command", "needs", "ran", "writes", "seconds", "finished", "facts", "score",
+    "curve"}}, where "ran" is what stamps() says of the files that an unchecked run wrote, or None;
+    digests: {path: [size, time of the last change, SHA-256]}, so that nothing is hashed
     twice.
     """
 
@@ -59,12 +60,12 @@ class State:
         path = ROOT / path
         if not path.exists():
             return None
-        status = path.stat()
+        stamp = stamp_of(path)
         known = self.digests.get(str(path))
-        if known and known[:2] == [status.st_size, status.st_mtime_ns]:
+        if known and known[:2] == stamp:
             return known[2]
         digest = sha256_of_names(path) if path.is_dir() else sha256_of(path)
-        self.digests[str(path)] = [status.st_size, status.st_mtime_ns, digest]
+        self.digests[str(path)] = [*stamp, digest]
         return digest
 
     def digests_of(self, paths):
@@ -92,11 +93,25 @@ class State:
             return False
         return record["writes"] == self.digests_of(step.writes)
 
+    def has_run(self, step):
+        """Whether a step that is kept has run with the same command and files, what it wrote is
+        unchanged, and only its check is not done.
+        """
+        record = self.records.get(step.name)
+        if record is None or record["ran"] is None:
+            return False
+        same_command = record["command"] == identity(step)
+        same_needs = record["needs"] == self.digests_of(step.needs)
+        return same_command and same_needs and record["ran"] == stamps(step.writes)
+
     def begin(self, step):
-        """Note that a step begins; a repetition keeps the seconds of the earlier attempts."""
+        """Note that a step begins; a repetition keeps the seconds of the earlier attempts, and that
+        one of them has run.
+        """
         record = {
             "command": identity(step),
             "needs": self.digests_of(step.needs),
+            "ran": None,
             "writes": {},
             "seconds": 0,
             "finished": False,
@@ -105,6 +120,7 @@ class State:
         same = all(former.get(name) == record[name] for name in ("command", "needs"))
         if same and not former["finished"]:
             record["seconds"] = former["seconds"]
+            record["ran"] = former["ran"]
         self.records[step.name] = record
         self.save()
 
@@ -112,6 +128,15 @@ class State:
         """Note how long an attempt took."""
         self.records[step.name]["seconds"] += seconds
         self.save()
+
+    def note_run(self, step):
+        """Note that the command of a step that is kept has ended well. It hashes nothing, so that
+        hardly any time is left for a kill in between.
+        """
+        found = stamps(step.writes)
+        if step.keeps and None not in found.values():
+            self.records[step.name]["ran"] = found
+            self.save()
 
     def finish(self, step, findings):
         """Note that a step and its check are done."""
@@ -122,6 +147,21 @@ class State:
         record["curve"] = findings.curve
         record["finished"] = True
         self.save()
+
+
+def stamp_of(path):
+    """[size, time of the last change] of a file or folder."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def stamps(paths):
+    """{path: [size, time of the last change]} of some files, None where one is missing."""
+    found = {}
+    for path in paths:
+        path = ROOT / path
+        found[str(path)] = stamp_of(path) if path.exists() else None
+    return found
 
 
 def sha256_of_names(folder):
