@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -24,7 +25,14 @@ import v107
 from common.errors import InputError
 from common.reproduction import checks, prepare, published, running
 from common.reproduction.machine import Machine, fit, parse_machine
-from common.reproduction.plan import Expected, Setup, Step, make_plan, parse_stage_flags
+from common.reproduction.plan import (
+    Expected,
+    Setup,
+    Step,
+    make_plan,
+    obstacles,
+    parse_stage_flags,
+)
 from common.reproduction.running import Runner, last_line
 from common.reproduction.state import State
 from conftest import ROOT, assert_refused, called, readme_block, run
@@ -150,11 +158,41 @@ def test_weights_go_from_stage_to_stage():
     for before, after, epoch in (("v83", "v86", 5), ("v86", "v98", 5), ("v98", "v107", 1)):
         path = Path(f"reproduce/exp/{before}/train/checkpoint_{epoch:04}.pth.tar")
         assert path in steps[f"train-{before}"].writes
-        assert (path,) == steps[f"train-{after}"].needs
+        assert path in steps[f"train-{after}"].needs
         assert str(path) in steps[f"train-{after}"].command
     assert steps["train-v83"].prepared.endswith(
         "cp reproduce/exp/v83-first/train/checkpoint_0004.pth.tar reproduce/exp/v83/train/"
     )
+
+
+def test_training_v107_needs_the_public_ground_truth(tmp_path):
+    """In phase 2 too, and it is asked for before the first stage is trained."""
+    data = full_size(tmp_path)
+    (data / "public_ground_truth.csv").rename(data / "private_ground_truth.csv")
+    setup = Setup(
+        data,
+        tmp_path / "out",
+        Machine(0, "", 0, 2),
+        Expected(),
+        train=True,
+        stages=("v107",),
+        phase=2,
+    )
+    steps = make_plan(setup)
+    (line,) = obstacles(setup, steps)
+    assert line.startswith(f"{data / 'public_ground_truth.csv'}: is missing; git clone")
+    (training,) = [step for step in steps if step.name == "train-v107"]
+    assert data / "public_ground_truth.csv" in training.needs
+    assert not obstacles(replace(setup, train=False), make_plan(replace(setup, train=False)))
+
+
+def test_downloads_go_where_images_are(tmp_path):
+    (tmp_path / "train_images").mkdir()
+    machine = Machine(0, "", 0, 2)
+    setup = Setup(tmp_path, tmp_path / "out", machine, Expected(), download=True, stages=("v107",))
+    (step,) = [step for step in make_plan(setup) if step.name == "download-training_images"]
+    assert step.command[4] == f"{tmp_path}/train_images/"
+    assert step.writes == (tmp_path / "train_images",)
 
 
 def test_published_weights_and_own_training_share_no_folder():
@@ -398,6 +436,27 @@ def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def test_strays_are_facts_and_remedies_fit(tmp_path):
+    """Of a stray file, no download gets rid."""
+    root, log = Path("input"), tmp_path / "check-data.log"
+    truths = (root / "public_ground_truth.csv",)
+
+    def check(*lines):
+        log.write_text("\n$ python scripts/check_input.py input\n" + "\n".join(lines) + "\n")
+        return checks.check_data(root, ["query_images"], {}, log, truths)
+
+    stray = "input/query_images: 1 entries are no images: R000001.jpg.6eBfa8"
+    assert stray in check(stray, "input: 1 findings").facts
+    missing = "input/query_images: 1 of DISC21's 50,000 images are missing: Q00001"
+    with pytest.raises(InputError, match=r"Q00001; likely .* --download"):
+        check(stray, missing, "input: 2 findings")
+    repeated = "input/query_images: 1 images differ in their suffix alone: Q00001; rename them"
+    with pytest.raises(InputError, match=r"rename them$"):
+        check(repeated, "input: 1 findings")
+    with pytest.raises(InputError, match=r"3 rows; its source: git clone .* input/$"):
+        check("input/public_ground_truth.csv: 3 rows", "input: 1 findings")
 
 
 FALLING = [1.3 - number / 100 for number in range(40)]

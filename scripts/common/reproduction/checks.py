@@ -85,22 +85,49 @@ def check_count(root, name, expected, log):
     return Findings([f"{name}: {count:,} images"])
 
 
-def check_data(root, folders, expected, log, needs_truth):
-    """Findings of check_input.py on what the steps read, then the numbers of images."""
+def source_of_truth(path):
+    """Where a ground truth comes from: a command, or words."""
+    if path.name == "public_ground_truth.csv":
+        return f"{published.GROUND_TRUTH} {path.parent}/"
+    return "the organizers' labels of phase 2, as query_id,reference_id"
+
+
+def remedy_of(finding, truths):
+    """What helps against a finding of check_input.py, with a semicolon before it, or ""."""
+    if any(words in finding for words in ("are missing", "no such folder", "holds no image")):
+        return (
+            "; likely a download that was interrupted: --download fetches what is missing, as "
+            "`aws s3 sync` does"
+        )
+    for truth in truths:
+        if not finding.startswith(f"{truth}: "):
+            continue
+        if "have no image" in finding:
+            return (
+                "; the images are of the other phase, or incomplete: --download fetches what is "
+                "missing"
+            )
+        return f"; its source: {source_of_truth(truth)}"
+    return ""
+
+
+def check_data(root, folders, expected, log, truths):
+    """Findings of check_input.py on what the steps read, then the numbers of images. Entries that
+    are no images do no harm, and are facts.
+    """
     lines = [line for line in last_run(log).splitlines() if line.startswith(str(root))]
     *findings, summary = lines or ["no summary: see the log"]
-    read = [f"{needs_truth}: "]
+    read = [f"{truth}: " for truth in truths]
     for name in folders:
         read += [f"{root / name}: ", f"{root / published.IN_BUCKET.get(name, name)}: "]
     mine = [line for line in findings if line.startswith(tuple(read))]
-    if mine:
-        more = f" (and {len(mine) - 1} more findings: {log})" if len(mine) > 1 else ""
-        finding = mine[0].replace(", or give --partial", "")  # a flag of check_input.py
-        raise InputError(
-            f"{finding}{more}; likely a download that was interrupted: --download fetches what is "
-            f"missing, as `aws s3 sync` does"
-        )
-    facts = [summary]
+    strays = [line for line in mine if "entries are no images" in line]
+    faults = [line for line in mine if line not in strays]
+    if faults:
+        more = f" (and {len(faults) - 1} more findings: {log})" if len(faults) > 1 else ""
+        finding = faults[0].replace(", or give --partial", "")  # a flag of check_input.py
+        raise InputError(f"{finding}{more}{remedy_of(finding, truths)}")
+    facts = [summary, *strays]
     for name in folders:
         facts += check_count(root, name, expected, log).facts
     return Findings(facts)

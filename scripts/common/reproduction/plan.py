@@ -56,6 +56,11 @@ class Setup:
         return self.input / name
 
     @property
+    def training_truth(self):
+        """The ground truth that v107 is trained on, in either phase."""
+        return self.input / "public_ground_truth.csv"
+
+    @property
     def variant(self):
         """What tells the steps and the report apart from those of other runs in the same folder."""
         parts = []
@@ -159,6 +164,14 @@ def needed_folders(setup):
     return folders
 
 
+def needed_truths(setup):
+    """The ground truths that the steps read."""
+    truths = [setup.truth]
+    if setup.train and "v107" in setup.stages and setup.training_truth != setup.truth:
+        truths.append(setup.training_truth)
+    return tuple(truths)
+
+
 def images_of(setup, *folders):
     """The paths of folders of images, whatever the name of that of the training images is."""
     paths = []
@@ -190,7 +203,7 @@ def stage_weights(setup, stage):
 def source_of(setup, folder):
     """(the bucket's folder, the folder here) of a folder of images."""
     name = published.IN_BUCKET.get(folder, folder)
-    return f"{published.BUCKET}/{name}/", f"{setup.input / folder}/"
+    return f"{published.BUCKET}/{name}/", f"{images_of(setup, folder)[0]}/"
 
 
 def download_step(setup, folder):
@@ -205,7 +218,7 @@ def download_step(setup, folder):
         name=f"download-{folder}",
         command=("aws", "s3", "sync", source, target, "--no-sign-request", "--no-progress"),
         check=functools.partial(checks.check_count, setup.input, folder, setup.expected.images),
-        writes=(setup.input / folder,),
+        writes=images_of(setup, folder),
         gigabytes=gigabytes,
         hours=None,
     )
@@ -221,13 +234,13 @@ def data_step(setup):
         setup.input,
         needed_folders(setup),
         setup.expected.images,
-        needs_truth=setup.truth,
+        truths=needed_truths(setup),
     )
     return Step(
         name=f"check-data{setup.variant}",
         command=tuple(command),
         check=check,
-        needs=(setup.truth, *images_of(setup, *needed_folders(setup))),
+        needs=(*needed_truths(setup), *images_of(setup, *needed_folders(setup))),
         settings=f"{setup.expected.images}",
         accepts=(0, 1),  # 1: findings, perhaps on folders that nothing here reads
     )
@@ -299,6 +312,8 @@ def training_step(setup, training):
             prepared = f"mkdir -p {copy.parent} && cp {start} {copy.parent}/"
         else:
             command += ["--weight", str(start)]
+    if training.script == "v107":
+        needs = (*needs, setup.training_truth)
     placement = fit(training.script, setup.machine)
     command += placement.flags
     command += setup.stage_flags.get("all", [])
@@ -473,11 +488,9 @@ def obstacles(setup, steps):
             source, target = source_of(setup, folder)
             command = f"aws s3 cp {source} {target} --recursive --no-sign-request"
             found.append(f"{setup.input / folder}: is missing; {command} (or --download)")
-    if not (ROOT / setup.truth).is_file():
-        remedy = f"{published.GROUND_TRUTH} {setup.input}/"
-        if setup.phase == 2:
-            remedy = "the organizers' labels of phase 2, as query_id,reference_id"
-        found.append(f"{setup.truth}: is missing; {remedy}")
+    for truth in needed_truths(setup):
+        if not (ROOT / truth).is_file():
+            found.append(f"{truth}: is missing; {checks.source_of_truth(truth)}")
     return found
 
 
