@@ -27,14 +27,10 @@ from pathlib import Path
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.reproduction import published
+from common.reproduction.disk import filesystems
 from common.reproduction.machine import driver_complaint, find_machine, parse_machine
 from common.reproduction.plan import Expected, Setup, make_plan, obstacles, parse_stage_flags
-from common.reproduction.report import (
-    free_gigabytes,
-    needed_gigabytes,
-    print_plan,
-    write_report,
-)
+from common.reproduction.report import print_plan, write_report
 from common.reproduction.running import Runner, Stopped
 from common.reproduction.state import State, lock
 
@@ -160,10 +156,9 @@ def more_obstacles(setup, steps, finished, cpu):
             if trains:
                 words += ", and training months"
             found.append(f"no GPU: {words}; give --cpu if you mean it")
-    needed = needed_gigabytes(steps, finished)
-    free = free_gigabytes(ROOT / setup.output)
-    if needed > free:
-        found.append(f"{setup.output}: {needed:.1f} GB are needed, {free:.1f} are free")
+    for disk in filesystems(setup, steps, finished):
+        if disk.needed > disk.free:
+            found.append(f"{disk.names}: {disk.needed:.1f} GB are needed, {disk.free:.1f} are free")
     return found
 
 

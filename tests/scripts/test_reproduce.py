@@ -23,7 +23,7 @@ import v86
 import v98
 import v107
 from common.errors import InputError
-from common.reproduction import checks, prepare, published, running
+from common.reproduction import checks, disk, prepare, published, running
 from common.reproduction.machine import Machine, fit, parse_machine
 from common.reproduction.plan import (
     Expected,
@@ -214,6 +214,24 @@ def test_published_scores_are_those_of_the_readme():
     for title, score in published.SCORES.items():
         assert f"{score.average_precision:.4f}" in text
         assert score.recall_p90 is None or f"{score.recall_p90:.4f}" in text, title
+
+
+def test_disk_is_counted_where_it_is_written(tmp_path):
+    """Images lie on the disk of --input, which is another than that of --output."""
+    shared = Path("/dev/shm")  # noqa: S108
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two filesystems")
+    setup = setup_for(Machine(0, "", 0, 2), download=True, stages=("v98",))
+    setup = replace(setup, input=tmp_path / "input", output=tmp_path / "out")
+    (both,) = disk.filesystems(setup, make_plan(setup), set())
+    assert both.names == f"{tmp_path}/input and {tmp_path}/out"
+    setup = replace(setup, input=shared / "input")
+    steps = make_plan(setup)
+    data, results = disk.filesystems(setup, steps, set())
+    assert (data.names, results.names) == (f"{shared}/input", f"{tmp_path}/out")
+    assert data.needed + results.needed == both.needed and data.needed > 100 > results.needed
+    names = {step.name for step in steps if step.downloads}
+    assert [one.names for one in disk.filesystems(setup, steps, names)] == [f"{tmp_path}/out"]
 
 
 # ---- the chain ----

@@ -92,8 +92,9 @@ class Step:
     called with the log's path after it, returns checks.Findings, raises InputError. accepts: exit
     codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
     repetition would go on in its folder. keeps: whether a run whose check failed, or was not
-    reached, is not repeated while its files are unchanged. hours: None where unknown. fits: in
-    words, with which flags. obstacle: why it cannot run on this machine, or None.
+    reached, is not repeated while its files are unchanged. downloads: whether it fetches images.
+    hours: None where unknown. fits: in words, with which flags. obstacle: why it cannot run on this
+    machine, or None.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Step:
     is_stage: bool = False
     trains: bool = False
     keeps: bool = False
+    downloads: bool = False
     gigabytes: float = 0
     hours: float | None = 0
     fits: str = ""
@@ -219,6 +221,7 @@ def download_step(setup, folder):
         command=("aws", "s3", "sync", source, target, "--no-sign-request", "--no-progress"),
         check=functools.partial(checks.check_count, setup.input, folder, setup.expected.images),
         writes=images_of(setup, folder),
+        downloads=True,
         gigabytes=gigabytes,
         hours=None,
     )

@@ -1,11 +1,11 @@
 """The plan on the console, and report.md at the end."""
 
 import platform
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.reproduction.disk import filesystems, needed_gigabytes
 from common.reproduction.plan import typed
 from common.reproduction.running import clock
 
@@ -56,18 +56,6 @@ def describe(step, finished):
     return f": {'; '.join(notes)}" if notes else ""
 
 
-def needed_gigabytes(steps, finished):
-    """GB that the steps to come write."""
-    return sum(step.gigabytes for step in steps if step.name not in finished)
-
-
-def free_gigabytes(folder):
-    """GB that are free where a folder is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free / 1e9
-
-
 def total(setup, steps, finished):
     """Hours and disk in all."""
     to_do = [step for step in steps if step.name not in finished]
@@ -79,9 +67,10 @@ def total(setup, steps, finished):
     text = f"In all: {in_hours(hours)}"
     if unknown:
         text += f"; unknown: {len(unknown)} of {len(to_do)} steps"
-    text += f"; {needed_gigabytes(steps, finished):.1f} GB of disk"
-    if not setup.machine.assumed:
-        text += f", {free_gigabytes(ROOT / setup.output):.1f} GB are free"
+    if setup.machine.assumed:
+        return f"{text}; {needed_gigabytes(steps, finished):.1f} GB of disk"
+    for disk in filesystems(setup, steps, finished):
+        text += f"; {disk.needed:.1f} GB of disk for {disk.names}, {disk.free:.1f} GB are free"
     return text
 
 
