@@ -30,7 +30,7 @@ from common.reproduction import published
 from common.reproduction.disk import filesystems
 from common.reproduction.machine import driver_complaint, find_machine, parse_machine
 from common.reproduction.plan import Expected, Setup, make_plan, obstacles, parse_stage_flags
-from common.reproduction.report import print_plan, write_report
+from common.reproduction.report import circumstances, print_plan, write_report
 from common.reproduction.running import Runner, Stopped
 from common.reproduction.state import State, lock
 
@@ -176,7 +176,8 @@ def reproduce(args):
     if missing:
         raise InputError(f"nothing was started: {missing[0]}")
     with lock(output) as held:
-        runner = Runner(State(output / "state.json"), output, held, args.cpu)
+        state = State(output / "state.json")
+        runner = Runner(state, circumstances(setup.machine), output, held, args.cpu)
         print(flush=True)
         try:
             runner.run(steps)

@@ -23,7 +23,7 @@ import v86
 import v98
 import v107
 from common.errors import InputError
-from common.reproduction import checks, disk, prepare, published, running
+from common.reproduction import checks, disk, prepare, published, report, running
 from common.reproduction.machine import Machine, fit, parse_machine
 from common.reproduction.plan import (
     Expected,
@@ -574,15 +574,49 @@ def test_known_answers_survive_writing(tmp_path):
 
 def test_a_changed_training_run_is_not_continued(tmp_path):
     """A stage would go on in its folder, with other weights or another command."""
-    plan = make_plan(setup_for(Machine(0, "", 0, 2), train=True))
-    step = next(step for step in plan if step.trains)
+    setup = replace(setup_for(Machine(0, "", 0, 2), train=True), output=tmp_path)
+    step = next(step for step in make_plan(setup) if step.name == "train-v86")
+    start, result = step.needs[0], step.writes[0]
+    start.parent.mkdir(parents=True)
+    start.touch()
     state = State(tmp_path / "state.json")
-    state.begin(step)
-    assert not State(tmp_path / "state.json").is_finished(step)
-    state.records[step.name]["command"].append("--lr")
-    state.save()
-    with pytest.raises(InputError, match="another command"):
-        State(tmp_path / "state.json").is_finished(step)
+    state.begin(step, {})
+    changed = replace(step, command=(*step.command, "--lr", "1"))
+    assert not state.is_finished(changed)  # it has trained nothing yet
+    result.parent.mkdir(parents=True)
+    result.touch()
+    assert not state.is_finished(step)
+    with pytest.raises(InputError, match=f"another command.* move {result.parent} away"):
+        state.is_finished(changed)
+    for text in ("-j 2", "-j2", "--workers 2 --start-over", "--workers=2 --grad-checkpointing"):
+        assert not state.is_finished(replace(step, command=(*step.command, *text.split())))
+    start.write_text("other")
+    with pytest.raises(InputError, match=r"0005.pth.tar, which has changed"):
+        state.is_finished(step)
+    start.unlink()
+    with pytest.raises(InputError, match=r"0005.pth.tar, which is missing"):
+        state.is_finished(step)
+    result.unlink()
+    assert not state.is_finished(step)
+
+
+def test_each_step_keeps_where_it_ran(tmp_path):
+    step = Step("one", ("python", "x.py"), None, prepared="mkdir y")
+    state = State(tmp_path / "state.json")
+    here = {"machine": "A", "commit": "c1", "versions": "v"}
+    state.begin(step, here)
+    state.begin(step, here)
+    assert report.lines_of_circumstances([(step, state.records["one"])]) == [
+        "- machine: A",
+        "- commit: c1",
+        "- versions: v",
+    ]
+    state.begin(step, here | {"commit": "c2"})
+    other = replace(step, name="two")
+    state.begin(other, here | {"commit": "c2"})
+    lines = report.lines_of_circumstances([(one, state.records[one.name]) for one in (step, other)])
+    assert lines[:3] == ["- machine: A", "- commit: c1 (one)", "- commit: c2 (one, two)"]
+    assert state.records["one"]["typed"] == ["mkdir y", "python x.py"]
 
 
 @pytest.fixture
@@ -590,7 +624,7 @@ def runner(tmp_path):
     """A Runner with an empty state; afterwards signals do what they did before."""
     former = {number: signal.getsignal(number) for number in running.SIGNALS}
     with (tmp_path / "lock").open("w") as lock:
-        yield Runner(State(tmp_path / "state.json"), tmp_path, lock, hidden=True)
+        yield Runner(State(tmp_path / "state.json"), {}, tmp_path, lock, hidden=True)
     for number, handler in former.items():
         signal.signal(number, handler)
 

@@ -5,12 +5,16 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.files import atomic
 from common.reproduction.disk import filesystems, needed_gigabytes
 from common.reproduction.plan import typed
 from common.reproduction.running import clock
 
 ROOT = Path(__file__).resolve().parents[3]
-LIBRARIES = ("torch", "torchvision", "timm", "augly", "pillow", "numpy", "faiss-cpu", "faiss-gpu")
+LIBRARIES = (
+    *("torch", "torchvision", "timm", "augly", "pillow", "opencv-python-headless", "simplejpeg"),
+    *("numpy", "faiss-cpu", "faiss-gpu"),
+)
 
 
 def in_hours(hours):
@@ -98,6 +102,33 @@ def commit():
     return asked.stdout.strip() or "unknown"
 
 
+def circumstances(machine):
+    """{"machine", "commit", "versions"} of this run, each in words."""
+    return {
+        "machine": f"{machine}; {platform.system()} {platform.machine()}",
+        "commit": commit(),
+        "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
+    }
+
+
+def lines_of_circumstances(records):
+    """Machine, commit and versions: a line of each where all steps had the same, else a line of
+    each that one had, with their names. records: pairs of Step and dict.
+    """
+    lines = []
+    for name in ("machine", "commit", "versions"):
+        steps_of = {}
+        for step, record in records:
+            for attempt in record["attempts"]:
+                steps = steps_of.setdefault(attempt[name], [])
+                if step.name not in steps:
+                    steps.append(step.name)
+        for words, steps in steps_of.items():
+            which = f" ({', '.join(steps)})" if len(steps_of) > 1 else ""
+            lines.append(f"- {name}: {words}{which}")
+    return lines
+
+
 def number(value):
     """A score with seven digits, or a dash."""
     return "-" if value is None else f"{value:.7f}"
@@ -115,9 +146,7 @@ def write_report(path, setup, steps, state):
     lines = [
         f"# Reproduction from {depth}",
         "",
-        f"- machine: {setup.machine}; {platform.system()} {platform.machine()}",
-        f"- commit: {commit()}",
-        f"- versions: {', '.join(f'{name} {value}' for name, value in versions().items())}",
+        *lines_of_circumstances(records),
         f"- network: {setup.arch}, input size {setup.input_size or 'as published'}",
         "",
         "| score | µAP | R@P90 | published µAP | R@P90 | verdict |",
@@ -143,6 +172,10 @@ def write_report(path, setup, steps, state):
     for step, curve in curves:
         points = ", ".join(f"{at:,}: {loss}" for at, loss in curve)
         lines += ["", f"Loss of {step.name} by step: {points}"]
-    lines += ["", "```", *(typed(step.command) for step in steps), "```", ""]
-    path.write_text("\n".join(lines))
+    lines += ["", "```"]
+    for _, record in records:
+        lines += record["typed"]
+    lines += ["```", ""]
+    with atomic(path) as file:
+        file.write_text("\n".join(lines))
     return scores

@@ -32,12 +32,14 @@ class Stopped(Exception):
 class Runner:
     """Runs steps; passes signals to the one that is running.
 
-    state: of the run; folder: for the logs; lock: the open file that keeps other runs out; hidden:
-    whether the steps are to see no GPU.
+    state: of the run; circumstances: {"machine", "commit", "versions"} in words, to be recorded;
+    folder: for the logs; lock: the open file that keeps other runs out; hidden: whether the steps
+    are to see no GPU.
     """
 
-    def __init__(self, state, folder, lock, hidden):
+    def __init__(self, state, circumstances, folder, lock, hidden):
         self.state = state
+        self.circumstances = circumstances
         self.folder = folder
         self.lock = lock
         self.environment = os.environ | {"TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
@@ -77,7 +79,7 @@ class Runner:
     def run_step(self, step, title):
         """Run a step and its check."""
         has_run = self.state.has_run(step)
-        self.state.begin(step)
+        self.state.begin(step, self.circumstances)
         self.counted = time.monotonic()
         log = self.folder / f"{title}.log"
         if step.prepare:

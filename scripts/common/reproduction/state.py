@@ -6,14 +6,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import atomic, sha256_of
+from common.reproduction.plan import typed
 
 ROOT = Path(__file__).resolve().parents[3]
-WITHOUT_EFFECT = ("--grad-checkpointing",)  # flags that change no result
+WITHOUT_EFFECT = ("--grad-checkpointing", "--start-over")  # flags that change no result
+WORKERS = re.compile(
+    r"-j(\d*)|--workers(=\d+)?"
+)  # another, with its value after it where not in it
 ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
 
 
@@ -21,17 +26,25 @@ def identity(step):
     """What a step does: its command without the flags that change no result, and the settings of
     its check.
     """
-    command = [str(part) for part in step.command if part not in WITHOUT_EFFECT]
+    parts = iter(str(part) for part in step.command)
+    command = []
+    for part in parts:
+        workers = WORKERS.fullmatch(part)
+        if workers and not any(workers.groups()):
+            next(parts, None)  # their number
+        elif not workers and part not in WITHOUT_EFFECT:
+            command.append(part)
     return [*command, step.settings]
 
 
 class State:
     """The record of a run, kept in a file that is replaced as a whole.
 
-    records: {step: {"command", "needs", "ran", "writes", "seconds", "finished", "facts", "score",
-    "curve"}}, where "ran" is what stamps() says of the files that an unchecked run wrote, or None;
-    digests: {path: [size, time of the last change, SHA-256]}, so that nothing is hashed
-    twice.
+    records: {step: {"command", "typed", "attempts", "needs", "ran", "writes", "seconds",
+    "finished", "facts", "score", "curve"}}, where "typed" has the lines that one would type,
+    "attempts" the machines, commits and versions, "ran" what stamps() says of the files that an
+    unchecked run wrote, or None; digests: {path: [size, time of the last change, SHA-256]}, so that
+    nothing is hashed twice.
     """
 
     def __init__(self, path):
@@ -81,14 +94,15 @@ class State:
         if record is None:
             return False
         same_command = record["command"] == identity(step)
-        same_needs = record["needs"] == self.digests_of(step.needs)
-        if step.trains and not (same_command and same_needs):
-            what = "another command" if not same_command else "other weights"
-            raise InputError(
-                f"{step.name}: was begun with {what} than now, and would go on in its folder; give "
-                f"another --output, or move {ROOT / step.writes[0].parent} away and delete the "
-                f"step from {self.path}"
-            )
+        needs = self.digests_of(step.needs)
+        same_needs = record["needs"] == needs
+        if step.trains:
+            if not same_command:
+                refuse_to_go_on(step, "with another command than now")
+            for path, digest in needs.items():
+                if digest != record["needs"].get(path):
+                    verb = "is missing" if digest is None else "has changed"
+                    refuse_to_go_on(step, f"from {path}, which {verb}")
         if not (same_command and same_needs and record["finished"]):
             return False
         return record["writes"] == self.digests_of(step.writes)
@@ -104,12 +118,15 @@ class State:
         same_needs = record["needs"] == self.digests_of(step.needs)
         return same_command and same_needs and record["ran"] == stamps(step.writes)
 
-    def begin(self, step):
-        """Note that a step begins; a repetition keeps the seconds of the earlier attempts, and that
-        one of them has run.
+    def begin(self, step, circumstances):
+        """Note that a step begins; a repetition keeps the seconds of the earlier attempts, their
+        circumstances, and that one of them has run. circumstances: {"machine", "commit",
+        "versions"}, each in words.
         """
         record = {
             "command": identity(step),
+            "typed": [*([step.prepared] if step.prepared else []), typed(step.command)],
+            "attempts": [circumstances],
             "needs": self.digests_of(step.needs),
             "ran": None,
             "writes": {},
@@ -121,6 +138,8 @@ class State:
         if same and not former["finished"]:
             record["seconds"] = former["seconds"]
             record["ran"] = former["ran"]
+            earlier = [one for one in former["attempts"] if one != circumstances]
+            record["attempts"] = [*earlier, circumstances]
         self.records[step.name] = record
         self.save()
 
@@ -147,6 +166,16 @@ class State:
         record["curve"] = findings.curve
         record["finished"] = True
         self.save()
+
+
+def refuse_to_go_on(step, how):
+    """Raise InputError where a training run, begun in another way, has left a checkpoint."""
+    folder = ROOT / step.writes[0].parent
+    if any(folder.glob("*.pth.tar")):
+        raise InputError(
+            f"{step.name}: was begun {how}, and would go on in its folder; restore that, give "
+            f"another --output, or move {folder} away"
+        )
 
 
 def stamp_of(path):
