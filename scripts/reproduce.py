@@ -20,6 +20,7 @@ line says what), 75 after SIGTERM, 130 after Ctrl-C.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -46,18 +47,36 @@ def from_root(path):
 
 def read_expected(path):
     """The Expected of a JSON file: {"scores": {title: [µAP, R@P90]}, "sha256": {stage: digest},
-    "images": {folder: number}}, each optional. Raises InputError.
+    "images": {folder: number}}, each optional. With scores or images the data are not DISC21, and
+    nothing published is expected of them. Raises InputError.
     """
     try:
         content = json.loads(path.read_text())
-        scores = {
-            title: published.Score(*values) for title, values in content.get("scores", {}).items()
-        }
-        images = dict(content.get("images", {}))
-        digests = dict(content.get("sha256", {}))
+        refuse_unknown(content, ("scores", "sha256", "images"))
+        scores, images, digests = {}, {}, {}
+        refuse_unknown(content.get("scores", {}), published.SCORES)
+        for title, (average_precision, recall_p90) in content.get("scores", {}).items():
+            recall_p90 = None if recall_p90 is None else float(recall_p90)
+            scores[title] = published.Score(float(average_precision), recall_p90)
+        refuse_unknown(content.get("images", {}), published.IMAGES)
+        for folder, number in content.get("images", {}).items():
+            images[folder] = int(number)
+        refuse_unknown(content.get("sha256", {}), ("v98", "v107"))
+        for stage, digest in content.get("sha256", {}).items():
+            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+                raise ValueError(f"{digest}: must be 64 hexadecimal digits")
+            digests[stage] = digest.lower()
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is not as --help says ({error}); correct it") from None
+    if "scores" not in content and "images" not in content:
+        return Expected(sha256=digests)
     return Expected(scores, digests, images, disc21=False)
+
+
+def refuse_unknown(content, names):
+    """Raise ValueError where a dict has a key that is none of the names."""
+    for key in content.keys() - set(names):
+        raise ValueError(f"{key!r} is none of {', '.join(names)}")
 
 
 def parse_args(argv=None):
@@ -95,8 +114,9 @@ def parse_args(argv=None):
         "--expect",
         type=Path,
         metavar="FILE",
-        help="the data are not DISC21: JSON with what to expect in place of the published scores, "
-        '{"scores": {"v98": [0.65, 0.57]}, "images": {"query_images": 30}, "sha256": {}}',
+        help='JSON with what to expect, {"scores": {"v98": [0.65, 0.57]}, "images": '
+        '{"query_images": 30}, "sha256": {"v98": "1198..."}}, each part optional; with scores or '
+        "images (even {}) the data are not DISC21, and no published score is expected",
     )
     add(
         "--stage-flags",

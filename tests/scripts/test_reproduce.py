@@ -361,7 +361,7 @@ def test_a_collapsed_network(small_input, tmp_path):
     output = tmp_path / "reproduce"
     place_weights(output, "v98", change=collapse)
     expect = tmp_path / "expect.json"
-    expect.write_text("{}")
+    expect.write_text('{"images": {}}')
     result = small_run(small_input, output, "--expect", expect)
     assert_refused(result, "mean cosine", "collapsed")
 
@@ -434,9 +434,22 @@ def test_no_gpu_at_full_size(tmp_path, capsys, monkeypatch):
 
 
 def test_bad_expectations_and_flags(tmp_path, capsys):
-    (tmp_path / "expect.json").write_text('{"scores": {"v98": [1, 2, 3]}}')
-    result = called(reproduce.main, ["--cpu", "--expect", tmp_path / "expect.json"], capsys)
-    assert_refused(result, "expect.json")
+    expect = tmp_path / "expect.json"
+    for text, word in (
+        ('{"scores": {"v98": [1, 2, 3]}}', "expect.json"),
+        ('{"scores": {"v99": [1, 2]}}', "'v99' is none of v98, v107"),
+        ('{"scores": {"v98": ["high", 2]}}', "high"),
+        ('{"score": {}}', "'score' is none of scores"),
+        ('{"images": {"query_images": "many"}}', "many"),
+        ('{"sha256": {"v98": "1198"}}', "64 hexadecimal digits"),
+        ("[]", "expect.json"),
+    ):
+        expect.write_text(text)
+        assert_refused(called(reproduce.main, ["--cpu", "--expect", expect], capsys), word)
+    expect.write_text(json.dumps({"sha256": {"v98": "A" * 64}}))
+    assert reproduce.read_expected(expect) == Expected(sha256={"v98": "a" * 64})
+    expect.write_text('{"scores": {}}')
+    assert reproduce.read_expected(expect) == Expected({}, {}, {}, disc21=False)
     with pytest.raises(InputError, match="before the colon"):
         parse_stage_flags(["v84: --lr 1"])
     assert parse_stage_flags(["all: --lr 1", "all:-j 0"]) == {"all": ["--lr", "1", "-j", "0"]}
