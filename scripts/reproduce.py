@@ -1,11 +1,12 @@
 """The published scores by one command: from the data to a verdict.
 
     python scripts/reproduce.py --plan   # say what would be done, and what is missing
-    python scripts/reproduce.py          # the author's weights -> 0.9479 (v107), 0.6519 (v98)
+    python scripts/reproduce.py          # the author's weights -> 0.6519 (v98), 0.9479 (v107)
     python scripts/reproduce.py --train  # all four stages first, on all GPUs
-    python scripts/reproduce.py --references 100000  # a first look on a tenth of the references
+    python scripts/reproduce.py --references 50000  # a first look at v98: part of them
     python scripts/reproduce.py --plan --train --gpus "8 x A100-80"  # for another machine
 
+0.9479 is contaminated: v107 trains on these very pairs.
 Runs the published commands one after the other, checks what each left, and compares the scores.
 Killed anywhere, the same command goes on. docs/REPRODUCE.md says how to read the result.
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.reproduction import published
+from common.reproduction.checks import score_in_words
 from common.reproduction.disk import filesystems
 from common.reproduction.machine import driver_complaint, find_machine, parse_machine
 from common.reproduction.plan import Expected, Setup, make_plan, obstacles, parse_stage_flags
@@ -207,7 +209,7 @@ def reproduce(args):
         report = output / f"report{setup.variant}.md"
         scores = write_report(report, setup, steps, runner.state)
     for score in scores:
-        print(f"{score['title']}: {score['verdict']}")
+        print(score_in_words(score))
         for cause in score.get("causes", []):
             print(f"  perhaps {cause}")
     print(f"To look at: {report}")

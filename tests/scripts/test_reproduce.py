@@ -209,6 +209,20 @@ def test_published_weights_and_own_training_share_no_folder():
     assert not outputs[0] & outputs[1]
 
 
+def test_contamination_is_said_beside_the_score():
+    """Of v107 in phase 1, wherever its weights come from."""
+    machine = Machine(0, "", 0, 2)
+    for options, is_said in (
+        ({}, True),
+        ({"train": True}, True),
+        ({"references": 50_000}, True),
+        ({"phase": 2}, False),
+    ):
+        steps = make_plan(setup_for(machine, stages=("v107",), **options))
+        notes = {step.check.keywords["note"] for step in steps if step.name.startswith("evaluate")}
+        assert notes == {published.CONTAMINATED if is_said else ""}
+
+
 def test_published_scores_are_those_of_the_readme():
     text = (ROOT / "README.md").read_text()
     for title, score in published.SCORES.items():
@@ -269,7 +283,8 @@ def test_the_whole_chain_after_a_signal_and_a_kill(finished):
     assert result.returncode == 0, result.stdout + result.stderr
     report = (output / "report.md").read_text()
     (row,) = re.findall(r"^\| v98 \| .*$", report, re.MULTILINE)
-    assert row.endswith("| reproduced |")
+    assert row.endswith("| +0.0000000 | +0.0000000 | reproduced |")
+    assert "contaminated" not in report  # v98 saw no label
     assert "known answers of weights/v98.pth.tar" in report
     assert "106 tensors, SHA-256 1198c5aa" in report
     for step in make_plan(setup_for(Machine(0, "", 0, 2), stages=("v98",))):
@@ -564,16 +579,30 @@ def test_verdicts(tmp_path):
     )
     expected = published.Score(0.6519, 0.5710)
 
-    def verdict(tolerance, expected=expected, is_look=False):
+    def check(tolerance, expected=expected, is_look=False, note=""):
         return checks.check_score(
-            log, title="v98", expected=expected, tolerance=tolerance, is_look=is_look
-        ).score
+            log,
+            title="v98",
+            expected=expected,
+            tolerance=tolerance,
+            is_look=is_look,
+            note=note,
+            phase=1,
+        )
+
+    def verdict(*arguments, **options):
+        return check(*arguments, **options).score
 
     assert verdict(0.001)["verdict"] == "not reproduced" and len(verdict(0.001)["causes"]) == 3
     assert verdict(0.01)["verdict"] == "reproduced"
     assert verdict(0.01, None)["verdict"] == "no published score"
     assert "a look" in verdict(0.01, None, is_look=True)["verdict"]
-    assert len(checks.likely_causes(0.0, 0.6)) == len(checks.likely_causes(0.9, 0.6)) == 3
+    for found in (0.0, 0.5, 0.9):
+        assert len(checks.likely_causes(found, 0.6, 1)) == 3
+        assert "25,000" not in "".join(checks.likely_causes(found, 0.6, 2))
+    assert check(0.01, note="contaminated").facts == [
+        "v98: 0.6500000 / 0.5700000 (published 0.6519 / 0.571; contaminated): reproduced"
+    ]
 
 
 def test_known_answers_survive_writing(tmp_path):

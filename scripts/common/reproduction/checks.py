@@ -363,13 +363,17 @@ def check_extraction(path, negatives, log, *, images, queries):
     return Findings(facts)
 
 
-def check_score(log, *, title, expected, tolerance, is_look):
-    """The score at the end of the evaluation's log, beside the published one, with a verdict."""
+def check_score(log, *, title, expected, tolerance, is_look, note, phase):
+    """The score at the end of the evaluation's log, beside the published one, with a verdict.
+
+    note: what has to be said beside it, or "".
+    """
     printed = [line for line in last_run(log).splitlines() if line.startswith("{")]
     if not printed:
         raise InputError(f"{log}: has no score")
     found = json.loads(printed[-1])
-    score = {"title": title, **found, "published": None, "verdict": "no published score"}
+    score = {"title": title, **found, "published": None, "note": note}
+    score["verdict"] = "no published score"
     if is_look:
         score["verdict"] = "a look: fewer references, so higher than the published score"
     if expected is not None:
@@ -380,23 +384,40 @@ def check_score(log, *, title, expected, tolerance, is_look):
         score["published"] = [expected.average_precision, expected.recall_p90]
         score["verdict"] = "reproduced" if close else "not reproduced"
         score["tolerance"] = tolerance
-        score["causes"] = [] if close else likely_causes(*pairs[0])
-    fact = f"{title}: {found['average_precision']:.7f} / {found['recall_p90']:.7f}"
-    return Findings([f"{fact}: {score['verdict']}"], score=score)
+        score["causes"] = [] if close else likely_causes(*pairs[0], phase)
+    return Findings([score_in_words(score)], score=score)
 
 
-def likely_causes(found, expected):
+def score_in_words(score):
+    """A score, the published one, what has to be said of it and the verdict, in a line."""
+    text = f"{score['title']}: {score['average_precision']:.7f} / {score['recall_p90']:.7f}"
+    notes = [score["note"]] if score["note"] else []
+    if score["published"]:
+        theirs = " / ".join(str(value) for value in score["published"] if value is not None)
+        notes.insert(0, f"published {theirs}")
+    if notes:
+        text += f" ({'; '.join(notes)})"
+    return f"{text}: {score['verdict']}"
+
+
+def likely_causes(found, expected, phase):
     """The three likeliest causes of a score that is another than the published one."""
     size = "another input size: one public report had 0.4955 instead of 0.5831 by that"
     phase = "queries of the other phase, or its ground truth"
     exponent = "another exponent of GeM pooling (--gem-eval-p 1.0 is the published one)"
-    unlabeled = "queries without labels were counted: the ground truth must list 25,000"
+    unlabeled = "queries without labels were counted: the ground truth lists those that count"
+    truth = "another ground truth than the organizers'"
+    if phase == 1:
+        unlabeled = (
+            f"queries without labels were counted: the ground truth lists {PUBLIC_QUERIES:,}"
+        )
+        truth = f"another ground truth than the public one of {PUBLIC_QUERIES:,} rows"
     fewer = "fewer references than 1,000,000: these give a higher score"
     weights = "other weights: compare their SHA-256 with another report's"
     if found < 0.2 * expected:
         return [phase, weights, size]
     if found > expected:
-        return [fewer, "another ground truth than the public 25,000 rows", weights]
+        return [fewer, truth, weights]
     return [size, exponent, unlabeled]
 
 

@@ -14,12 +14,16 @@ from common.reproduction import published
 
 MEMORY_OF = {"H100": 80, "H200": 141, "V100": 32, "L40S": 48}  # GB, where the name alone says it
 ASK_TORCH = """
-import json, torch
+import json, sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"torch: cannot be imported ({error}); install requirements.txt")
 gpus = []
 for number in range(torch.cuda.device_count()):
     gpu = torch.cuda.get_device_properties(number)
     gpus.append([gpu.name, gpu.total_memory])
-print(json.dumps([torch.__version__, torch.version.cuda, gpus]))
+print(json.dumps([torch.version.cuda, gpus]))
 """
 
 
@@ -32,6 +36,7 @@ class Machine:
     memory: float
     cores: int
     assumed: bool = False  # named by a flag: not this machine
+    cuda: str = ""  # version that torch was built for
 
     def __str__(self):
         if not self.gpus:
@@ -51,9 +56,10 @@ def find_machine(cpu):
     asked = subprocess.run([sys.executable, "-c", ASK_TORCH], stdout=subprocess.PIPE, text=True)
     if asked.returncode:
         raise InputError(
-            "torch: cannot be imported, its message is above; install requirements.txt"
+            f"torch: cannot say which GPUs there are (exit code {asked.returncode}, its message is "
+            f"above); mend that, or give --cpu"
         )
-    _, _, gpus = json.loads(asked.stdout)
+    cuda, gpus = json.loads(asked.stdout)
     if not gpus:
         return Machine(0, "CPU", 0, cores)
     names = {name for name, _ in gpus}
@@ -62,7 +68,7 @@ def find_machine(cpu):
             f"GPUs of different kinds: {', '.join(sorted(names))}; choose with CUDA_VISIBLE_DEVICES"
         )
     least = min(memory for _, memory in gpus)
-    return Machine(len(gpus), gpus[0][0], least / 1e9, cores)
+    return Machine(len(gpus), gpus[0][0], least / 1e9, cores, cuda=cuda)
 
 
 def parse_machine(text):

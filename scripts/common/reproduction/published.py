@@ -101,6 +101,7 @@ SCORES = {
     "v107 + NES": Score(0.9479039, 0.9192547),
     "v107 + NES, phase 2": Score(0.6354, None),
 }
+CONTAMINATED = "contaminated: v107 trains on these very pairs"  # its scores of phase 1
 TOLERANCE = {"published": 0.001, "trained": 0.01}
 
 # ---- data ----

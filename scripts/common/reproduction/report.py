@@ -104,8 +104,10 @@ def commit():
 
 def circumstances(machine):
     """{"machine", "commit", "versions"} of this run, each in words."""
+    cuda = f"CUDA {machine.cuda}" if machine.cuda else ""
+    parts = [str(machine), cuda, f"{platform.system()} {platform.machine()}"]
     return {
-        "machine": f"{machine}; {platform.system()} {platform.machine()}",
+        "machine": "; ".join(part for part in parts if part),
         "commit": commit(),
         "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
     }
@@ -134,6 +136,11 @@ def number(value):
     return "-" if value is None else f"{value:.7f}"
 
 
+def difference(own, theirs):
+    """The difference to a published value, signed, or a dash where there is none."""
+    return "-" if theirs is None else f"{own - theirs:+.7f}"
+
+
 def write_report(path, setup, steps, state):
     """Write report.md; returns its scores."""
     records = [(step, state.records[step.name]) for step in steps]
@@ -149,16 +156,22 @@ def write_report(path, setup, steps, state):
         *lines_of_circumstances(records),
         f"- network: {setup.arch}, input size {setup.input_size or 'as published'}",
         "",
-        "| score | µAP | R@P90 | published µAP | R@P90 | verdict |",
-        "|---|---|---|---|---|---|",
+        "| score | µAP | R@P90 | published µAP | R@P90 | difference µAP | R@P90 | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for score in scores:
+        own = [score["average_precision"], score["recall_p90"]]
         theirs = score["published"] or [None, None]
-        cells = [score["average_precision"], score["recall_p90"], *theirs]
-        lines.append(
-            f"| {score['title']} | {' | '.join(map(number, cells))} | {score['verdict']} |"
-        )
-    lines += ["", f"Reproduced: both within {setup.tolerance} of the published score.", ""]
+        cells = [number(value) for value in (*own, *theirs)]
+        cells += [difference(*pair) for pair in zip(own, theirs, strict=True)]
+        lines.append(f"| {score['title']} | {' | '.join(cells)} | {score['verdict']} |")
+    lines.append("")
+    for score in scores:
+        if score["note"]:
+            lines.append(f"{score['title']}: {score['note']}.")
+    if any(score["published"] for score in scores):
+        lines.append(f"Reproduced: within {setup.tolerance} of the published score.")
+    lines.append("")
     for score in scores:
         if score.get("causes"):
             lines.append(f"Likeliest causes for {score['title']}:")
