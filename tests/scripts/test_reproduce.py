@@ -209,6 +209,21 @@ def test_published_weights_and_own_training_share_no_folder():
     assert not outputs[0] & outputs[1]
 
 
+def test_training_images_are_extracted_once_for_both_phases(tmp_path):
+    setup = setup_for(Machine(0, "", 0, 2), stages=("v107",))
+    steps = [make_plan(setup), make_plan(replace(setup, phase=2))]
+    shared = [step for step in steps[0] if step.name == "extract-v107-negatives"]
+    again = [step for step in steps[1] if step.name == "extract-v107-negatives"]
+    assert shared[0].command == again[0].command and shared[0].writes == again[0].writes
+    (negatives,) = shared[0].writes
+    for plan in steps:
+        assert sum(negatives in step.writes for step in plan) == 1
+        (subtraction,) = [step for step in plan if step.name.startswith("subtract")]
+        assert negatives in subtraction.needs
+        written = [path for step in plan for path in step.writes]
+        assert len(set(written)) == len(written)
+
+
 def test_contamination_is_said_beside_the_score():
     """Of v107 in phase 1, wherever its weights come from."""
     machine = Machine(0, "", 0, 2)
@@ -549,7 +564,7 @@ def test_rows_and_norms_of_an_extraction(small_input, tmp_path):
             for name in ids:
                 file[name] = rows[name]
                 file[f"{name}_ids"] = np.array(names[name], "S8")
-        checks.check_extraction(path, None, None, images=small_input, queries="query_images")
+        checks.check_extraction(path, None, images=small_input, queries="query_images")
 
     check(lambda rows, names: None)
 

@@ -19,7 +19,7 @@ import numpy as np
 from common.descriptors import read_train
 from common.errors import InputError
 from common.files import atomic, sha256_of
-from common.images import SUFFIXES
+from common.images import STAGE_SUFFIXES
 from common.parallel import start_worker
 from common.reproduction import published
 from common.submissions import read_submission
@@ -68,7 +68,7 @@ def images_by_id(root, name):
         return {}
     images = {}
     for entry in os.scandir(folder):
-        if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+        if entry.name.lower().endswith(STAGE_SUFFIXES) and not entry.name.startswith("."):
             images[entry.name.rpartition(".")[0]] = Path(entry.path)
     return images
 
@@ -338,8 +338,8 @@ def check_training(path, log):
 # ---- descriptors and scores ----
 
 
-def check_extraction(path, negatives, log, *, images, queries):
-    """Rows, order, lengths and spread of a submission and of the negatives (a path or None)."""
+def check_extraction(path, log, *, images, queries):
+    """Rows, order, lengths and spread of a submission."""
     submission = read_submission(path)
     facts = []
     for name, folder in (("query", queries), ("reference", "reference_images")):
@@ -352,15 +352,19 @@ def check_extraction(path, negatives, log, *, images, queries):
             )
         facts.append(f"{name}: {check_rows(submission[name], path)}")
     facts.append(check_spread(submission["reference"], path))
-    if negatives is not None:
-        rows = read_train(negatives)
-        expected = len(images_by_id(images, "training_images"))
-        if len(rows) != expected:
-            raise InputError(
-                f"{negatives}: {len(rows):,} rows of {expected:,} training images; extract again"
-            )
-        facts.append(f"training images: {check_rows(rows, negatives)}")
     return Findings(facts)
+
+
+def check_negatives(path, images, log):
+    """Rows, lengths and spread of the descriptors of the training images."""
+    rows = read_train(path)
+    expected = len(images_by_id(images, "training_images"))
+    if len(rows) != expected:
+        raise InputError(
+            f"{path}: {len(rows):,} rows of {expected:,} training images; images were added or "
+            f"removed meanwhile: run again"
+        )
+    return Findings([f"training images: {check_rows(rows, path)}", check_spread(rows, path)])
 
 
 def check_score(log, *, title, expected, tolerance, is_look, note, phase):

@@ -383,24 +383,20 @@ def scoring_steps(setup, stage, weights):
     suffix = "-phase2" if setup.phase == 2 else ""
     submission = folder / "extract" / f"fb-isc-submission{suffix}.h5"
     negatives = folder / "extract" / "train_feats.npy"
-    writes = (submission, negatives) if subtract else (submission,)
-    number = number_of_images(setup, subtract)
-    read = (setup.queries, "reference_images", *(("training_images",) if subtract else ()))
-    target_set = "qrt" if subtract else "qr"
+    number = number_of_images(setup)
     extraction = Step(
         name=f"extract-{stage}{setup.variant}",
         command=extract_command(
-            setup, stage, weights, folder, images, target_set, input_size, setup.phase
+            setup, stage, weights, folder, images, "qr", input_size, setup.phase
         ),
         check=functools.partial(
             checks.check_extraction,
             ROOT / submission,
-            ROOT / negatives if subtract else None,
             images=ROOT / images,
             queries=setup.queries,
         ),
-        needs=(weights, *images_of(setup, *read)),
-        writes=writes,
+        needs=(weights, *images_of(setup, setup.queries, "reference_images")),
+        writes=(submission,),
         is_stage=True,
         keeps=True,
         gigabytes=number * published.DESCRIPTOR_GB,
@@ -412,6 +408,7 @@ def scoring_steps(setup, stage, weights):
     if setup.phase == 1 or not subtract:
         steps.append(evaluation_step(setup, f"evaluate-{stage}{setup.variant}", title, submission))
     if subtract:
+        steps.append(negatives_step(setup, stage, weights, negatives))
         stem = "v107_iso" + ("_phase2" if setup.phase == 2 else "")
         subtracted = folder / "extract" / f"{stem}.h5"
         command = ["python", "scripts/postprocess.py", stage, "--exp", str(folder.parent)]
@@ -424,14 +421,13 @@ def scoring_steps(setup, stage, weights):
                 check=functools.partial(
                     checks.check_extraction,
                     ROOT / subtracted,
-                    None,
                     images=ROOT / images,
                     queries=setup.queries,
                 ),
-                needs=writes,
+                needs=(submission, negatives),
                 writes=(subtracted,),
                 keeps=True,
-                gigabytes=number_of_images(setup, False) * 1024e-9,
+                gigabytes=number * 1024e-9,
                 hours=None,
             )
         )
@@ -442,15 +438,37 @@ def scoring_steps(setup, stage, weights):
     return steps
 
 
-def number_of_images(setup, with_training):
-    """How many images an extraction reads."""
+def negatives_step(setup, stage, weights, negatives):
+    """Extract the training images, which negative embedding subtraction takes: once for both
+    phases, so in a step of its own.
+    """
+    input_size = setup.input_size or published.INPUT_SIZE
+    number = setup.expected.images.get("training_images", 0)
+    return Step(
+        name=f"extract-{stage}-negatives{'-trained' if setup.train else ''}",
+        command=extract_command(
+            setup, stage, weights, folder_of(setup, stage), setup.input, "t", input_size
+        ),
+        check=functools.partial(checks.check_negatives, ROOT / negatives, setup.input),
+        needs=(weights, *images_of(setup, "training_images")),
+        writes=(negatives,),
+        is_stage=True,
+        keeps=True,
+        gigabytes=number * published.DESCRIPTOR_GB,
+        hours=extraction_hours(number, setup.machine, setup.arch),
+    )
+
+
+def number_of_images(setup):
+    """How many queries and references an extraction reads."""
     images = setup.expected.images
     queries = images.get(setup.queries, 0)
     references = images.get("reference_images", 0)
     if setup.references is not None:
-        queries = min(queries, checks.PUBLIC_QUERIES)
         references = setup.references
-    return queries + references + (images.get("training_images", 0) if with_training else 0)
+        if setup.phase == 1:
+            queries = min(queries, checks.PUBLIC_QUERIES)
+    return queries + references
 
 
 def evaluation_step(setup, name, title, submission):
