@@ -151,7 +151,7 @@ def make_setup(args):
         stages=tuple(sorted(set(args.stages), key=["v98", "v107"].index)),
         phase=args.phase,
         references=args.references,
-        arch=args.arch,
+        arch=published.ARCH if args.arch == published.SAME_ARCH else args.arch,
         input_size=args.input_size,
         stage_flags=parse_stage_flags(args.stage_flags),
         download=args.download,

@@ -463,6 +463,11 @@ def test_no_gpu_at_full_size(tmp_path, capsys, monkeypatch):
     assert_refused(result, "no GPU", f"{hours:.0f} hours", "2 CPU seconds an image", "--cpu")
 
 
+def test_the_newer_name_of_the_network():
+    args = reproduce.parse_args(["--cpu", "-a", "tf_efficientnetv2_m.in21k_ft_in1k"])
+    assert reproduce.make_setup(args).arch == published.ARCH
+
+
 def test_bad_expectations_and_flags(tmp_path, capsys):
     expect = tmp_path / "expect.json"
     for text, word in (
@@ -489,11 +494,11 @@ def test_bad_expectations_and_flags(tmp_path, capsys):
 
 
 def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0):
+    """A log of 20 lines an epoch."""
     lines = [{"epoch": 0, "step": 0, "args": {}}]
     for number, loss in enumerate(losses, 1):
-        lines.append(
-            {"step": 50 * number, "loss": loss, "pos_pairs": pos_pairs, "skipped": skipped}
-        )
+        line = {"epoch": (number - 1) // 20, "step": 50 * number, "loss": loss}
+        lines.append(line | {"pos_pairs": pos_pairs, "skipped": skipped, "overflows": 2})
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -542,6 +547,20 @@ def test_a_good_training_gives_its_curve(tmp_path):
     findings = checks.check_training(write_log(tmp_path, FALLING), tmp_path / "train.log")
     assert findings.curve[0] == [50, 1.3] and findings.curve[-1] == [2000, 0.91]
     assert len(findings.curve) == 10
+    assert "2,000 steps, 0 skipped, 80 overflows" in findings.facts[0]
+
+
+def test_a_resumed_training_is_judged_by_its_own_lines(tmp_path):
+    """Not by those of v83's first run, which are in the checkpoint that the second starts from."""
+    path = write_log(tmp_path, FALLING)
+    findings = checks.check_training(path, tmp_path / "train.log", first_epoch=1)
+    assert findings.curve[0][0] == 1050 and "1,000 steps" in findings.facts[0]
+    plan = make_plan(setup_for(Machine(0, "", 0, 2), train=True))
+    first_epochs = [step.check.keywords["first_epoch"] for step in plan if step.trains]
+    assert first_epochs == [0, 5, 0, 0, 0]
+    path = write_log(tmp_path, [*FALLING[:20], *FALLING[:20][::-1]])
+    with pytest.raises(InputError, match="has not learned"):
+        checks.check_training(path, tmp_path / "train.log", first_epoch=1)
 
 
 def test_rows_and_norms_of_an_extraction(small_input, tmp_path):
@@ -618,6 +637,20 @@ def test_verdicts(tmp_path):
     assert check(0.01, note="contaminated").facts == [
         "v98: 0.6500000 / 0.5700000 (published 0.6519 / 0.571; contaminated): reproduced"
     ]
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]", '{"a": {}}', '[{"stage": "v98"}]'])
+def test_records_of_another_shape(tmp_path, text):
+    path = tmp_path / "state.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"state.json: cannot be read"):
+        State(path)
+    path.write_text(f'{{"steps": {{"one": {text}}}, "digests": {{}}}}')
+    with pytest.raises(InputError, match=r"state.json: cannot be read"):
+        State(path)
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"state.json: cannot be read"):
+        checks.read_known(path)
 
 
 def test_known_answers_survive_writing(tmp_path):
@@ -784,5 +817,11 @@ def test_a_first_look_links_a_part(small_input, tmp_path):
     assert wanted <= {link.stem for link in links}
     queries = {path.stem for path in (root / "query_images").iterdir()}
     assert queries == set(re.findall(r"Q\d{5}", text))
+    (root / "query_images" / "Q99999.jpg").symlink_to(tmp_path / "gone")
+    links[0].unlink()
+    links[0].symlink_to(links[1].readlink())
+    prepare.link_part(*arguments, 40)
+    assert links[0].readlink().name == links[0].name
+    assert queries == {path.stem for path in (root / "query_images").iterdir()}
     with pytest.raises(InputError, match="must lie between"):
         prepare.link_part(*arguments, 3)

@@ -26,6 +26,7 @@ from common.submissions import read_submission
 
 ROOT = Path(__file__).resolve().parents[3]
 KNOWN_ANSWERS = ROOT / "docs" / "known_answers.json"
+ANSWER_KEYS = {"weights", "stage", "arch", "sha256", "input_size", "descriptors"}
 PROBE_IMAGES = 12
 PUBLIC_QUERIES = 25_000  # of phase 1, in the ground truth
 # Least cosine of a descriptor with the recorded one. Measured with weights/v98.pth.tar: bfloat16
@@ -271,9 +272,13 @@ def read_known(path):
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: is not readable as JSON ({error}); delete it") from None
+        entries = json.loads(path.read_text())
+        for entry in entries:
+            if not isinstance(entry, dict) or ANSWER_KEYS - entry.keys():
+                raise ValueError(f"must be a list of objects with {', '.join(sorted(ANSWER_KEYS))}")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete or restore it") from None
+    return entries
 
 
 def write_known(path, entries):
@@ -291,13 +296,21 @@ def write_known(path, entries):
 # ---- training ----
 
 
-def check_training(path, log):
-    """The log of a training run: its loss, positive pairs and skipped steps."""
+def check_training(path, log, first_epoch=0):
+    """The log of a training run: its loss, positive pairs and skipped steps.
+
+    first_epoch: of this run; lines of earlier epochs came with the checkpoint that it resumed.
+    """
     lines = []
+    steps_before = 0
     for text in path.read_text().splitlines():
         line = json.loads(text)
-        if "loss" in line:
+        if "loss" not in line:
+            continue
+        if line["epoch"] >= first_epoch:
             lines.append(line)
+        else:
+            steps_before = line["step"]
     if not lines:
         raise InputError(f"{path}: has no line with a loss; look at {log}")
     losses = [line["loss"] for line in lines]
@@ -321,7 +334,8 @@ def check_training(path, log):
             f"nearer than --pos-margin"
         )
     skipped = sum(line["skipped"] for line in lines)
-    steps = lines[-1]["step"]
+    overflows = sum(line["overflows"] for line in lines)
+    steps = lines[-1]["step"] - steps_before
     if skipped > MAX_SKIPPED * steps:
         raise InputError(
             f"{path}: {skipped} of {steps} steps were skipped, more than {MAX_SKIPPED:.1%}; likely "
@@ -329,7 +343,7 @@ def check_training(path, log):
         )
     facts = [
         f"loss {first:.4f} in the first tenth, {last:.4f} in the last; {steps:,} steps, {skipped} "
-        f"skipped; {pairs:.1f} active positive pairs a step"
+        f"skipped, {overflows} overflows; {pairs:.1f} active positive pairs a step"
     ]
     shown = np.unique(np.linspace(0, len(lines) - 1, 10).round().astype(int))
     return Findings(facts, curve=[[lines[i]["step"], round(losses[i], 4)] for i in shown])

@@ -305,6 +305,7 @@ def training_step(setup, training):
     command += ["--input-size", str(setup.input_size or training.input_size)]
     command += shlex.split(training.flags)
     needs, preparation, prepared = (), None, ""
+    first_epoch, other_checkpoints = 0, 1  # last.pth.tar
     if training.start:
         name, epoch = training.start
         start = setup.output / "exp" / name / CHECKPOINT.format(epoch)
@@ -313,6 +314,8 @@ def training_step(setup, training):
             copy = folder / CHECKPOINT.format(epoch)
             preparation = functools.partial(prepare.copy_once, ROOT / start, ROOT / copy)
             prepared = f"mkdir -p {copy.parent} && cp {start} {copy.parent}/"
+            first_epoch = epoch + 1
+            other_checkpoints = 2
         else:
             command += ["--weight", str(start)]
     if training.script == "v107":
@@ -327,14 +330,14 @@ def training_step(setup, training):
     return Step(
         name=f"train-{training.name}",
         command=tuple(command),
-        check=functools.partial(checks.check_training, ROOT / log),
+        check=functools.partial(checks.check_training, ROOT / log, first_epoch=first_epoch),
         needs=needs,
         writes=(checkpoint(setup, training), log),
         prepare=preparation,
         prepared=prepared,
         is_stage=True,
         trains=True,
-        gigabytes=(training.epochs + 1) * published.CHECKPOINT_GB,
+        gigabytes=(training.epochs - first_epoch + other_checkpoints) * published.CHECKPOINT_GB,
         hours=training_hours(training, setup.machine, setup.arch, bool(placement.flags)),
         fits=placement.words,
         obstacle=None if placement.ok else f"{training.name}: {placement.words}",

@@ -64,9 +64,13 @@ def link_part(data, root, truth, folder, number):
 
 
 def link_all(folder, paths):
-    """Link files into a folder; links that are there stay."""
+    """Link files into a folder; links to these stay, others go, such as those of a moved input."""
     folder.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in folder.iterdir()}
-    for path in paths:
-        if path.name not in present:
-            (folder / path.name).symlink_to(path.resolve())
+    targets = {path.name: path.resolve() for path in paths}
+    for link in folder.iterdir():
+        if link.is_symlink() and link.readlink() != targets.get(link.name):
+            link.unlink()
+        else:
+            targets.pop(link.name, None)
+    for name, target in targets.items():
+        (folder / name).symlink_to(target)

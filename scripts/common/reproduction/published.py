@@ -7,6 +7,7 @@ times those of docs/PERFORMANCE.md. Tests compare them.
 from dataclasses import dataclass
 
 ARCH = "tf_efficientnetv2_m_in21ft1k"
+SAME_ARCH = "tf_efficientnetv2_m.in21k_ft_in1k"  # timm's newer name for it
 PUBLISHED_KEYS = 1118  # tensors of a published checkpoint
 INPUT_SIZE = 512  # of extraction
 

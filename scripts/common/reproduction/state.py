@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ WITHOUT_EFFECT = ("--grad-checkpointing", "--start-over")  # flags that change n
 WORKERS = re.compile(
     r"-j(\d*)|--workers(=\d+)?"
 )  # another, with its value after it where not in it
+RECORD_KEYS = {"command", "typed", "attempts", "needs", "ran", "writes", "seconds", "finished"}
 ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
 
 
@@ -56,7 +58,10 @@ class State:
                 content = json.loads(path.read_text())
                 self.records = content["steps"]
                 self.digests = content["digests"]
-            except (ValueError, KeyError, TypeError) as error:
+                for name, record in self.records.items():
+                    if RECORD_KEYS - record.keys():
+                        raise ValueError(f"the record of {name} is of another version")
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{path}: cannot be read ({error}); delete it: the steps then run again, from "
                     f"where their own files are"
@@ -208,6 +213,7 @@ def lock(folder):
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a+")
     deadline = time.monotonic() + ORPHAN_SECONDS
+    has_said = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,6 +226,13 @@ def lock(folder):
                     f"{folder}: another run works there (process {owner}); wait for it, or give "
                     f"another --output"
                 ) from None
+            if not has_said:
+                print(
+                    f"waiting for the step of a killed run to end, {ORPHAN_SECONDS} s at most",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                has_said = True
             time.sleep(0.2)
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
