@@ -93,8 +93,7 @@ def parse_args(argv=None):
         "--stages",
         choices=["v98", "v107"],
         nargs="+",
-        default=["v98", "v107"],
-        help="which to score (default: both)",
+        help="which to score (default: both, with --references v98)",
     )
     add("--phase", type=int, choices=[1, 2], default=1, help="2: the unseen queries, of v107 alone")
     add(
@@ -133,6 +132,10 @@ def parse_args(argv=None):
         parser.error("--gpus: is for --plan; a run uses the GPUs that are there")
     if args.gpus and args.cpu:
         parser.error("--gpus: does not go with --cpu")
+    if args.stages is None:
+        args.stages = ["v98", "v107"] if args.references is None else ["v98"]
+        if args.phase == 2:
+            args.stages = ["v107"]
     if args.phase == 2:
         if args.stages == ["v98"]:
             parser.error("--phase 2: a score was published of v107 alone")

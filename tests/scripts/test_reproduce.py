@@ -463,6 +463,20 @@ def test_no_gpu_at_full_size(tmp_path, capsys, monkeypatch):
     assert_refused(result, "no GPU", f"{hours:.0f} hours", "2 CPU seconds an image", "--cpu")
 
 
+def test_too_few_references_for_a_look(small_input, tmp_path, capsys):
+    """Refused before anything starts. Without --stages, v98 alone is looked at."""
+    flags = ["--cpu", *NETWORK, "--input", small_input, "--output", tmp_path / "out"]
+    flags += ["--expect", expectations(small_input), "--references"]
+    result = called(reproduce.main, [*flags, 3], capsys)
+    assert_refused(result, "nothing was started: --references 3: must lie between")
+    assert not (tmp_path / "out").exists()
+    place_weights(tmp_path / "out", "v98")
+    result = called(reproduce.main, [*flags, 40, "--plan"], capsys)
+    assert "36 of 36 query_images, 48 of 48 reference_images" in result.stdout
+    assert "02-weights-v98: the file is there\n" in result.stdout
+    assert "v107" not in result.stdout and "cannot start" not in result.stdout
+
+
 def test_the_newer_name_of_the_network():
     args = reproduce.parse_args(["--cpu", "-a", "tf_efficientnetv2_m.in21k_ft_in1k"])
     assert reproduce.make_setup(args).arch == published.ARCH

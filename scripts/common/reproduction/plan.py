@@ -93,8 +93,8 @@ class Step:
     codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
     repetition would go on in its folder. keeps: whether a run whose check failed, or was not
     reached, is not repeated while its files are unchanged. downloads: whether it fetches images.
-    hours: None where unknown. fits: in words, with which flags. obstacle: why it cannot run on this
-    machine, or None.
+    hours: None where unknown. fits: whether it does, in words, with which flags; or that its file
+    is there. obstacle: why it cannot run on this machine, or None.
     """
 
     name: str
@@ -252,6 +252,7 @@ def data_step(setup):
 def weights_step(setup, stage):
     """The author's weights of a stage: fetched unless they are there."""
     path = stage_weights(setup, stage)
+    is_there = (ROOT / path).exists()
     command = ["python", "scripts/download_weights.py", stage]
     command += ["--exp", str(setup.output / "published")]
     digest = setup.expected.sha256.get(stage)
@@ -263,7 +264,8 @@ def weights_step(setup, stage):
         check=functools.partial(checks.check_weights, ROOT / path, setup.arch),
         writes=(path,),
         settings=setup.arch,
-        gigabytes=published.CHECKPOINT_GB,
+        gigabytes=0 if is_there else published.CHECKPOINT_GB,
+        fits="the file is there" if is_there else "",
     )
 
 
@@ -519,6 +521,11 @@ def obstacles(setup, steps):
     for truth in needed_truths(setup):
         if not (ROOT / truth).is_file():
             found.append(f"{truth}: is missing; {checks.source_of_truth(truth)}")
+    if setup.references is not None and not found and not setup.download:
+        try:
+            prepare.check_number(setup.input, ROOT / setup.truth, setup.references)
+        except InputError as error:
+            found.append(str(error))
     return found
 
 

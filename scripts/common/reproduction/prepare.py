@@ -37,24 +37,33 @@ def copy_once(source, target):
         shutil.copyfile(source, file)
 
 
+def check_number(data, truth, number):
+    """Raise InputError unless a first look at so many references can hold those of the ground
+    truth, and the data can give the others; returns the ids that the truth names.
+    """
+    named = set(read_csv(truth, ("query_id", "reference_id"))["reference_id"]) - {""}
+    present = checks.images_by_id(data, "reference_images")
+    if not len(named) <= number <= len(present):
+        raise InputError(
+            f"--references {number}: must lie between {len(named)}, those of the ground truth, and "
+            f"{len(present)}, all"
+        )
+    return named
+
+
 def link_part(data, root, truth, folder, number):
     """Link the queries of a ground truth, its references and random others into `root`.
 
     data: folder of all images; folder: name of that of the queries; number: of references. Raises
     InputError where the data hold fewer, or the ground truth has more.
     """
+    wanted = check_number(data, truth, number)
     pairs = read_csv(truth, ("query_id", "reference_id"))
-    wanted = set(pairs["reference_id"]) - {""}
     references = checks.images_by_id(data, "reference_images")
     missing = sorted(wanted - references.keys())
     if missing:
         raise InputError(f"{truth}: {missing[0]} has no image in {data}/reference_images")
     others = sorted(references.keys() - wanted)
-    if not len(wanted) <= number <= len(references):
-        raise InputError(
-            f"--references {number}: must lie between {len(wanted)}, those of the ground truth, "
-            f"and {len(references)}, all"
-        )
     drawn = np.random.default_rng(SEED).choice(len(others), number - len(wanted), replace=False)
     chosen = wanted | {others[i] for i in drawn}
     queries = checks.images_by_id(data, folder)

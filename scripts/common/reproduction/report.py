@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.files import atomic
+from common.reproduction.checks import images_by_id
 from common.reproduction.disk import filesystems, needed_gigabytes
-from common.reproduction.plan import typed
+from common.reproduction.plan import needed_folders, typed
 from common.reproduction.running import clock
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,7 +33,10 @@ def in_hours(hours):
 def print_plan(setup, steps, finished, obstacles):
     """Say what will be done, with which commands, and what is missing. finished: names of steps."""
     assumed = " assumed" if setup.machine.assumed else ""
-    print(f"Machine: {setup.machine}{assumed}\n")
+    print(f"Machine: {setup.machine}{assumed}")
+    if not setup.machine.assumed:
+        print(f"Images in {setup.input}: {images_there(setup)}")
+    print()
     for number, step in enumerate(steps, 1):
         print(f"{number:02}-{step.name}{describe(step, step.name in finished)}")
     print(f"\n{total(setup, steps, finished)}\n\nCommands, in {ROOT.name}/:")
@@ -44,6 +48,16 @@ def print_plan(setup, steps, finished, obstacles):
         print("\nIt cannot start before these are settled:")
         for line in obstacles:
             print(f"- {line}")
+
+
+def images_there(setup):
+    """How many images of how many are there, of each folder that is needed."""
+    parts = []
+    for name in needed_folders(setup):
+        count = len(images_by_id(setup.input, name))
+        of_all = f" of {setup.expected.images[name]:,}" if name in setup.expected.images else ""
+        parts.append(f"{count:,}{of_all} {name}")
+    return ", ".join(parts)
 
 
 def describe(step, finished):
