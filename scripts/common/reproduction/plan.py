@@ -213,7 +213,7 @@ def download_step(setup, folder):
     source, target = source_of(setup, folder)
     gigabytes = 0
     if setup.expected.disc21:
-        missing = published.IMAGES[folder] - len(checks.images_by_id(setup.input, folder))
+        missing = published.IMAGES[folder] - checks.count_images(setup.input, folder)
         share = max(0, missing) / sum(published.IMAGES.values())
         gigabytes = share * published.BYTES_OF_DATA / 1e9
     return Step(
@@ -367,11 +367,13 @@ def scoring_steps(setup, stage, weights):
     folder = folder_of(setup, stage)
     images = setup.input
     input_size = setup.input_size or published.INPUT_SIZE
+    read = images_of(setup, setup.queries, "reference_images")
     step_of_look = {}
     if setup.references is not None:
         look = setup.output / f"references-{setup.references}"
         folder = look / ("exp" if setup.train else "published") / stage
         images = look / "input"
+        read = (*read, setup.truth)
         step_of_look = {
             "prepare": functools.partial(
                 prepare.link_part,
@@ -400,7 +402,7 @@ def scoring_steps(setup, stage, weights):
             images=ROOT / images,
             queries=setup.queries,
         ),
-        needs=(weights, *images_of(setup, setup.queries, "reference_images")),
+        needs=(weights, *read),
         writes=(submission,),
         is_stage=True,
         keeps=True,

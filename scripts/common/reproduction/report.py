@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.files import atomic
-from common.reproduction.checks import images_by_id
+from common.reproduction.checks import count_images
 from common.reproduction.disk import filesystems, needed_gigabytes
 from common.reproduction.plan import needed_folders, typed
 from common.reproduction.running import clock
@@ -54,7 +54,7 @@ def images_there(setup):
     """How many images of how many are there, of each folder that is needed."""
     parts = []
     for name in needed_folders(setup):
-        count = len(images_by_id(setup.input, name))
+        count = count_images(setup.input, name)
         of_all = f" of {setup.expected.images[name]:,}" if name in setup.expected.images else ""
         parts.append(f"{count:,}{of_all} {name}")
     return ", ".join(parts)
