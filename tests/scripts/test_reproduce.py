@@ -654,6 +654,7 @@ def test_verdicts(tmp_path):
     assert "a look" in verdict(0.01, None, is_look=True)["verdict"]
     for found in (0.0, 0.5, 0.9):
         assert len(checks.likely_causes(found, 0.6, 1)) == 3
+        assert found == 0 or "25,000" in "".join(checks.likely_causes(found, 0.6, 1))
         assert "25,000" not in "".join(checks.likely_causes(found, 0.6, 2))
     assert check(0.01, note="contaminated").facts == [
         "v98: 0.6500000 / 0.5700000 (published 0.6519 / 0.571; contaminated): reproduced"

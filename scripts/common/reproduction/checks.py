@@ -422,7 +422,7 @@ def score_in_words(score):
     text = f"{score['title']}: {score['average_precision']:.7f} / {score['recall_p90']:.7f}"
     notes = [score["note"]] if score["note"] else []
     if score["published"]:
-        theirs = " / ".join(str(value) for value in score["published"] if value is not None)
+        theirs = " / ".join(f"{value:.7g}" for value in score["published"] if value is not None)
         notes.insert(0, f"published {theirs}")
     if notes:
         text += f" ({'; '.join(notes)})"
@@ -432,7 +432,7 @@ def score_in_words(score):
 def likely_causes(found, expected, phase):
     """The three likeliest causes of a score that is another than the published one."""
     size = "another input size: one public report had 0.4955 instead of 0.5831 by that"
-    phase = "queries of the other phase, or its ground truth"
+    other_phase = "queries of the other phase, or its ground truth"
     exponent = "another exponent of GeM pooling (--gem-eval-p 1.0 is the published one)"
     unlabeled = "queries without labels were counted: the ground truth lists those that count"
     truth = "another ground truth than the organizers'"
@@ -444,7 +444,7 @@ def likely_causes(found, expected, phase):
     fewer = "fewer references than 1,000,000: these give a higher score"
     weights = "other weights: compare their SHA-256 with another report's"
     if found < 0.2 * expected:
-        return [phase, weights, size]
+        return [other_phase, weights, size]
     if found > expected:
         return [fewer, truth, weights]
     return [size, exponent, unlabeled]
