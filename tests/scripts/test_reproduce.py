@@ -24,7 +24,7 @@ import v98
 import v107
 from common.errors import InputError
 from common.reproduction import checks, disk, prepare, published, report, running
-from common.reproduction.machine import Machine, fit, parse_machine
+from common.reproduction.machine import Machine, driver_version, fit, parse_machine
 from common.reproduction.plan import (
     Expected,
     Setup,
@@ -131,6 +131,33 @@ def test_batches_that_do_not_divide(tmp_path):
 def test_other_machines_are_refused(text, capsys):
     result = called(reproduce.main, ["--plan", "--gpus", text], capsys)
     assert_refused(result, "--gpus", "8 x A100-80")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["8 x A100-80", "8xA100-80GB", "8 x A100 80GB", "8 x a100 80 GB", "8 x NVIDIA A100-SXM4-80GB"],
+)
+def test_names_of_machines(text):
+    machine = parse_machine(text)
+    assert (machine.gpus, machine.memory) == (8, 80) and "A100" in machine.name.upper()
+
+
+def test_a_machine_whose_name_ends_in_a_number():
+    with pytest.raises(InputError, match="4 x RTX 4090: must be like"):
+        parse_machine("4 x RTX 4090")
+    assert parse_machine("4 x RTX 4090-24").memory == 24
+    assert parse_machine("2 x NVIDIA H200").memory == 141
+
+
+def test_the_driver_is_in_the_report(tmp_path, monkeypatch):
+    ask = tmp_path / "nvidia-smi"
+    ask.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    ask.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    here = Machine(2, "A100", 80, 8, cuda="13.0", driver=driver_version())
+    assert "; driver 580.65.06; CUDA 13.0; " in report.circumstances(here)["machine"]
+    ask.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    assert driver_version() == ""
 
 
 def test_training_commands_are_the_published_ones():
@@ -508,6 +535,8 @@ def test_bad_expectations_and_flags(tmp_path, capsys):
     assert reproduce.read_expected(expect) == Expected({}, {}, {}, disc21=False)
     with pytest.raises(InputError, match="before the colon"):
         parse_stage_flags(["v84: --lr 1"])
+    with pytest.raises(InputError, match="No closing quotation; correct it"):
+        parse_stage_flags(["v83: --lr '0.01"])
     assert parse_stage_flags(["all: --lr 1", "all:-j 0"]) == {"all": ["--lr", "1", "-j", "0"]}
 
 

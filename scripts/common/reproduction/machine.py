@@ -13,6 +13,12 @@ from common.errors import InputError
 from common.reproduction import published
 
 MEMORY_OF = {"H100": 80, "H200": 141, "V100": 32, "L40S": 48}  # GB, where the name alone says it
+# "8 x A100-80", "8 x A100 80GB", "8 x NVIDIA A100-SXM4-80GB", "1 x H200"
+GPUS = re.compile(
+    r"(?P<number>\d+)\s*x\s*(NVIDIA )?(?P<name>[A-Z][\w -]*?)"
+    r"(-(?P<memory>\d+)( ?GB)?| (?P<gigabytes>\d+) ?GB)?",
+    re.IGNORECASE,
+)
 ASK_TORCH = """
 import json, sys
 try:
@@ -37,6 +43,7 @@ class Machine:
     cores: int
     assumed: bool = False  # named by a flag: not this machine
     cuda: str = ""  # version that torch was built for
+    driver: str = ""  # version of NVIDIA's
 
     def __str__(self):
         if not self.gpus:
@@ -68,7 +75,21 @@ def find_machine(cpu):
             f"GPUs of different kinds: {', '.join(sorted(names))}; choose with CUDA_VISIBLE_DEVICES"
         )
     least = min(memory for _, memory in gpus)
-    return Machine(len(gpus), gpus[0][0], least / 1e9, cores, cuda=cuda)
+    driver = driver_version()
+    return Machine(len(gpus), gpus[0][0], least / 1e9, cores, cuda=cuda, driver=driver)
+
+
+def driver_version():
+    """The version of NVIDIA's driver, or "" where nvidia-smi does not say it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    lines = asked.stdout.splitlines()
+    if asked.returncode or not lines:
+        return ""
+    return lines[0].strip()
 
 
 def parse_machine(text):
@@ -77,12 +98,16 @@ def parse_machine(text):
 
     Raises InputError where the text says no memory.
     """
-    match = re.fullmatch(r"(\d+)\s*x\s*([A-Za-z][\w ]*?)(?:-(\d+))?", text.strip())
-    memory = match and (match[3] or MEMORY_OF.get(match[2].upper()))
-    if not memory or int(match[1]) < 1:
-        raise InputError(f"--gpus {text}: must be like '8 x A100-80': number, name, GB of each")
-    cores = published.CORES_OF_THE_TABLE
-    return Machine(int(match[1]), match[2], float(memory), cores, assumed=True)
+    wrong = InputError(f"--gpus {text}: must be like '8 x A100-80': number, name, GB of each")
+    match = GPUS.fullmatch(text.strip())
+    if not match:
+        raise wrong
+    number = int(match["number"])
+    name = match["name"]
+    memory = match["memory"] or match["gigabytes"] or MEMORY_OF.get(name.upper())
+    if memory is None or number < 1:
+        raise wrong
+    return Machine(number, name, float(memory), published.CORES_OF_THE_TABLE, assumed=True)
 
 
 def driver_complaint():

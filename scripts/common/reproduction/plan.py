@@ -543,5 +543,9 @@ def parse_stage_flags(texts):
                 f"--stage-flags {text!r}: must be like 'v83: --lr 0.01', with one of "
                 f"{', '.join(STAGES)}, all, extract before the colon"
             )
-        flags.setdefault(stage, []).extend(shlex.split(rest))
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:  # a quotation mark without its partner
+            raise InputError(f"--stage-flags {text!r}: {error}; correct it") from None
+        flags.setdefault(stage, []).extend(words)
     return flags

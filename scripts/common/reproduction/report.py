@@ -118,10 +118,14 @@ def commit():
 
 def circumstances(machine):
     """{"machine", "commit", "versions"} of this run, each in words."""
-    cuda = f"CUDA {machine.cuda}" if machine.cuda else ""
-    parts = [str(machine), cuda, f"{platform.system()} {platform.machine()}"]
+    parts = [str(machine)]
+    if machine.driver:
+        parts.append(f"driver {machine.driver}")
+    if machine.cuda:
+        parts.append(f"CUDA {machine.cuda}")
+    parts.append(f"{platform.system()} {platform.machine()}")
     return {
-        "machine": "; ".join(part for part in parts if part),
+        "machine": "; ".join(parts),
         "commit": commit(),
         "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
     }
