@@ -32,7 +32,14 @@ from common.reproduction import published
 from common.reproduction.checks import score_in_words
 from common.reproduction.disk import filesystems
 from common.reproduction.machine import driver_complaint, find_machine, parse_machine
-from common.reproduction.plan import Expected, Setup, make_plan, obstacles, parse_stage_flags
+from common.reproduction.plan import (
+    Expected,
+    Setup,
+    count_all,
+    make_plan,
+    obstacles,
+    parse_stage_flags,
+)
 from common.reproduction.report import circumstances, print_plan, write_report
 from common.reproduction.running import Runner, Stopped
 from common.reproduction.state import State, lock
@@ -71,8 +78,8 @@ def read_expected(path):
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is not as --help says ({error}); correct it") from None
     if "scores" not in content and "images" not in content:
-        return Expected(sha256=digests)
-    return Expected(scores, digests, images, disc21=False)
+        return Expected(sha256=digests, source=path)
+    return Expected(scores, digests, images, disc21=False, source=path)
 
 
 def refuse_unknown(content, names):
@@ -145,11 +152,14 @@ def parse_args(argv=None):
 
 def make_setup(args):
     """The Setup of a command line. Raises InputError."""
+    expected = read_expected(args.expect) if args.expect else Expected()
+    if args.download and not expected.disc21:
+        raise InputError(f"--download: fetches DISC21, and {args.expect} is of other data; omit it")
     return Setup(
         input=from_root(args.input),
         output=from_root(args.output),
         machine=parse_machine(args.gpus) if args.gpus else find_machine(args.cpu),
-        expected=read_expected(args.expect) if args.expect else Expected(),
+        expected=expected,
         train=args.train,
         stages=tuple(sorted(set(args.stages), key=["v98", "v107"].index)),
         phase=args.phase,
@@ -164,10 +174,10 @@ def make_setup(args):
 def more_obstacles(setup, steps, finished, cpu):
     """What the machine lacks, a line each."""
     found = []
-    if setup.download and not shutil.which("aws"):
-        found.append("--download: aws is not installed; pip install awscli")
     if setup.machine.assumed:
         return found
+    if setup.download and not shutil.which("aws"):
+        found.append("--download: aws is not installed; pip install awscli")
     if not setup.machine.gpus and not cpu:
         complaint = driver_complaint()
         if complaint:
@@ -194,12 +204,16 @@ def reproduce(args):
     steps = make_plan(setup)
     state = State(output / "state.json")
     finished = {step.name for step in steps if state.is_finished(step)}
-    missing = obstacles(setup, steps) + more_obstacles(setup, steps, finished, args.cpu)
-    print_plan(setup, steps, finished, missing)
+    counts = count_all(setup)
+    missing = obstacles(setup, steps, counts, finished)
+    missing += more_obstacles(setup, steps, finished, args.cpu)
+    commands = args.plan or not missing
+    print_plan(setup, steps, counts, finished, missing, commands)
     if args.plan:
         return 0
     if missing:
-        raise InputError(f"nothing was started: {missing[0]}")
+        others = f" (and {len(missing) - 1} more, above)" if len(missing) > 1 else ""
+        raise InputError(f"nothing was started: {missing[0]}{others}")
     with lock(output) as held:
         state = State(output / "state.json")
         runner = Runner(state, circumstances(setup.machine), output, held, args.cpu)

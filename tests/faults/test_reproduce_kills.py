@@ -29,7 +29,7 @@ def test_random_kills_of_a_training(data, tmp_path, request, figure):
     if not request.config.getoption("--long"):
         pytest.skip("takes minutes: make faults")
     expected = finish(data, tmp_path / "undisturbed")
-    assert expected.count("| no published score |") == 2  # v107, before and after NES
+    assert expected.count("| no expected score |") == 2  # v107, before and after NES
     output = tmp_path / "killed"
     random_ = random.Random(20)
     kills = 10

@@ -29,9 +29,11 @@ from common.reproduction.plan import (
     Expected,
     Setup,
     Step,
+    count_all,
     make_plan,
     obstacles,
     parse_stage_flags,
+    typed,
 )
 from common.reproduction.running import Runner, last_line
 from common.reproduction.state import State
@@ -72,6 +74,10 @@ def small_run(data, output, *flags):
 
 def setup_for(machine, **options):
     return Setup(Path("input"), Path("reproduce"), machine, Expected(), **options)
+
+
+def obstacles_of(setup):
+    return obstacles(setup, make_plan(setup), count_all(setup))
 
 
 # ---- plans ----
@@ -192,9 +198,9 @@ def test_weights_go_from_stage_to_stage():
     )
 
 
-def test_training_v107_needs_the_public_ground_truth(tmp_path):
+def test_training_v107_needs_the_public_ground_truth(full_size, tmp_path):
     """In phase 2 too, and it is asked for before the first stage is trained."""
-    data = full_size(tmp_path)
+    data = full_size
     (data / "public_ground_truth.csv").rename(data / "private_ground_truth.csv")
     setup = Setup(
         data,
@@ -206,11 +212,11 @@ def test_training_v107_needs_the_public_ground_truth(tmp_path):
         phase=2,
     )
     steps = make_plan(setup)
-    (line,) = obstacles(setup, steps)
+    (line,) = obstacles_of(setup)
     assert line.startswith(f"{data / 'public_ground_truth.csv'}: is missing; git clone")
     (training,) = [step for step in steps if step.name == "train-v107"]
     assert data / "public_ground_truth.csv" in training.needs
-    assert not obstacles(replace(setup, train=False), make_plan(replace(setup, train=False)))
+    assert not obstacles_of(replace(setup, train=False))
 
 
 def test_downloads_go_where_images_are(tmp_path):
@@ -320,13 +326,16 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
-def test_the_whole_chain_after_a_signal_and_a_kill(finished):
+def test_the_whole_chain_after_a_signal_and_a_kill(finished, small_input):
     output, result = finished
     assert result.returncode == 0, result.stdout + result.stderr
     report = (output / "report.md").read_text()
     (row,) = re.findall(r"^\| v98 \| .*$", report, re.MULTILINE)
     assert row.endswith("| +0.0000000 | +0.0000000 | reproduced |")
     assert "contaminated" not in report  # v98 saw no label
+    assert report.startswith("# Rehearsal, not DISC21: from given weights\n")
+    assert f"- expected: what {expectations(small_input)} says\n" in report
+    assert "expected µAP" in report and "published µAP" not in report
     assert "known answers of weights/v98.pth.tar" in report
     assert "106 tensors, SHA-256 1198c5aa" in report
     for step in make_plan(setup_for(Machine(0, "", 0, 2), stages=("v98",))):
@@ -339,7 +348,8 @@ def test_finished_steps_are_not_run_again(finished, small_input):
     logs = {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
     result = small_run(small_input, output)
     assert result.returncode == 0
-    assert result.stdout.count("done before") == 2 * len(logs)  # in the plan, and in the run
+    assert result.stdout.count(": done before\n") == 2 * len(logs)  # in the plan, and in the run
+    assert "\nIn all: nothing is left to do\n" in result.stdout
     assert logs == {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
 
 
@@ -360,7 +370,7 @@ def test_another_expected_score_is_not_reproduced(finished, small_input, tmp_pat
     result = small_run(small_input, copy, "--expect", tmp_path / "expect.json")
     assert result.returncode == 1, result.stderr
     report = (copy / "report.md").read_text()
-    assert "| not reproduced |" in report and "\n3. " in report and "another input size" in report
+    assert "| not reproduced |" in report and "\n3. " in report and "another --input-size" in report
 
 
 # ---- planted faults, through the command ----
@@ -371,22 +381,23 @@ def copied(small_input, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["query_images", "reference_images"])
-def test_a_missing_image(small_input, tmp_path, folder):
-    expect = expectations(small_input)
+def test_a_missing_image(small_input, tmp_path, folder, capsys):
     data = copied(small_input, tmp_path)
     path = sorted((data / folder).iterdir())[-1]
     path.unlink()
-    result = small_run(data, tmp_path / "reproduce", "--expect", expect)
-    assert_refused(result, data, "--download")
+    flags = ["--cpu", "--stages", "v98", *NETWORK, "--input", data, "--output", tmp_path / "out"]
+    flags += ["--expect", expectations(small_input)]
+    result = called(reproduce.main, flags, capsys)
+    number = len(list((small_input / folder).iterdir()))
+    assert_refused(result, f"{data / folder}: {number - 1} images, expected {number}")
 
 
-def test_a_half_downloaded_set(small_input, tmp_path):
-    """Without --expect, the data have to be DISC21's."""
-    result = run(
-        *("scripts/reproduce.py", "--cpu", "--stages", "v98", *NETWORK),
-        *("--input", small_input, "--output", tmp_path),
-    )
-    assert_refused(result, small_input / "reference_images", "are missing", "--download")
+def test_a_half_downloaded_set(full_size, runner):
+    """Its names are checked too, not the numbers alone."""
+    setup = replace(setup_for(Machine(0, "", 0, 2), stages=("v98",)), input=full_size)
+    (step,) = [step for step in make_plan(setup) if step.name == "check-data"]
+    with pytest.raises(InputError, match=r"images are missing: .* --download"):
+        runner.run([step])
 
 
 def test_swapped_phases(small_input, tmp_path):
@@ -465,33 +476,102 @@ def test_a_full_disk_in_the_middle(finished, small_input, tmp_path):
 
 
 def test_a_wrong_folder(tmp_path, capsys):
-    result = called(reproduce.main, ["--cpu", "--input", tmp_path / "nowhere"], capsys)
-    assert_refused(result, "nothing was started", "nowhere")
-    assert "aws s3 cp s3://drivendata-competition-fb-isc-data/all/train_images/" in result.stdout
-    assert "public_ground_truth.csv: is missing; git clone" in result.stdout
+    """Where it is mistyped, nothing else is said of it."""
+    for name, words in ("nowhere", "no such folder; give --input"), ("file", "is no folder"):
+        (tmp_path / "file").touch()
+        flags = ["--cpu", "--stages", "v98", "--input", tmp_path / name]
+        result = called(reproduce.main, [*flags, "--output", tmp_path / "out"], capsys)
+        assert_refused(result, f"nothing was started: {tmp_path / name}: {words}")
+        assert "aws" not in result.stdout and "git clone" not in result.stdout
 
 
-def full_size(tmp_path):
-    """Folders as of DISC21, with an image in each."""
-    for name in published.IMAGES:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.jpg").touch()
-    (tmp_path / "public_ground_truth.csv").touch()
-    return tmp_path
+def test_missing_data_are_named_before_anything_starts(tmp_path, capsys):
+    """All together, in the last lines, with the commands that fetch them."""
+    (tmp_path / "reference_images").mkdir()
+    (tmp_path / "reference_images" / "R000000.jpg").touch()
+    (tmp_path / "reference_images" / "R000001.jpg.6eF5b5da").touch()  # aws leaves such
+    flags = ["--cpu", "--stages", "v98", "--input", tmp_path, "--output", tmp_path / "out"]
+    result = called(reproduce.main, flags, capsys)
+    query, reference, truth = result.stdout.splitlines()[-3:]
+    bucket = "s3://drivendata-competition-fb-isc-data/all"
+    assert f"query_images: is missing; aws s3 cp {bucket}/query_images/ {tmp_path}/q" in query
+    assert f"1 of 1,000,000 images; aws s3 sync {bucket}/reference_images/" in reference
+    assert "public_ground_truth.csv: is missing; git clone" in truth
+    assert "python exp/v98.py" not in result.stdout
+    assert_refused(result, "nothing was started", "query_images", "(and 2 more, above)")
+    result = called(reproduce.main, [*flags, "--plan"], capsys)
+    assert result.returncode == 0 and "python exp/v98.py" in result.stdout
+    result = called(reproduce.main, [*flags[1:], "--plan", "--gpus", "1 x H200"], capsys)
+    assert "aws" not in result.stdout  # the data are to lie on another machine
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_gpu_too_small(tmp_path, capsys, monkeypatch):
+def test_other_data_are_not_downloaded(tmp_path, capsys):
+    data = tmp_path / "query_images"
+    data.mkdir()
+    (tmp_path / "reference_images").mkdir()
+    (data / "a.jpg").touch()
+    expect = tmp_path / "expect.json"
+    expect.write_text('{"images": {"query_images": 36}}')
+    flags = ["--cpu", "--stages", "v98", "--input", tmp_path, "--output", tmp_path / "out"]
+    flags += ["--expect", expect]
+    assert_refused(called(reproduce.main, [*flags, "--download"], capsys), "--download", expect)
+    result = called(reproduce.main, flags, capsys)
+    assert_refused(result, f"{data}: 1 images, expected 36 ({expect}); correct one")
+    assert "reference_images: holds no image" in result.stdout
+    assert "aws" not in result.stdout and "git clone" not in result.stdout
+
+
+def test_more_images_than_disc21_has():
+    wrong = checks.wrong_count("input/query_images", "query_images", 50_001, Expected(), "")
+    assert wrong == "input/query_images: 50,001 images, DISC21 has 50,000; move the others away"
+
+
+def test_phase_2_after_a_stopped_phase_1(full_size, tmp_path):
+    """Both extract into v107's folder: said before phase 2 begins, not hours later."""
+    (full_size / "private_ground_truth.csv").touch()
+    setup = setup_for(Machine(0, "", 0, 2), stages=("v107",))
+    setup = replace(setup, input=full_size, output=tmp_path / "out")
+    unfinished = tmp_path / "out" / "published" / "v107" / "extract" / "unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "inputs.json").write_text('{"--target-set": "qr"}')
+    assert not obstacles_of(setup)
+    (line,) = obstacles_of(replace(setup, phase=2))
+    assert line.startswith(f"{unfinished}: ") and "--target-set qr was stopped" in line
+    assert "first end that" in line and line.endswith("or delete the folder")
+    assert not obstacles_of(replace(setup, phase=2, stage_flags={"extract": ["--start-over"]}))
+    (unfinished / "inputs.json").write_text('{"--target-set": "t"}')
+    assert not obstacles_of(replace(setup, phase=2))
+    (line,) = obstacles_of(setup)
+    assert "--target-set t was stopped" in line
+
+
+@pytest.fixture
+def full_size(tmp_path, monkeypatch):
+    """Folders as of DISC21, with an image in each that counts as all of them."""
+    data = tmp_path / "full"
+    for name, image in zip(
+        published.IMAGES, ("T000000", "R000000", "Q00000", "Q50000"), strict=True
+    ):
+        (data / name).mkdir(parents=True)
+        (data / name / f"{image}.jpg").touch()
+    (data / "public_ground_truth.csv").touch()
+    monkeypatch.setattr(checks, "count_images", lambda root, name: published.IMAGES[name])
+    return data
+
+
+def test_a_gpu_too_small(full_size, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "find_machine", lambda cpu: parse_machine("1 x V100-16"))
-    flags = ["--train", "--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    flags = ["--train", "--input", full_size, "--output", tmp_path / "out"]
     result = called(reproduce.main, flags, capsys)
     assert_refused(result, "v83-first: does not fit", "16.3 GB with --grad-checkpointing")
     assert not (tmp_path / "out").exists()
 
 
-def test_no_gpu_at_full_size(tmp_path, capsys, monkeypatch):
+def test_no_gpu_at_full_size(full_size, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(reproduce, "find_machine", lambda cpu: Machine(0, "CPU", 0, 4))
-    flags = ["--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    flags = ["--input", full_size, "--output", tmp_path / "out"]
     result = called(reproduce.main, flags, capsys)
     hours = 3_100_000 * 2 / 4 / 3600
     assert_refused(result, "no GPU", f"{hours:.0f} hours", "2 CPU seconds an image", "--cpu")
@@ -530,9 +610,9 @@ def test_bad_expectations_and_flags(tmp_path, capsys):
         expect.write_text(text)
         assert_refused(called(reproduce.main, ["--cpu", "--expect", expect], capsys), word)
     expect.write_text(json.dumps({"sha256": {"v98": "A" * 64}}))
-    assert reproduce.read_expected(expect) == Expected(sha256={"v98": "a" * 64})
+    assert reproduce.read_expected(expect) == Expected(sha256={"v98": "a" * 64}, source=expect)
     expect.write_text('{"scores": {}}')
-    assert reproduce.read_expected(expect) == Expected({}, {}, {}, disc21=False)
+    assert reproduce.read_expected(expect) == Expected({}, {}, {}, False, expect)
     with pytest.raises(InputError, match="before the colon"):
         parse_stage_flags(["v84: --lr 1"])
     with pytest.raises(InputError, match="No closing quotation; correct it"):
@@ -554,16 +634,17 @@ def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0):
     return path
 
 
-def test_strays_are_facts_and_remedies_fit(tmp_path):
+def test_strays_are_facts_and_remedies_fit(tmp_path, monkeypatch):
     """Of a stray file, no download gets rid."""
     root, log = Path("input"), tmp_path / "check-data.log"
     truths = (root / "public_ground_truth.csv",)
 
     def check(*lines):
         log.write_text("\n$ python scripts/check_input.py input\n" + "\n".join(lines) + "\n")
-        return checks.check_data(root, ["query_images"], {}, log, truths)
+        return checks.check_data(root, ["query_images"], Expected(), log, truths)
 
     stray = "input/query_images: 1 entries are no images: R000001.jpg.6eBfa8"
+    monkeypatch.setattr(checks, "count_images", lambda root, name: published.IMAGES[name])
     assert stray in check(stray, "input: 1 findings").facts
     missing = "input/query_images: 1 of DISC21's 50,000 images are missing: Q00001"
     with pytest.raises(InputError, match=r"Q00001; likely .* --download"):
@@ -663,13 +744,14 @@ def test_verdicts(tmp_path):
     )
     expected = published.Score(0.6519, 0.5710)
 
-    def check(tolerance, expected=expected, is_look=False, note=""):
+    def check(tolerance, expected=expected, is_look=False, note="", word="published"):
         return checks.check_score(
             log,
             title="v98",
             expected=expected,
             tolerance=tolerance,
             is_look=is_look,
+            word=word,
             note=note,
             phase=1,
         )
@@ -680,7 +762,10 @@ def test_verdicts(tmp_path):
     assert verdict(0.001)["verdict"] == "not reproduced" and len(verdict(0.001)["causes"]) == 3
     assert verdict(0.01)["verdict"] == "reproduced"
     assert verdict(0.01, None)["verdict"] == "no published score"
-    assert "a look" in verdict(0.01, None, is_look=True)["verdict"]
+    assert verdict(0.01, None, word="expected")["verdict"] == "no expected score"
+    assert "compares with none" in verdict(0.01, None, is_look=True)["verdict"]
+    causes = "".join(verdict(0.001, word="expected")["causes"])
+    assert "0.4955" not in causes and "--input-size" in causes
     for found in (0.0, 0.5, 0.9):
         assert len(checks.likely_causes(found, 0.6, 1)) == 3
         assert found == 0 or "25,000" in "".join(checks.likely_causes(found, 0.6, 1))
@@ -813,32 +898,30 @@ def test_the_last_line_is_of_the_last_run(tmp_path):
     assert last_line(log) == "x.py: error: new"
 
 
-def test_download_by_aws(small_input, tmp_path):
-    """With a stand-in for aws, which copies. The wrong weights end the run after the data."""
+def test_download_by_aws(small_input, tmp_path, runner):
+    """With a stand-in for aws, which copies. The rest of the folder is fetched, and counted."""
     (tmp_path / "bin").mkdir()
     aws = tmp_path / "bin" / "aws"
     aws.write_text(f'#!/bin/sh\nmkdir -p "$4"\ncp {small_input}/"${{4##*/input/}}"* "$4"\n')
     aws.chmod(0o755)
+    runner.environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     data = tmp_path / "input"
-    data.mkdir()
-    shutil.copy(small_input / "public_ground_truth.csv", data)
-    output = tmp_path / "reproduce"
-    place_weights(output, "v98", ROOT / "weights" / "v107.pth.tar")
-    flags = ["--cpu", "--stages", "v98", *NETWORK, "--input", data, "--output", output]
-    flags += ["--expect", expectations(small_input), "--download"]
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    result = run("scripts/reproduce.py", *flags, PATH=path)
-    assert_refused(result, "weights-v98")
-    assert f"aws s3 sync {published.BUCKET}/reference_images/ {data}/reference_images/" in (
-        result.stdout
+    machine = Machine(0, "", 0, 2)
+    expected = Expected(images={"query_images": 36, "reference_images": 49})
+    options = {"download": True, "stages": ("v98",)}
+    query, reference, *_ = make_plan(Setup(data, tmp_path / "out", machine, expected, **options))
+    assert typed(reference.command).startswith(
+        f"aws s3 sync {published.BUCKET}/reference_images/ {data}/reference_images/"
     )
-    assert len(list((data / "reference_images").iterdir())) == 48
-    assert re.search(r"^03-check-data: \d", result.stdout, re.MULTILINE)
+    runner.run([query])
+    with pytest.raises(InputError, match=r"48 of 49 images; run this again with --download"):
+        runner.run([reference])
+    assert len(list((data / "query_images").iterdir())) == 36
 
 
-def test_download_without_aws(tmp_path, capsys, monkeypatch):
+def test_download_without_aws(full_size, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    flags = ["--cpu", "--download", "--input", full_size(tmp_path), "--output", tmp_path / "out"]
+    flags = ["--cpu", "--download", "--input", full_size, "--output", tmp_path / "out"]
     assert_refused(called(reproduce.main, flags, capsys), "aws is not installed", "awscli")
 
 

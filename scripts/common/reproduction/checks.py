@@ -39,6 +39,11 @@ COLLAPSED = 0.9
 NORM_ERROR = 0.01  # fp16 rounds
 MAX_SKIPPED = 0.001  # share of the steps
 SAMPLE = 1000  # rows whose cosines are looked at
+CAUSES_ELSEWHERE = [  # of a score on data that are not DISC21
+    "another --input-size than that of the expected score",
+    "other weights: compare their SHA-256",
+    "other images, or another ground truth",
+]
 
 
 @dataclass
@@ -85,27 +90,47 @@ def count_images(root, name):
     return sum(1 for _ in image_entries(root, name))
 
 
+def wrong_count(path, name, count, expected, remedy):
+    """What is wrong with the number of images in a folder, or None. remedy: against an incomplete
+    download of DISC21.
+    """
+    wanted = expected.images.get(name)
+    if wanted is None:
+        return None if count else f"{path}: holds no image; put them there"
+    if count == wanted:
+        return None
+    if not expected.disc21:
+        return f"{path}: {count:,} images, expected {wanted:,} ({expected.source}); correct one"
+    if count > wanted:
+        return f"{path}: {count:,} images, DISC21 has {wanted:,}; move the others away"
+    if not count:
+        return f"{path}: is missing; {remedy}"
+    return f"{path}: {count:,} of {wanted:,} images; {remedy}"
+
+
 def check_count(root, name, expected, log):
-    """Whether a downloaded folder is complete."""
-    count = len(images_by_id(root, name))
-    wanted = expected.get(name)
-    if wanted is not None and count != wanted:
-        raise InputError(
-            f"{root / name}: {count:,} images, not {wanted:,}; the download is not complete: run "
-            f"this again with --download, which fetches only what is missing"
-        )
+    """Whether a folder has as many images as expected."""
+    count = count_images(root, name)
+    remedy = "run this again with --download, which fetches only what is missing"
+    wrong = wrong_count(root / name, name, count, expected, remedy)
+    if wrong:
+        raise InputError(wrong)
     return Findings([f"{name}: {count:,} images"])
 
 
-def source_of_truth(path):
+def source_of_truth(path, expected):
     """Where a ground truth comes from: a command, or words."""
+    if not expected.disc21:
+        return "that of these data, with the columns query_id,reference_id"
     if path.name == "public_ground_truth.csv":
         return f"{published.GROUND_TRUTH} {path.parent}/"
-    return "the organizers' labels of phase 2, as query_id,reference_id"
+    return published.PRIVATE_GROUND_TRUTH
 
 
-def remedy_of(finding, truths):
+def remedy_of(finding, truths, expected):
     """What helps against a finding of check_input.py, with a semicolon before it, or ""."""
+    if not expected.disc21:
+        return ""
     if any(words in finding for words in ("are missing", "no such folder", "holds no image")):
         return (
             "; likely a download that was interrupted: --download fetches what is missing, as "
@@ -119,7 +144,7 @@ def remedy_of(finding, truths):
                 "; the images are of the other phase, or incomplete: --download fetches what is "
                 "missing"
             )
-        return f"; its source: {source_of_truth(truth)}"
+        return f"; its source: {source_of_truth(truth, expected)}"
     return ""
 
 
@@ -138,7 +163,7 @@ def check_data(root, folders, expected, log, truths):
     if faults:
         more = f" (and {len(faults) - 1} more findings: {log})" if len(faults) > 1 else ""
         finding = faults[0].replace(", or give --partial", "")  # a flag of check_input.py
-        raise InputError(f"{finding}{more}{remedy_of(finding, truths)}")
+        raise InputError(f"{finding}{more}{remedy_of(finding, truths, expected)}")
     facts = [summary, *strays]
     for name in folders:
         facts += check_count(root, name, expected, log).facts
@@ -392,38 +417,43 @@ def check_negatives(path, images, log):
     return Findings([f"training images: {check_rows(rows, path)}", check_spread(rows, path)])
 
 
-def check_score(log, *, title, expected, tolerance, is_look, note, phase):
-    """The score at the end of the evaluation's log, beside the published one, with a verdict.
+def check_score(log, *, title, expected, tolerance, is_look, word, note, phase):
+    """The score at the end of the evaluation's log, beside the expected one, with a verdict.
 
-    note: what has to be said beside it, or "".
+    word: what that is, "published", or "expected" where the data are not DISC21; note: what has to
+    be said beside the score, or "".
     """
     printed = [line for line in last_run(log).splitlines() if line.startswith("{")]
     if not printed:
         raise InputError(f"{log}: has no score")
     found = json.loads(printed[-1])
-    score = {"title": title, **found, "published": None, "note": note}
-    score["verdict"] = "no published score"
+    score = {"title": title, **found, "word": word, "expected": None, "note": note}
+    score["verdict"] = f"no {word} score"
     if is_look:
-        score["verdict"] = "a look: fewer references, so higher than the published score"
+        score["verdict"] = "a look: of fewer references, compares with none"
     if expected is not None:
         pairs = [(found["average_precision"], expected.average_precision)]
         if expected.recall_p90 is not None:
             pairs.append((found["recall_p90"], expected.recall_p90))
         close = all(abs(mine - theirs) <= tolerance for mine, theirs in pairs)
-        score["published"] = [expected.average_precision, expected.recall_p90]
+        score["expected"] = [expected.average_precision, expected.recall_p90]
         score["verdict"] = "reproduced" if close else "not reproduced"
         score["tolerance"] = tolerance
-        score["causes"] = [] if close else likely_causes(*pairs[0], phase)
+        score["causes"] = []
+        if not close and word == "published":
+            score["causes"] = likely_causes(*pairs[0], phase)
+        elif not close:
+            score["causes"] = CAUSES_ELSEWHERE
     return Findings([score_in_words(score)], score=score)
 
 
 def score_in_words(score):
-    """A score, the published one, what has to be said of it and the verdict, in a line."""
+    """A score, the expected one, what has to be said of it and the verdict, in a line."""
     text = f"{score['title']}: {score['average_precision']:.7f} / {score['recall_p90']:.7f}"
     notes = [score["note"]] if score["note"] else []
-    if score["published"]:
-        theirs = " / ".join(f"{value:.7g}" for value in score["published"] if value is not None)
-        notes.insert(0, f"published {theirs}")
+    if score["expected"]:
+        theirs = " / ".join(f"{value:.7g}" for value in score["expected"] if value is not None)
+        notes.insert(0, f"{score['word']} {theirs}")
     if notes:
         text += f" ({'; '.join(notes)})"
     return f"{text}: {score['verdict']}"

@@ -20,12 +20,21 @@ CHECKPOINT = "train/checkpoint_{:04}.pth.tar"
 class Expected:
     """What the checks compare with: scores by title, SHA-256 of weights by stage, numbers of
     images by folder.
+
+    disc21: whether the data are DISC21, with its names, numbers and published scores; source: the
+    file that says what to expect instead.
     """
 
     scores: dict = field(default_factory=lambda: published.SCORES)
     sha256: dict = field(default_factory=dict)
     images: dict = field(default_factory=lambda: published.IMAGES)
-    disc21: bool = True  # whether check_input.py is to demand DISC21's names and numbers
+    disc21: bool = True
+    source: Path | None = None
+
+    @property
+    def word(self):
+        """What its scores are."""
+        return "published" if self.disc21 else "expected"
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Step:
     codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
     repetition would go on in its folder. keeps: whether a run whose check failed, or was not
     reached, is not repeated while its files are unchanged. downloads: whether it fetches images.
+    unfinished: folder where an extraction keeps what it has, to resume; target_set: its sets.
     hours: None where unknown. fits: whether it does, in words, with which flags; or that its file
     is there. obstacle: why it cannot run on this machine, or None.
     """
@@ -110,6 +120,8 @@ class Step:
     trains: bool = False
     keeps: bool = False
     downloads: bool = False
+    unfinished: Path | None = None
+    target_set: str = ""
     gigabytes: float = 0
     hours: float | None = 0
     fits: str = ""
@@ -219,7 +231,7 @@ def download_step(setup, folder):
     return Step(
         name=f"download-{folder}",
         command=("aws", "s3", "sync", source, target, "--no-sign-request", "--no-progress"),
-        check=functools.partial(checks.check_count, setup.input, folder, setup.expected.images),
+        check=functools.partial(checks.check_count, setup.input, folder, setup.expected),
         writes=images_of(setup, folder),
         downloads=True,
         gigabytes=gigabytes,
@@ -236,7 +248,7 @@ def data_step(setup):
         checks.check_data,
         setup.input,
         needed_folders(setup),
-        setup.expected.images,
+        setup.expected,
         truths=needed_truths(setup),
     )
     return Step(
@@ -406,6 +418,8 @@ def scoring_steps(setup, stage, weights):
         writes=(submission,),
         is_stage=True,
         keeps=True,
+        unfinished=folder / "extract" / f"unfinished{suffix}",
+        target_set="qr",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
         **step_of_look,
@@ -461,6 +475,8 @@ def negatives_step(setup, stage, weights, negatives):
         writes=(negatives,),
         is_stage=True,
         keeps=True,
+        unfinished=negatives.with_name("unfinished"),
+        target_set="t",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
     )
@@ -495,39 +511,87 @@ def evaluation_step(setup, name, title, submission):
             expected=expected,
             tolerance=setup.tolerance,
             is_look=setup.references is not None,
+            word=setup.expected.word,
             note=published.CONTAMINATED if is_contaminated else "",
             phase=setup.phase,
         ),
         needs=(submission, setup.truth),
         writes=(candidates,),
-        settings=f"{expected}, {setup.tolerance}",
+        settings=f"{setup.expected.word}: {expected}, {setup.tolerance}",
     )
 
 
 # ---- what keeps it from starting ----
 
 
-def obstacles(setup, steps):
-    """What is missing, a line each with its remedy, as far as it shows before anything runs."""
+def count_all(setup):
+    """{folder: number of its images} of the folders that the steps read."""
+    return {name: checks.count_images(setup.input, name) for name in needed_folders(setup)}
+
+
+def obstacles(setup, steps, counts, finished=frozenset()):
+    """What keeps the steps from ending, a line each with its remedy, as far as it shows before
+    anything runs. counts: of count_all(); finished: names of steps.
+    """
     found = [step.obstacle for step in steps if step.obstacle]
-    root = ROOT / setup.input
-    if not root.is_dir() and not setup.download:
-        found.append(
-            f"{setup.input}: no such folder; give --input, or make it and download into it"
-        )
-    for folder in needed_folders(setup):
-        if checks.folder_of_images(root, folder) is None and not setup.download:
-            source, target = source_of(setup, folder)
-            command = f"aws s3 cp {source} {target} --recursive --no-sign-request"
-            found.append(f"{setup.input / folder}: is missing; {command} (or --download)")
-    for truth in needed_truths(setup):
-        if not (ROOT / truth).is_file():
-            found.append(f"{truth}: is missing; {checks.source_of_truth(truth)}")
+    if setup.machine.assumed:  # the data of this machine say nothing about another
+        return found
+    found += missing_data(setup, counts)
     if setup.references is not None and not found and not setup.download:
         try:
             prepare.check_number(setup.input, ROOT / setup.truth, setup.references)
         except InputError as error:
             found.append(str(error))
+    if "--start-over" not in setup.stage_flags.get("extract", []):
+        found += stopped_extractions(steps, finished)
+    return found
+
+
+def missing_data(setup, counts):
+    """Which images and ground truths are missing, a line each with its remedy."""
+    root = ROOT / setup.input
+    if root.exists() and not root.is_dir():
+        return [f"{setup.input}: is no folder; give --input"]
+    if not root.exists() and not setup.download:
+        return [f"{setup.input}: no such folder; give --input, or make it and run this again"]
+    found = []
+    for folder in needed_folders(setup):
+        source, target = source_of(setup, folder)
+        command = f"aws s3 sync {source} {target} --no-sign-request"
+        if not counts[folder]:
+            command = f"aws s3 cp {source} {target} --recursive --no-sign-request"
+        wrong = checks.wrong_count(
+            target.rstrip("/"),
+            folder,
+            counts[folder],
+            setup.expected,
+            remedy=f"{command} (or --download)",
+        )
+        if wrong and not setup.download:
+            found.append(wrong)
+    for truth in needed_truths(setup):
+        if not (ROOT / truth).is_file():
+            found.append(f"{truth}: is missing; {checks.source_of_truth(truth, setup.expected)}")
+    return found
+
+
+def stopped_extractions(steps, finished):
+    """Extractions that were stopped, and stand where a step of this plan needs the folder for
+    another: a line each with its remedy. Phase 1's, where phase 2 begins with the training images.
+    """
+    found = []
+    folders = set()
+    for step in steps:
+        if not step.unfinished or step.name in finished or step.unfinished in folders:
+            continue
+        folders.add(step.unfinished)  # the steps after this one find it gone
+        former = prepare.target_set_of(ROOT / step.unfinished)
+        if former not in (None, step.target_set):
+            found.append(
+                f"{step.unfinished}: an extraction of --target-set {former} was stopped here, and "
+                f"{step.name} needs the folder; first end that with the command that began it "
+                f"(other --phase or --stages), or delete the folder"
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """What has to be there before a command can run: files that no command of its own makes."""
 
+import json
 import shutil
 
 import numpy as np
@@ -35,6 +36,17 @@ def copy_once(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic(target) as file:
         shutil.copyfile(source, file)
+
+
+def target_set_of(folder):
+    """The --target-set of an extraction that was stopped, which left this folder; None where there
+    is none.
+    """
+    try:
+        inputs = json.loads((folder / "inputs.json").read_text())
+        return inputs["--target-set"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # the stage itself takes such a folder as new
 
 
 def check_number(data, truth, number):

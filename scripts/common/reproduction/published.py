@@ -121,6 +121,11 @@ GROUND_TRUTH = (
     "cp isc2021/list_files/public_ground_truth.csv"
 )
 
+PRIVATE_GROUND_TRUTH = (
+    "the labels of phase 2, columns query_id,reference_id: see Meta's DISC21 page, "
+    "https://ai.meta.com/datasets/disc21-dataset/; the challenge's repository has phase 1's alone"
+)
+
 # ---- memory, disk and times: docs/PERFORMANCE.md ----
 
 NUMBERS_OF_GPUS = (1, 2, 4, 8, 16)

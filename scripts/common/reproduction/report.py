@@ -6,9 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.files import atomic
-from common.reproduction.checks import count_images
 from common.reproduction.disk import filesystems, needed_gigabytes
-from common.reproduction.plan import needed_folders, typed
+from common.reproduction.plan import typed
 from common.reproduction.running import clock
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,31 +29,34 @@ def in_hours(hours):
 # ---- plan ----
 
 
-def print_plan(setup, steps, finished, obstacles):
-    """Say what will be done, with which commands, and what is missing. finished: names of steps."""
+def print_plan(setup, steps, counts, finished, obstacles, commands):
+    """Say what will be done and what is missing. counts: of count_all(); finished: names of steps;
+    commands: whether to print that of each step.
+    """
     assumed = " assumed" if setup.machine.assumed else ""
     print(f"Machine: {setup.machine}{assumed}")
     if not setup.machine.assumed:
-        print(f"Images in {setup.input}: {images_there(setup)}")
+        print(f"Images in {setup.input}: {images_there(setup, counts)}")
     print()
     for number, step in enumerate(steps, 1):
         print(f"{number:02}-{step.name}{describe(step, step.name in finished)}")
-    print(f"\n{total(setup, steps, finished)}\n\nCommands, in {ROOT.name}/:")
-    for step in steps:
-        if step.prepared:
-            print(f"    {step.prepared}")
-        print(f"    {typed(step.command)}")
+    print(f"\n{total(setup, steps, finished)}")
+    if commands:
+        print(f"\nCommands, in {ROOT.name}/:")
+        for step in steps:
+            if step.prepared:
+                print(f"    {step.prepared}")
+            print(f"    {typed(step.command)}")
     if obstacles:
         print("\nIt cannot start before these are settled:")
         for line in obstacles:
             print(f"- {line}")
 
 
-def images_there(setup):
+def images_there(setup, counts):
     """How many images of how many are there, of each folder that is needed."""
     parts = []
-    for name in needed_folders(setup):
-        count = count_images(setup.input, name)
+    for name, count in counts.items():
         of_all = f" of {setup.expected.images[name]:,}" if name in setup.expected.images else ""
         parts.append(f"{count:,}{of_all} {name}")
     return ", ".join(parts)
@@ -62,9 +64,9 @@ def images_there(setup):
 
 def describe(step, finished):
     """What a line of the plan says about a step, beside its name."""
-    notes = []
     if finished:
-        notes.append("done before")
+        return ": done before"
+    notes = []
     if step.hours != 0:
         notes.append(in_hours(step.hours))
     if step.fits:
@@ -77,6 +79,8 @@ def describe(step, finished):
 def total(setup, steps, finished):
     """Hours and disk in all."""
     to_do = [step for step in steps if step.name not in finished]
+    if not to_do:
+        return "In all: nothing is left to do"
     known = [step.hours for step in to_do if step.hours is not None]
     unknown = [step.name for step in to_do if step.hours is None]
     hours = sum(known)
@@ -155,7 +159,7 @@ def number(value):
 
 
 def difference(own, theirs):
-    """The difference to a published value, signed, or a dash where there is none."""
+    """The difference to an expected value, signed, or a dash where there is none."""
     return "-" if theirs is None else f"{own - theirs:+.7f}"
 
 
@@ -163,23 +167,34 @@ def write_report(path, setup, steps, state):
     """Write report.md; returns its scores."""
     records = [(step, state.records[step.name]) for step in steps]
     scores = [record["score"] for _, record in records if record["score"]]
-    depth = "training" if setup.train else "the published weights"
+    word = setup.expected.word
+    if setup.train:
+        depth = "training"
+    elif setup.expected.disc21:
+        depth = "the published weights"
+    else:
+        depth = "given weights"
     if setup.phase == 2:
         depth += ", phase 2"
     if setup.references is not None:
         depth += f", a first look at {setup.references:,} references"
+    title = "Reproduction" if setup.expected.disc21 else "Rehearsal, not DISC21:"
     lines = [
-        f"# Reproduction from {depth}",
+        f"# {title} from {depth}",
         "",
         *lines_of_circumstances(records),
         f"- network: {setup.arch}, input size {setup.input_size or 'as published'}",
+    ]
+    if setup.expected.source:
+        lines.append(f"- expected: what {setup.expected.source} says")
+    lines += [
         "",
-        "| score | µAP | R@P90 | published µAP | R@P90 | difference µAP | R@P90 | verdict |",
+        f"| score | µAP | R@P90 | {word} µAP | R@P90 | difference µAP | R@P90 | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for score in scores:
         own = [score["average_precision"], score["recall_p90"]]
-        theirs = score["published"] or [None, None]
+        theirs = score["expected"] or [None, None]
         cells = [number(value) for value in (*own, *theirs)]
         cells += [difference(*pair) for pair in zip(own, theirs, strict=True)]
         lines.append(f"| {score['title']} | {' | '.join(cells)} | {score['verdict']} |")
@@ -187,8 +202,8 @@ def write_report(path, setup, steps, state):
     for score in scores:
         if score["note"]:
             lines.append(f"{score['title']}: {score['note']}.")
-    if any(score["published"] for score in scores):
-        lines.append(f"Reproduced: within {setup.tolerance} of the published score.")
+    if any(score["expected"] for score in scores):
+        lines.append(f"Reproduced: within {setup.tolerance} of the {word} score.")
     lines.append("")
     for score in scores:
         if score.get("causes"):
