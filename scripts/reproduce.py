@@ -23,6 +23,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from common.reproduction.plan import (
     parse_stage_flags,
 )
 from common.reproduction.report import circumstances, print_plan, write_report
-from common.reproduction.running import Runner, Stopped
+from common.reproduction.running import Runner, Stopped, stop_before_steps
 from common.reproduction.state import State, lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,11 +219,7 @@ def reproduce(args):
         state = State(output / "state.json")
         runner = Runner(state, circumstances(setup.machine), output, held, args.cpu)
         print(flush=True)
-        try:
-            runner.run(steps)
-        except Stopped as stopped:
-            print("stopped; the same command goes on", file=sys.stderr)
-            return stopped.code
+        runner.run(steps)
         report = output / f"report{setup.variant}.md"
         scores = write_report(report, setup, steps, runner.state)
     for score in scores:
@@ -236,8 +233,13 @@ def reproduce(args):
 @one_line_errors
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return reproduce(parse_args(argv))
+    try:
+        return reproduce(parse_args(argv))
+    except Stopped as stopped:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return stopped.code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_before_steps)  # until Runner takes it over
     sys.exit(main())

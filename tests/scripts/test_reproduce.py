@@ -8,6 +8,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -886,6 +888,32 @@ def test_seconds_survive_a_kill(runner, tmp_path, monkeypatch):
     step = Step("slow", ("python", "-c", script), lambda log: checks.Findings())
     runner.run([step])
     assert State(recorded).records["slow"]["seconds"] > 0.5
+
+
+def test_a_signal_before_any_step(small_input, tmp_path):
+    """Here while torch looks for GPUs."""
+    slow = tmp_path / "torch.py"
+    slow.write_text(f"import pathlib, time; pathlib.Path({str(tmp_path)!r}, 'asked').touch()\n")
+    slow.write_text(slow.read_text() + "time.sleep(60)\n")
+    command = ["scripts/reproduce.py", "--plan", "--input", small_input, "--output", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment)
+    wait_for(tmp_path / "asked", process)
+    process.terminate()
+    assert process.wait(10) == 75
+
+
+def test_a_failed_download_of_weights(runner):
+    """What helps on a machine without internet."""
+    setup = replace(setup_for(Machine(0, "", 0, 2), stages=("v98",)), output=runner.folder)
+    (step,) = [step for step in make_plan(setup) if step.name == "weights-v98"]
+    runner.environment["https_proxy"] = "http://localhost:9"
+    path = f"{runner.folder}/published/v98/train/checkpoint_0001.pth.tar"
+    remedy = (
+        f"run `python scripts/download_weights.py v98 --exp {runner.folder}/published` elsewhere,"
+    )
+    with pytest.raises(InputError, match=f"cannot be downloaded .*{remedy} .* at {path}; "):
+        runner.run([step])
 
 
 def test_the_last_line_is_of_the_last_run(tmp_path):

@@ -94,38 +94,29 @@ class Setup:
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and what stands around it.
-
-    needs, writes: its files, or folders of images. settings: what its check depends on beside them,
-    in words. prepare: called before it; prepared: what that does, as one would type it. check:
-    called with the log's path after it, returns checks.Findings, raises InputError. accepts: exit
-    codes that are no failure. is_stage: whether SIGTERM makes it save and stop. trains: whether a
-    repetition would go on in its folder. keeps: whether a run whose check failed, or was not
-    reached, is not repeated while its files are unchanged. downloads: whether it fetches images.
-    unfinished: folder where an extraction keeps what it has, to resume; target_set: its sets.
-    hours: None where unknown. fits: whether it does, in words, with which flags; or that its file
-    is there. obstacle: why it cannot run on this machine, or None.
-    """
+    """One command, and what stands around it. Paths are of files, or of folders of images."""
 
     name: str
     command: tuple
-    check: Callable
-    needs: tuple = ()
-    writes: tuple = ()
-    settings: str = ""
-    prepare: Callable | None = None
-    prepared: str = ""
-    accepts: tuple = (0,)
-    is_stage: bool = False
-    trains: bool = False
+    check: Callable  # called with log=PATH after it; returns checks.Findings, raises InputError
+    needs: tuple = ()  # paths that it reads
+    writes: tuple = ()  # paths that are there afterwards
+    settings: str = ""  # what its check depends on beside the paths, in words
+    prepare: Callable | None = None  # called before it
+    prepared: str = ""  # what that does, as one would type it
+    accepts: tuple = (0,)  # exit codes that are no failure
+    is_stage: bool = False  # SIGTERM makes it save and stop
+    trains: bool = False  # a repetition would go on in its folder
+    # A run whose check failed, or was not reached, is not repeated while its files are unchanged.
     keeps: bool = False
-    downloads: bool = False
-    unfinished: Path | None = None
-    target_set: str = ""
-    gigabytes: float = 0
-    hours: float | None = 0
-    fits: str = ""
-    obstacle: str | None = None
+    downloads: bool = False  # it fetches images
+    unfinished: Path | None = None  # folder where an extraction keeps what it has, to resume
+    target_set: str = ""  # of an extraction
+    gigabytes: float = 0  # that it writes
+    hours: float | None = 0  # None: unknown
+    remedy: str = ""  # what may help where it fails
+    fits: str = ""  # whether it fits the GPUs, with which flags; or that its file is there
+    obstacle: str | None = None  # why it cannot run on this machine
 
 
 def typed(command):
@@ -276,6 +267,7 @@ def weights_step(setup, stage):
         check=functools.partial(checks.check_weights, ROOT / path, setup.arch),
         writes=(path,),
         settings=setup.arch,
+        remedy=f"without internet, run `{typed(command)}` elsewhere, and put the file at {path}",
         gigabytes=0 if is_there else published.CHECKPOINT_GB,
         fits="the file is there" if is_there else "",
     )

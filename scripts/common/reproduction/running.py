@@ -29,6 +29,11 @@ class Stopped(Exception):
         self.code = code
 
 
+def stop_before_steps(number, frame):
+    """Signal handler for the time before any step runs, such as while torch looks for GPUs."""
+    raise Stopped(STOPPED)
+
+
 class Runner:
     """Runs steps; passes signals to the one that is running.
 
@@ -108,10 +113,9 @@ class Runner:
         if self.stopped_by is not None or code == STOPPED:
             raise Stopped(130 if self.stopped_by == signal.SIGINT else STOPPED)
         if code not in step.accepts:
-            raise InputError(
-                f"{title}: ended with code {code}: {last_line(log)} (all of it: {log}); the same "
-                f"command goes on when that is repaired"
-            )
+            failure = f"{title}: ended with code {code}: {last_line(log)} (all of it: {log})"
+            parts = [failure, step.remedy, "the same command goes on when that is repaired"]
+            raise InputError("; ".join(part for part in parts if part))
         for path in step.writes:
             if not (ROOT / path).exists():
                 raise InputError(f"{title}: did not write {path}; look at {log}")
