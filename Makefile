@@ -8,7 +8,7 @@ PYTHON ?= python3
 demo: .venv/ready  ## all steps on a small data set, on any machine, in some minutes
 	.venv/bin/python scripts/demo.py
 
-reproduce: .venv/ready  ## the published scores, from DISC21 and the author's weights; says what is missing; ARGS=--plan, ARGS=--train
+reproduce: .venv/ready  ## the published scores, from DISC21 and the author's weights; in .venv; says what is missing; ARGS=--plan, ARGS=--train
 	.venv/bin/python scripts/reproduce.py $(ARGS)
 
 test: .venv/ready  ## all tests

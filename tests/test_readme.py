@@ -54,7 +54,7 @@ BLOCKS = {  # (document, heading): what runs the blocks below it
     (MATCHING, "In Python"): "test_hubconf.py, with a file",
     (SCALE, "Feed an index"): "here",
     (REPRODUCE, "Plans for four machines"): "test_reproduce.py",
-    (REPRODUCE, "Other networks and data"): "test_reproduce.py, with other folders",
+    (REPRODUCE, "Rehearse on a small machine"): "test_reproduce.py, in another folder",
     ("input/README.md", "DISC21"): "nothing: they fetch 350 GB; test_check_input.py",
     ("input/README.md", "The published weights"): "nothing: they fetch; test_check_input.py",
     ("input/README.md", "A small data set of your own"): "test_fine_tuning.py, with other flags",

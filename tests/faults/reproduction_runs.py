@@ -1,14 +1,23 @@
-"""Runs of scripts/reproduce.py with the small network on a data set of a few dozen images."""
+"""Runs of scripts/reproduce.py with the small network on a data set of a few dozen images: the
+rehearsal of docs/REPRODUCE.md.
+"""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
-from conftest import ON_ONE_CORE, ROOT, run
+from conftest import ON_ONE_CORE, ROOT, readme_block, run, run_as_written
 
-NETWORK = ["-a", "test_byobnet", "--input-size", "96", "--stage-flags", "extract: -j 0"]
+COMMANDS = readme_block("Rehearse on a small machine", "docs/REPRODUCE.md")
+PREPARATION, _, _ = COMMANDS.partition("python scripts/reproduce.py")
+REHEARSAL = shlex.split(COMMANDS.removeprefix(PREPARATION).replace("\\\n", ""))[1:]
+# The flags for the small network.
+NETWORK = REHEARSAL[REHEARSAL.index("-a") : REHEARSAL.index("--input")]
+ARCH = REHEARSAL[REHEARSAL.index("-a") + 1]
+INPUT_SIZE = int(REHEARSAL[REHEARSAL.index("--input-size") + 1])
 # So few images need larger steps, and a memory bank that is full at once.
 SMALL_TRAINING = [
     "--train",
@@ -19,41 +28,40 @@ SMALL_TRAINING = [
     *("--stage-flags", "v107: --batch-size 4 --num-negatives 6 --memory-size 32 --lr 0.3"),
     *("--stage-flags", "v107: --log-every 50"),
 ]
-SHA256 = "1198c5aa5cc44f98e9a9f53e7e8ce2e02478bc6110272128eed6e290ce182bad"  # weights/v98.pth.tar
 
 
-def make_input(path):
-    """Make the data set, and beside it expect.json; returns its path."""
-    flags = ["--queries", 36, "--references", 48, "--training", 24, "--workers", 1]
-    result = run("scripts/make_dataset.py", path, *flags)
-    assert result.returncode == 0, result.stderr
-    output = path.parent / "expected"
-    weights = ["--weight", "weights/v98.pth.tar", "-a", "test_byobnet", "--input-size", 96]
+def in_folder(text, folder):
+    """Commands of the rehearsal, with another folder."""
+    return text.replace("reproduce/rehearsal", str(folder))
+
+
+def make_input(folder):
+    """Prepare the rehearsal in a folder, as it is written, and beside its data a file with v98's
+    score; returns the path of the data.
+    """
+    run_as_written(in_folder(PREPARATION, folder), ROOT, {})
+    data = folder / "input"
+    output = folder.parent / "expected"
+    weights = ["--weight", "weights/v98.pth.tar", "-a", ARCH, "--input-size", INPUT_SIZE]
     flags = ["--mode", "extract", "-j", 0, "--output", output]
-    result = run("exp/v98.py", *weights, *flags, f"{path}/")
+    result = run("exp/v98.py", *weights, *flags, f"{data}/")
     assert result.returncode == 0, result.stderr
     submission = output / "extract" / "fb-isc-submission.h5"
-    result = run("scripts/eval_metrics.py", submission, path / "public_ground_truth.csv")
+    result = run("scripts/eval_metrics.py", submission, data / "public_ground_truth.csv")
     score = json.loads(result.stdout)
-    content = {
-        "scores": {"v98": [score["average_precision"], score["recall_p90"]]},
-        "images": {"query_images": 36, "reference_images": 48, "training_images": 24},
-        "sha256": {"v98": SHA256},
-    }
-    expectations(path).write_text(json.dumps(content))
-    return path
+    content = json.loads((folder / "expect.json").read_text())
+    content["scores"] = {"v98": [score["average_precision"], score["recall_p90"]]}
+    expectations(data).write_text(json.dumps(content))
+    return data
 
 
 def expectations(data):
     """The file with what to expect of a data set."""
-    return data.parent / "expect.json"
+    return data.parent / "expect_score.json"
 
 
-def start_run(data, output, *flags):
-    """Start the command; returns its Popen."""
-    expect = expectations(data)
-    command = ["scripts/reproduce.py", "--cpu", *NETWORK, "--input", data, "--output", output]
-    command += ["--expect", expect, *flags]
+def start(*command):
+    """Start a script in the background, on one core; returns its Popen."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -62,6 +70,12 @@ def start_run(data, output, *flags):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_run(data, output, *flags):
+    """Start the command on other flags; returns its Popen."""
+    command = ["scripts/reproduce.py", "--cpu", *NETWORK, "--input", data, "--output", output]
+    return start(*command, "--expect", expectations(data), *flags)
 
 
 def without_times(report, output):

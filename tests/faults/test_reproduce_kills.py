@@ -13,7 +13,7 @@ LONGEST_PAUSE = 12  # seconds until a kill: a step takes four to eight
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_input(tmp_path_factory.mktemp("reproduce") / "input")
+    return make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
 
 
 def finish(data, output):

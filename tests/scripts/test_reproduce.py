@@ -25,6 +25,7 @@ import v86
 import v98
 import v107
 from common.errors import InputError
+from common.files import sha256_of
 from common.reproduction import checks, disk, prepare, published, report, running
 from common.reproduction.machine import Machine, driver_version, fit, parse_machine
 from common.reproduction.plan import (
@@ -39,8 +40,17 @@ from common.reproduction.plan import (
 )
 from common.reproduction.running import Runner, last_line
 from common.reproduction.state import State
-from conftest import ROOT, assert_refused, called, readme_block, run
-from reproduction_runs import NETWORK, expectations, make_input, start_run
+from conftest import ON_ONE_CORE, ROOT, assert_refused, called, readme_block, run
+from reproduction_runs import (
+    ARCH,
+    INPUT_SIZE,
+    NETWORK,
+    REHEARSAL,
+    expectations,
+    in_folder,
+    make_input,
+    start,
+)
 from test_readme import parse_stage, python_commands
 
 PAGE = "docs/REPRODUCE.md"
@@ -49,7 +59,7 @@ STAGES = {"v83": v83, "v86": v86, "v98": v98, "v107": v107}
 
 @pytest.fixture(scope="session")
 def small_input(tmp_path_factory):
-    return make_input(tmp_path_factory.mktemp("reproduce") / "input")
+    return make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
 
 
 def place_weights(output, stage, source=None, change=None):
@@ -67,11 +77,22 @@ def place_weights(output, stage, source=None, change=None):
 
 def small_run(data, output, *flags):
     """The command on small data with the small network; returns the CompletedProcess."""
-    network = [] if "-a" in flags else NETWORK
     return run(
-        *("scripts/reproduce.py", "--cpu", "--stages", "v98", *network),
+        *("scripts/reproduce.py", "--cpu", "--stages", "v98", *NETWORK),
         *("--input", data, "--output", output, "--expect", expectations(data), *flags),
     )
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """A Runner with an empty state; afterwards signals do what they did before."""
+    former = {number: signal.getsignal(number) for number in running.SIGNALS}
+    with (tmp_path / "lock").open("w") as lock:
+        runner = Runner(State(tmp_path / "state.json"), {}, tmp_path, lock, hidden=True)
+        runner.environment |= ON_ONE_CORE
+        yield runner
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 def setup_for(machine, **options):
@@ -85,17 +106,26 @@ def obstacles_of(setup):
 # ---- plans ----
 
 
-@pytest.mark.parametrize("gpus", ["1 x H200", "4 x A100-40", "8 x A100-80", "16 x A100-40"])
-def test_printed_plans(gpus, capsys, monkeypatch):
+@pytest.mark.parametrize("number", range(5))
+def test_printed_plans(number, capsys):
     """Those that the page shows are what the command prints, down to the sum."""
-    blocks = [readme_block("Plans for four machines", PAGE, number) for number in range(4)]
-    (block,) = [block for block in blocks if f'"{gpus}"' in block]
-    command, _, shown = block.partition("\n")
+    command, _, shown = readme_block("Plans for four machines", PAGE, number).partition("\n")
+    command, _, grep = command.partition(" | grep -E ")
     _, script, *flags = shlex.split(command.removeprefix("$ "))
     assert script == "scripts/reproduce.py"
     result = called(reproduce.main, flags, capsys)
     assert result.returncode == 0
-    assert result.stdout.partition("\n\nCommands")[0].strip() == shown.strip()
+    printed = result.stdout.partition("\n\nCommands")[0]
+    if grep:
+        (pattern,) = shlex.split(grep)
+        printed = "\n".join(re.findall(f"^.*(?:{pattern}).*$", printed, re.MULTILINE))
+    assert printed.strip() == shown.strip()
+
+
+def test_plans_are_shown_for_the_four_machines():
+    text = (ROOT / PAGE).read_text()
+    for gpus in ("1 x H200", "4 x A100-40", "8 x A100-80", "16 x A100-40"):
+        assert f'$ python scripts/reproduce.py --plan --train --gpus "{gpus}"' in text
 
 
 def test_the_memory_table_is_the_documented_one():
@@ -303,20 +333,32 @@ def test_disk_is_counted_where_it_is_written(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(small_input, tmp_path_factory):
-    """A run from the "published" weights that was stopped by SIGTERM, killed, and ended."""
-    output = tmp_path_factory.mktemp("chain") / "reproduce"
-    place_weights(output, "v98")
-    flags = ["--stages", "v98"]
-    process = start_run(small_input, output, *flags)
+    """The rehearsal as it is written, stopped by SIGTERM, killed, and ended; then with a score to
+    compare with, and v98 alone.
+    """
+    output = small_input.parent
+    command = [in_folder(word, output) for word in REHEARSAL]
+    process = start(*command)
     wait_for(output / "probe" / "published" / "v98", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    process = start_run(small_input, output, *flags)
+    process = start(*command)
     wait_for(output / "published" / "v98" / "extract", process)
     process.kill()
     process.wait()
-    result = small_run(small_input, output)
-    return output, result
+    whole = run(*command)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    (output / "report.md").rename(output / "report-of-all.md")
+    return output, small_run(small_input, output)
+
+
+def test_the_rehearsal_of_both_networks(finished):
+    output, _ = finished
+    report = (output / "report-of-all.md").read_text()
+    rows = re.findall(r"^\| (v98|v107|v107 \+ NES) \| (.*) \|$", report, re.MULTILINE)
+    assert [title for title, _ in rows] == ["v98", "v107", "v107 + NES"]
+    assert all(cells.endswith("| no expected score") for _, cells in rows)
+    assert "| subtract-v107 |" in report
 
 
 def wait_for(path, process):
@@ -339,7 +381,7 @@ def test_the_whole_chain_after_a_signal_and_a_kill(finished, small_input):
     assert f"- expected: what {expectations(small_input)} says\n" in report
     assert "expected µAP" in report and "published µAP" not in report
     assert "known answers of weights/v98.pth.tar" in report
-    assert "106 tensors, SHA-256 1198c5aa" in report
+    assert f"tensors, SHA-256 {sha256_of(ROOT / 'weights' / 'v98.pth.tar')}" in report
     for step in make_plan(setup_for(Machine(0, "", 0, 2), stages=("v98",))):
         assert list(output.glob(f"*-{step.name}.log"))
         assert f"| {step.name} |" in report
@@ -350,26 +392,26 @@ def test_finished_steps_are_not_run_again(finished, small_input):
     logs = {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
     result = small_run(small_input, output)
     assert result.returncode == 0
-    assert result.stdout.count(": done before\n") == 2 * len(logs)  # in the plan, and in the run
+    assert result.stdout.count(": done before\n") == 2 * 5  # in the plan, and in the run
     assert "\nIn all: nothing is left to do\n" in result.stdout
     assert logs == {path: path.stat().st_mtime_ns for path in output.glob("*.log")}
 
 
 def copy_of_run(output, copy):
-    """Copy what a run wrote, as if it had been run there; returns the copy."""
-    shutil.copytree(output, copy)
+    """Copy a run and its data, as if it had been run there; returns the copy."""
+    shutil.copytree(output, copy, symlinks=True)
     state = (copy / "state.json").read_text().replace(str(output), str(copy))
     (copy / "state.json").write_text(state)
     return copy
 
 
-def test_another_expected_score_is_not_reproduced(finished, small_input, tmp_path):
-    output, _ = finished
-    expected = json.loads(expectations(small_input).read_text())
+def test_another_expected_score_is_not_reproduced(finished, tmp_path):
+    copy = copy_of_run(finished[0], tmp_path / "reproduce")
+    expect = expectations(copy / "input")
+    expected = json.loads(expect.read_text())
     expected["scores"]["v98"][0] += 0.002
-    (tmp_path / "expect.json").write_text(json.dumps(expected))
-    copy = copy_of_run(output, tmp_path / "reproduce")
-    result = small_run(small_input, copy, "--expect", tmp_path / "expect.json")
+    expect.write_text(json.dumps(expected))
+    result = small_run(copy / "input", copy)
     assert result.returncode == 1, result.stderr
     report = (copy / "report.md").read_text()
     assert "| not reproduced |" in report and "\n3. " in report and "another --input-size" in report
@@ -412,54 +454,69 @@ def test_swapped_phases(small_input, tmp_path):
     assert_refused(result, "public_ground_truth.csv", "query_id have no image in query_images")
 
 
-def test_a_flipped_weight(small_input, tmp_path):
+def test_a_flipped_weight(tmp_path, monkeypatch):
     """A flipped bit shows by the file's checksum; another weight, by the SHA-256."""
-    output = tmp_path / "reproduce"
-    path = place_weights(output, "v98")
+    path = place_weights(tmp_path, "v98")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    result = small_run(small_input, output)
-    assert_refused(result, "checkpoint_0001.pth.tar")
+    # In this process, which has imported torch.
+    monkeypatch.setattr(checks, "in_a_process", lambda function, *arguments: function(*arguments))
+    with pytest.raises(InputError, match=r"checkpoint_0001.pth.tar: .*delete the file"):
+        checks.check_weights(path, ARCH, None)
 
 
 def test_another_file_of_weights(small_input, tmp_path):
     output = tmp_path / "reproduce"
     place_weights(output, "v98", ROOT / "weights" / "v107.pth.tar")
-    result = small_run(small_input, output)
+    digest = sha256_of(ROOT / "weights" / "v98.pth.tar")
+    (tmp_path / "expect.json").write_text(json.dumps({"images": {}, "sha256": {"v98": digest}}))
+    result = small_run(small_input, output, "--expect", tmp_path / "expect.json")
     assert_refused(result, "weights-v98", "is not the file that --sha256 names")
 
 
-def test_a_collapsed_network(small_input, tmp_path):
+def run_probe(runner, arch):
+    """Run the step alone that looks at the weights of v98."""
+    setup = Setup(
+        Path("input"),
+        runner.folder,
+        Machine(0, "", 0, 2),
+        Expected(),
+        stages=("v98",),
+        arch=arch,
+        input_size=INPUT_SIZE,
+        stage_flags={"extract": ["-j", "0"]},
+    )
+    (step,) = [step for step in make_plan(setup) if step.name == "probe-v98"]
+    runner.run([step])
+
+
+def test_a_collapsed_network(runner):
     def collapse(weights):
         weights["module.bn.weight" if "module.bn.weight" in weights else "bn.weight"].zero_()
 
-    output = tmp_path / "reproduce"
-    place_weights(output, "v98", change=collapse)
-    expect = tmp_path / "expect.json"
-    expect.write_text('{"images": {}}')
-    result = small_run(small_input, output, "--expect", expect)
-    assert_refused(result, "mean cosine", "collapsed")
+    place_weights(runner.folder, "v98", change=collapse)
+    with pytest.raises(InputError, match=r"mean cosine .* collapsed"):
+        run_probe(runner, ARCH)
 
 
-def test_another_input_size(finished, small_input, tmp_path):
+def test_another_input_size(finished, tmp_path):
     output = copy_of_run(finished[0], tmp_path / "reproduce")
-    result = small_run(small_input, output, "--input-size", 64)
-    assert_refused(result, "known answers", "--input-size is 64, recorded with 96")
+    result = small_run(output / "input", output, "--input-size", 64)
+    assert_refused(result, "known answers", f"--input-size is 64, recorded with {INPUT_SIZE}")
 
 
-def test_a_checkpoint_of_another_architecture(small_input, tmp_path, monkeypatch):
-    output = tmp_path / "reproduce"
-    path = place_weights(output, "v98")
-    result = small_run(small_input, output, "-a", "test_efficientnet", "--input-size", 96)
-    assert_refused(result, "probe-v98", "holds other weights than --arch has")
+def test_a_checkpoint_of_another_architecture(runner, monkeypatch):
+    path = place_weights(runner.folder, "v98")
+    with pytest.raises(InputError, match=r"probe-v98: .* holds other weights than --arch has"):
+        run_probe(runner, "resnet18")
     # In this process, which has imported torch.
     monkeypatch.setattr(checks, "in_a_process", lambda function, *arguments: function(*arguments))
-    with pytest.raises(InputError, match=r"106 tensors .* not 1,118"):
+    with pytest.raises(InputError, match=r"tensors \(arch .*\), not 1,118"):
         checks.check_weights(path, published.ARCH, None)
 
 
-def test_a_full_disk_in_the_middle(finished, small_input, tmp_path):
+def test_a_full_disk_in_the_middle(finished, tmp_path):
     output = copy_of_run(finished[0], tmp_path / "reproduce")
     shutil.rmtree(output / "probe")
     limit = (
@@ -468,10 +525,11 @@ def test_a_full_disk_in_the_middle(finished, small_input, tmp_path):
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = ["scripts/reproduce.py", "--cpu", "--stages", "v98", *NETWORK]
-    command += ["--expect", expectations(small_input), "--input", small_input, "--output", output]
+    data = output / "input"
+    command += ["--expect", expectations(data), "--input", data, "--output", output]
     result = run("-c", limit, *command)
     assert_refused(result, output)
-    assert small_run(small_input, output).returncode == 0
+    assert small_run(data, output).returncode == 0
 
 
 # ---- what keeps it from starting ----
@@ -845,16 +903,6 @@ def test_each_step_keeps_where_it_ran(tmp_path):
     lines = report.lines_of_circumstances([(one, state.records[one.name]) for one in (step, other)])
     assert lines[:3] == ["- machine: A", "- commit: c1 (one)", "- commit: c2 (one, two)"]
     assert state.records["one"]["typed"] == ["mkdir y", "python x.py"]
-
-
-@pytest.fixture
-def runner(tmp_path):
-    """A Runner with an empty state; afterwards signals do what they did before."""
-    former = {number: signal.getsignal(number) for number in running.SIGNALS}
-    with (tmp_path / "lock").open("w") as lock:
-        yield Runner(State(tmp_path / "state.json"), {}, tmp_path, lock, hidden=True)
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 def test_a_finished_extraction_is_kept_when_its_check_fails(runner, tmp_path):
