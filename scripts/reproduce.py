@@ -63,24 +63,39 @@ def read_expected(path):
     try:
         content = json.loads(path.read_text())
         refuse_unknown(content, ("scores", "sha256", "images"))
-        scores, images, digests = {}, {}, {}
-        refuse_unknown(content.get("scores", {}), published.SCORES)
-        for title, (average_precision, recall_p90) in content.get("scores", {}).items():
-            recall_p90 = None if recall_p90 is None else float(recall_p90)
-            scores[title] = published.Score(float(average_precision), recall_p90)
-        refuse_unknown(content.get("images", {}), published.IMAGES)
-        for folder, number in content.get("images", {}).items():
-            images[folder] = int(number)
-        refuse_unknown(content.get("sha256", {}), ("v98", "v107"))
-        for stage, digest in content.get("sha256", {}).items():
-            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
-                raise ValueError(f"{digest}: must be 64 hexadecimal digits")
-            digests[stage] = digest.lower()
+        scores = read_scores(content.get("scores", {}))
+        images = read_numbers(content.get("images", {}))
+        digests = read_digests(content.get("sha256", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is not as --help says ({error}); correct it") from None
     if "scores" not in content and "images" not in content:
         return Expected(sha256=digests, source=path)
     return Expected(scores, digests, images, disc21=False, source=path)
+
+
+def read_scores(content):
+    """{title: Score} of {title: [µAP, R@P90]}. Raises ValueError or TypeError."""
+    refuse_unknown(content, published.SCORES)
+    scores = {}
+    for title, (average_precision, recall_p90) in content.items():
+        recall = None if recall_p90 is None else float(recall_p90)
+        scores[title] = published.Score(float(average_precision), recall)
+    return scores
+
+
+def read_numbers(content):
+    """{folder: int} of numbers of images. Raises ValueError or TypeError."""
+    refuse_unknown(content, published.IMAGES)
+    return {folder: int(number) for folder, number in content.items()}
+
+
+def read_digests(content):
+    """{stage: SHA-256 in lower case}. Raises ValueError or TypeError."""
+    refuse_unknown(content, ("v98", "v107"))
+    for digest in content.values():
+        if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"{digest}: must be 64 hexadecimal digits")
+    return {stage: digest.lower() for stage, digest in content.items()}
 
 
 def refuse_unknown(content, names):
@@ -180,21 +195,29 @@ def more_obstacles(setup, steps, finished, cpu):
     if setup.download and not shutil.which("aws"):
         found.append("--download: aws is not installed; pip install awscli")
     if not setup.machine.gpus and not cpu:
-        complaint = driver_complaint()
-        if complaint:
-            found.append(f"{complaint}; or give --cpu")
-        to_do = [step for step in steps if step.name not in finished]
-        hours = sum(step.hours or 0 for step in to_do)
-        trains = any(step.trains for step in to_do)
-        if setup.arch == published.ARCH and (trains or hours > MOST_CPU_HOURS):
-            words = f"extraction takes about {hours:,.0f} hours on {setup.machine.cores} CPU cores"
-            words += " (2 CPU seconds an image)"
-            if trains:
-                words += ", and training months"
-            found.append(f"no GPU: {words}; give --cpu if you mean it")
+        found += no_gpu(setup, [step for step in steps if step.name not in finished])
     for disk in filesystems(setup, steps, finished):
         if disk.needed > disk.free:
             found.append(f"{disk.names}: {disk.needed:.1f} GB are needed, {disk.free:.1f} are free")
+    return found
+
+
+def no_gpu(setup, to_do):
+    """What is to be said where there is no GPU, a line each: a broken driver, and what a CPU would
+    take. to_do: the steps to come.
+    """
+    found = []
+    complaint = driver_complaint()
+    if complaint:
+        found.append(f"{complaint}; or give --cpu")
+    hours = sum(step.hours or 0 for step in to_do)
+    trains = any(step.trains for step in to_do)
+    if setup.arch == published.ARCH and (trains or hours > MOST_CPU_HOURS):
+        words = f"extraction takes about {hours:,.0f} hours on {setup.machine.cores} CPU cores"
+        words += f" ({published.CPU_SECONDS_AN_IMAGE} CPU seconds an image)"
+        if trains:
+            words += ", and training months"
+        found.append(f"no GPU: {words}; give --cpu if you mean it")
     return found
 
 

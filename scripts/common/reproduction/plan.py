@@ -3,7 +3,7 @@
 import functools
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import InputError
@@ -305,48 +305,60 @@ def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
 def training_step(setup, training):
     """A published training command, with --resume auto and paths to match."""
     folder = setup.output / "exp" / training.name
+    placement = fit(training.script, setup.machine)
+    start = start_of(setup, training)
+    needs = [start] if start else []
+    if training.script == "v107":
+        needs.append(setup.training_truth)
     command = ["python", f"exp/{training.script}.py", "-a", setup.arch]
     command += shlex.split(published.COMMON)
     command += ["--epochs", str(training.epochs)]
     command += ["--input-size", str(setup.input_size or training.input_size)]
     command += shlex.split(training.flags)
-    needs, preparation, prepared = (), None, ""
-    first_epoch, other_checkpoints = 0, 1  # last.pth.tar
-    if training.start:
-        name, epoch = training.start
-        start = setup.output / "exp" / name / CHECKPOINT.format(epoch)
-        needs = (start,)
-        if name == "v83-first":
-            copy = folder / CHECKPOINT.format(epoch)
-            preparation = functools.partial(prepare.copy_once, ROOT / start, ROOT / copy)
-            prepared = f"mkdir -p {copy.parent} && cp {start} {copy.parent}/"
-            first_epoch = epoch + 1
-            other_checkpoints = 2
-        else:
-            command += ["--weight", str(start)]
-    if training.script == "v107":
-        needs = (*needs, setup.training_truth)
-    placement = fit(training.script, setup.machine)
+    if start and not training.resumes:
+        command += ["--weight", str(start)]
     command += placement.flags
     command += setup.stage_flags.get("all", [])
     command += setup.stage_flags.get(training.script, [])
     command += ["--resume", "auto", "--output", str(folder)]
     command.append(f"{setup.input / 'training_images'}/")
     log = folder / "train" / "log.jsonl"
-    return Step(
+    check = functools.partial(checks.check_training, ROOT / log, first_epoch=training.first_epoch)
+    checkpoints = training.epochs - training.first_epoch + 1  # last.pth.tar
+    step = Step(
         name=f"train-{training.name}",
         command=tuple(command),
-        check=functools.partial(checks.check_training, ROOT / log, first_epoch=first_epoch),
-        needs=needs,
+        check=check,
+        needs=tuple(needs),
         writes=(checkpoint(setup, training), log),
-        prepare=preparation,
-        prepared=prepared,
         is_stage=True,
         trains=True,
-        gigabytes=(training.epochs - first_epoch + other_checkpoints) * published.CHECKPOINT_GB,
+        gigabytes=checkpoints * published.CHECKPOINT_GB,
         hours=training_hours(training, setup.machine, setup.arch, bool(placement.flags)),
         fits=placement.words,
         obstacle=None if placement.ok else f"{training.name}: {placement.words}",
+    )
+    if training.resumes:
+        return with_copy(step, start, folder / "train")
+    return step
+
+
+def start_of(setup, training):
+    """The checkpoint that a training run starts from, or None."""
+    if training.start is None:
+        return None
+    name, epoch = training.start
+    return setup.output / "exp" / name / CHECKPOINT.format(epoch)
+
+
+def with_copy(step, start, folder):
+    """A training step that resumes from a checkpoint of another folder: it begins with a copy."""
+    copy = folder / start.name
+    return replace(
+        step,
+        prepare=functools.partial(prepare.copy_once, ROOT / start, ROOT / copy),
+        prepared=f"mkdir -p {folder} && cp {start} {folder}/",
+        gigabytes=step.gigabytes + published.CHECKPOINT_GB,
     )
 
 
@@ -368,45 +380,43 @@ def extract_command(setup, stage, weights, output, images, target_set, input_siz
 
 def scoring_steps(setup, stage, weights):
     """Extract the descriptors of a stage and score them, in v107 after NES too."""
+    extraction = extraction_step(setup, stage, weights)
+    (submission,) = extraction.writes
+    title = stage if setup.phase == 1 else f"{stage}, phase 2"
+    evaluation = evaluation_step(setup, f"evaluate-{stage}{setup.variant}", title, submission)
+    if stage != "v107" or not needs_negatives(setup):
+        return [extraction, evaluation]
+    negatives = negatives_step(setup, stage, weights)
+    subtraction = subtraction_step(setup, stage, submission, negatives.writes[0])
+    evaluation_of_nes = evaluation_step(
+        setup,
+        f"evaluate-{stage}-nes{setup.variant}",
+        title.replace(stage, f"{stage} + NES"),
+        subtraction.writes[0],
+    )
+    if setup.phase == 2:  # no raw score was published of it
+        return [extraction, negatives, subtraction, evaluation_of_nes]
+    return [extraction, evaluation, negatives, subtraction, evaluation_of_nes]
+
+
+def extraction_step(setup, stage, weights):
+    """Extract queries and references: all of them, or for a first look a part."""
+    input_size = setup.input_size or published.INPUT_SIZE
     folder = folder_of(setup, stage)
     images = setup.input
-    input_size = setup.input_size or published.INPUT_SIZE
-    read = images_of(setup, setup.queries, "reference_images")
-    step_of_look = {}
     if setup.references is not None:
-        look = setup.output / f"references-{setup.references}"
-        folder = look / ("exp" if setup.train else "published") / stage
-        images = look / "input"
-        read = (*read, setup.truth)
-        step_of_look = {
-            "prepare": functools.partial(
-                prepare.link_part,
-                setup.input,
-                ROOT / images,
-                ROOT / setup.truth,
-                setup.queries,
-                setup.references,
-            ),
-            "prepared": f"# first {setup.references:,} references and the queries of the ground "
-            f"truth are linked into {images}",
-        }
-    subtract = stage == "v107" and needs_negatives(setup)
+        folder = folder_of_look(setup) / ("exp" if setup.train else "published") / stage
+        images = folder_of_look(setup) / "input"
     suffix = "-phase2" if setup.phase == 2 else ""
     submission = folder / "extract" / f"fb-isc-submission{suffix}.h5"
-    negatives = folder / "extract" / "train_feats.npy"
     number = number_of_images(setup)
-    extraction = Step(
+    step = Step(
         name=f"extract-{stage}{setup.variant}",
         command=extract_command(
             setup, stage, weights, folder, images, "qr", input_size, setup.phase
         ),
-        check=functools.partial(
-            checks.check_extraction,
-            ROOT / submission,
-            images=ROOT / images,
-            queries=setup.queries,
-        ),
-        needs=(weights, *read),
+        check=check_of_submission(setup, submission, images),
+        needs=(weights, *images_of(setup, setup.queries, "reference_images")),
         writes=(submission,),
         is_stage=True,
         keeps=True,
@@ -414,60 +424,79 @@ def scoring_steps(setup, stage, weights):
         target_set="qr",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
-        **step_of_look,
     )
-    steps = [extraction]
-    title = f"{stage}{', phase 2' if setup.phase == 2 else ''}"
-    if setup.phase == 1 or not subtract:
-        steps.append(evaluation_step(setup, f"evaluate-{stage}{setup.variant}", title, submission))
-    if subtract:
-        steps.append(negatives_step(setup, stage, weights, negatives))
-        stem = "v107_iso" + ("_phase2" if setup.phase == 2 else "")
-        subtracted = folder / "extract" / f"{stem}.h5"
-        command = ["python", "scripts/postprocess.py", stage, "--exp", str(folder.parent)]
-        if setup.phase == 2:
-            command += ["--phase", "2"]
-        steps.append(
-            Step(
-                name=f"subtract-{stage}{setup.variant}",
-                command=tuple(command),
-                check=functools.partial(
-                    checks.check_extraction,
-                    ROOT / subtracted,
-                    images=ROOT / images,
-                    queries=setup.queries,
-                ),
-                needs=(submission, negatives),
-                writes=(subtracted,),
-                keeps=True,
-                gigabytes=number * 1024e-9,
-                hours=None,
-            )
-        )
-        title = title.replace("v107", "v107 + NES")
-        steps.append(
-            evaluation_step(setup, f"evaluate-{stage}-nes{setup.variant}", title, subtracted)
-        )
-    return steps
+    return step if setup.references is None else with_links(setup, step, images)
 
 
-def negatives_step(setup, stage, weights, negatives):
+def folder_of_look(setup):
+    """The folder of all that a first look writes."""
+    return setup.output / f"references-{setup.references}"
+
+
+def with_links(setup, step, images):
+    """An extraction that begins with links to a part of the references, in the folder `images`."""
+    link = functools.partial(
+        prepare.link_part,
+        setup.input,
+        ROOT / images,
+        ROOT / setup.truth,
+        setup.queries,
+        setup.references,
+    )
+    return replace(
+        step,
+        needs=(*step.needs, setup.truth),
+        prepare=link,
+        prepared=f"# first {setup.references:,} references and the queries of the ground truth are "
+        f"linked into {images}",
+    )
+
+
+def check_of_submission(setup, submission, images):
+    """The check of a file of descriptors."""
+    return functools.partial(
+        checks.check_extraction, ROOT / submission, images=ROOT / images, queries=setup.queries
+    )
+
+
+def subtraction_step(setup, stage, submission, negatives):
+    """Negative embedding subtraction."""
+    folder = folder_of(setup, stage)
+    command = ["python", "scripts/postprocess.py", stage, "--exp", str(folder.parent)]
+    name = f"{stage}_iso.h5"
+    if setup.phase == 2:
+        command += ["--phase", "2"]
+        name = f"{stage}_iso_phase2.h5"
+    subtracted = folder / "extract" / name
+    return Step(
+        name=f"subtract-{stage}{setup.variant}",
+        command=tuple(command),
+        check=check_of_submission(setup, subtracted, setup.input),
+        needs=(submission, negatives),
+        writes=(subtracted,),
+        keeps=True,
+        gigabytes=number_of_images(setup) * 1024e-9,
+        hours=None,
+    )
+
+
+def negatives_step(setup, stage, weights):
     """Extract the training images, which negative embedding subtraction takes: once for both
     phases, so in a step of its own.
     """
     input_size = setup.input_size or published.INPUT_SIZE
+    folder = folder_of(setup, stage)
+    negatives = folder / "extract" / "train_feats.npy"
     number = setup.expected.images.get("training_images", 0)
     return Step(
         name=f"extract-{stage}-negatives{'-trained' if setup.train else ''}",
-        command=extract_command(
-            setup, stage, weights, folder_of(setup, stage), setup.input, "t", input_size
-        ),
+        command=extract_command(setup, stage, weights, folder, setup.input, "t", input_size),
         check=functools.partial(checks.check_negatives, ROOT / negatives, setup.input),
         needs=(weights, *images_of(setup, "training_images")),
         writes=(negatives,),
         is_stage=True,
         keeps=True,
-        unfinished=negatives.with_name("unfinished"),
+        unfinished=folder / "extract" / "unfinished",
         target_set="t",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),

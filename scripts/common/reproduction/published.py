@@ -36,6 +36,16 @@ class Training:
     start: tuple | None
     result: int
 
+    @property
+    def resumes(self):
+        """Whether it goes on from its start, epochs counted on, rather than with its weights."""
+        return self.start is not None and self.start[0].partition("-")[0] == self.script
+
+    @property
+    def first_epoch(self):
+        """The number of its first epoch."""
+        return self.start[1] + 1 if self.resumes else 0
+
 
 TRAININGS = (
     Training(
