@@ -247,7 +247,7 @@ def reproduce(args):
         scores = write_report(report, setup, steps, runner.state)
     for score in scores:
         print(score_in_words(score))
-        for cause in score.get("causes", []):
+        for cause in score["causes"]:
             print(f"  perhaps {cause}")
     print(f"To look at: {report}")
     return 1 if any(score["verdict"] == "not reproduced" for score in scores) else 0

@@ -319,14 +319,14 @@ def read_known(path):
 
 def write_known(path, entries):
     """Write recorded answers, a line for each descriptor."""
-    parts = []
+    texts = []
     for entry in entries:
         head = {name: value for name, value in entry.items() if name != "descriptors"}
+        head_text = json.dumps(head, indent=1).removesuffix("\n}")
         rows = ",\n".join(json.dumps(row) for row in entry["descriptors"])
-        parts.append(f'{json.dumps(head, indent=1)[:-2]},\n "descriptors": [\n{rows}\n]}}')
-    text = f"[{', '.join(parts)}]"
+        texts.append(f'{head_text},\n "descriptors": [\n{rows}\n]}}')
     with atomic(path) as file:
-        file.write_text(text + "\n")
+        file.write_text(f"[{', '.join(texts)}]\n")
 
 
 # ---- training ----
@@ -337,32 +337,11 @@ def check_training(path, log, first_epoch=0):
 
     first_epoch: of this run; lines of earlier epochs came with the checkpoint that it resumed.
     """
-    lines = []
-    steps_before = 0
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
-        if "loss" not in line:
-            continue
-        if line["epoch"] >= first_epoch:
-            lines.append(line)
-        else:
-            steps_before = line["step"]
+    lines, steps_before = read_training_log(path, first_epoch)
     if not lines:
         raise InputError(f"{path}: has no line with a loss; look at {log}")
     losses = [line["loss"] for line in lines]
-    if any(loss is None or not math.isfinite(loss) for loss in losses):
-        raise InputError(
-            f"{path}: a line has no finite loss; likely fp16 overflowed: --stage-flags "
-            f"'all: --amp bf16', in another --output"
-        )
-    tenth = max(1, len(lines) // 10)
-    first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
-    if not last < first:
-        raise InputError(
-            f"{path}: the loss is {last:.4f} in its last tenth, {first:.4f} in its first, so it "
-            f"has not learned; likely causes: other starting weights, another learning rate, "
-            f"images of another kind"
-        )
+    loss_fact = check_losses(path, losses)
     pairs = np.mean([line["pos_pairs"] for line in lines])
     if not pairs > 0:
         raise InputError(
@@ -378,11 +357,45 @@ def check_training(path, log, first_epoch=0):
             f"fp16 overflowed or a GPU computes wrongly"
         )
     facts = [
-        f"loss {first:.4f} in the first tenth, {last:.4f} in the last; {steps:,} steps, {skipped} "
-        f"skipped, {overflows} overflows; {pairs:.1f} active positive pairs a step"
+        f"{loss_fact}; {steps:,} steps, {skipped} skipped, {overflows} overflows; {pairs:.1f} "
+        f"active positive pairs a step"
     ]
     shown = np.unique(np.linspace(0, len(lines) - 1, 10).round().astype(int))
     return Findings(facts, curve=[[lines[i]["step"], round(losses[i], 4)] for i in shown])
+
+
+def read_training_log(path, first_epoch):
+    """(lines with a loss, dicts, from an epoch on; number of the steps before them)."""
+    lines = []
+    steps_before = 0
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        if "loss" not in line:
+            continue
+        if line["epoch"] >= first_epoch:
+            lines.append(line)
+        else:
+            steps_before = line["step"]
+    return lines, steps_before
+
+
+def check_losses(path, losses):
+    """Raise InputError where a loss is not finite, or has not fallen; returns a fact."""
+    if any(loss is None or not math.isfinite(loss) for loss in losses):
+        raise InputError(
+            f"{path}: a line has no finite loss; likely fp16 overflowed: --stage-flags "
+            f"'all: --amp bf16', in another --output"
+        )
+    tenth = max(1, len(losses) // 10)
+    first = np.mean(losses[:tenth])
+    last = np.mean(losses[-tenth:])
+    if not last < first:
+        raise InputError(
+            f"{path}: the loss is {last:.4f} in its last tenth, {first:.4f} in its first, so it "
+            f"has not learned; likely causes: other starting weights, another learning rate, "
+            f"images of another kind"
+        )
+    return f"loss {first:.4f} in the first tenth, {last:.4f} in the last"
 
 
 # ---- descriptors and scores ----
@@ -427,24 +440,36 @@ def check_score(log, *, title, expected, tolerance, is_look, word, note, phase):
     if not printed:
         raise InputError(f"{log}: has no score")
     found = json.loads(printed[-1])
-    score = {"title": title, **found, "word": word, "expected": None, "note": note}
-    score["verdict"] = f"no {word} score"
+    score = {
+        "title": title,
+        **found,
+        "word": word,
+        "expected": None,
+        "note": note,
+        "verdict": f"no {word} score",
+        "causes": [],
+    }
     if is_look:
         score["verdict"] = "a look: of fewer references, compares with none"
     if expected is not None:
-        pairs = [(found["average_precision"], expected.average_precision)]
-        if expected.recall_p90 is not None:
-            pairs.append((found["recall_p90"], expected.recall_p90))
-        close = all(abs(mine - theirs) <= tolerance for mine, theirs in pairs)
         score["expected"] = [expected.average_precision, expected.recall_p90]
-        score["verdict"] = "reproduced" if close else "not reproduced"
-        score["tolerance"] = tolerance
-        score["causes"] = []
-        if not close and word == "published":
-            score["causes"] = likely_causes(*pairs[0], phase)
-        elif not close:
+        score["verdict"] = "reproduced"
+        if not is_close(found, expected, tolerance):
+            score["verdict"] = "not reproduced"
             score["causes"] = CAUSES_ELSEWHERE
+            if word == "published":
+                score["causes"] = likely_causes(
+                    found["average_precision"], expected.average_precision, phase
+                )
     return Findings([score_in_words(score)], score=score)
+
+
+def is_close(found, expected, tolerance):
+    """Whether a printed score differs from a published.Score by no more than the tolerance."""
+    differences = [found["average_precision"] - expected.average_precision]
+    if expected.recall_p90 is not None:
+        differences.append(found["recall_p90"] - expected.recall_p90)
+    return all(abs(difference) <= tolerance for difference in differences)
 
 
 def score_in_words(score):

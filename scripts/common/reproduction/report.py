@@ -163,32 +163,27 @@ def difference(own, theirs):
     return "-" if theirs is None else f"{own - theirs:+.7f}"
 
 
-def write_report(path, setup, steps, state):
-    """Write report.md; returns its scores."""
-    records = [(step, state.records[step.name]) for step in steps]
-    scores = [record["score"] for _, record in records if record["score"]]
-    word = setup.expected.word
+def headline(setup):
+    """The title of a report."""
     if setup.train:
-        depth = "training"
+        start = "training"
     elif setup.expected.disc21:
-        depth = "the published weights"
+        start = "the published weights"
     else:
-        depth = "given weights"
+        start = "given weights"
+    kind = "Reproduction" if setup.expected.disc21 else "Rehearsal, not DISC21:"
+    title = f"# {kind} from {start}"
     if setup.phase == 2:
-        depth += ", phase 2"
+        title += ", phase 2"
     if setup.references is not None:
-        depth += f", a first look at {setup.references:,} references"
-    title = "Reproduction" if setup.expected.disc21 else "Rehearsal, not DISC21:"
+        title += f", a first look at {setup.references:,} references"
+    return title
+
+
+def lines_of_scores(setup, scores):
+    """A table of the scores, what has to be said beside them, and likely causes."""
+    word = setup.expected.word
     lines = [
-        f"# {title} from {depth}",
-        "",
-        *lines_of_circumstances(records),
-        f"- network: {setup.arch}, input size {setup.input_size or 'as published'}",
-    ]
-    if setup.expected.source:
-        lines.append(f"- expected: what {setup.expected.source} says")
-    lines += [
-        "",
         f"| score | µAP | R@P90 | {word} µAP | R@P90 | difference µAP | R@P90 | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -206,19 +201,35 @@ def write_report(path, setup, steps, state):
         lines.append(f"Reproduced: within {setup.tolerance} of the {word} score.")
     lines.append("")
     for score in scores:
-        if score.get("causes"):
+        if score["causes"]:
             lines.append(f"Likeliest causes for {score['title']}:")
             lines += [f"{i}. {cause}" for i, cause in enumerate(score["causes"], 1)]
             lines.append("")
-    lines += ["| step | time | found |", "|---|---|---|"]
+    return lines
+
+
+def lines_of_steps(records):
+    """A table of the steps, the curves of the trainings. records: pairs of Step and dict."""
+    lines = ["| step | time | found |", "|---|---|---|"]
     for step, record in records:
         facts = "; ".join(record["facts"]).replace("|", "/")
         lines.append(f"| {step.name} | {clock(record['seconds'])} | {facts} |")
-    curves = [(step, record["curve"]) for step, record in records if record["curve"]]
-    for step, curve in curves:
-        points = ", ".join(f"{at:,}: {loss}" for at, loss in curve)
-        lines += ["", f"Loss of {step.name} by step: {points}"]
-    lines += ["", "```"]
+    for step, record in records:
+        if record["curve"]:
+            points = ", ".join(f"{at:,}: {loss}" for at, loss in record["curve"])
+            lines += ["", f"Loss of {step.name} by step: {points}"]
+    return lines
+
+
+def write_report(path, setup, steps, state):
+    """Write report.md; returns its scores."""
+    records = [(step, state.records[step.name]) for step in steps]
+    scores = [record["score"] for _, record in records if record["score"]]
+    lines = [headline(setup), "", *lines_of_circumstances(records)]
+    lines.append(f"- network: {setup.arch}, input size {setup.input_size or 'as published'}")
+    if setup.expected.source:
+        lines.append(f"- expected: what {setup.expected.source} says")
+    lines += ["", *lines_of_scores(setup, scores), *lines_of_steps(records), "", "```"]
     for _, record in records:
         lines += record["typed"]
     lines += ["```", ""]
