@@ -82,6 +82,11 @@ class Setup:
         return "".join(parts)
 
     @property
+    def kind(self):
+        """The name of the folder of results: of own training, or of the published weights."""
+        return "exp" if self.train else "published"
+
+    @property
     def queries(self):
         """The folder of the queries."""
         return "query_images" if self.phase == 1 else "query_images_phase2"
@@ -188,7 +193,7 @@ def images_of(setup, *folders):
 
 def folder_of(setup, stage):
     """The folder of a stage's results. Own training and published weights never share one."""
-    return setup.output / ("exp" if setup.train else "published") / stage
+    return setup.output / setup.kind / stage
 
 
 def checkpoint(setup, training):
@@ -277,7 +282,7 @@ def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
     """Descriptors of a dozen generated images: the known answers, and a collapsed network."""
     input_size = setup.input_size or input_size
     images = setup.output / "probe" / "input"
-    output = setup.output / "probe" / ("exp" if setup.train else "published") / weights.parts[-3]
+    output = setup.output / "probe" / setup.kind / weights.parts[-3]
     submission = output / "extract" / "fb-isc-submission.h5"
     return Step(
         name=f"probe-{weights.parts[-3]}{'-trained' if setup.train else ''}",
@@ -405,7 +410,7 @@ def extraction_step(setup, stage, weights):
     folder = folder_of(setup, stage)
     images = setup.input
     if setup.references is not None:
-        folder = folder_of_look(setup) / ("exp" if setup.train else "published") / stage
+        folder = folder_of_look(setup) / setup.kind / stage
         images = folder_of_look(setup) / "input"
     suffix = "-phase2" if setup.phase == 2 else ""
     submission = folder / "extract" / f"fb-isc-submission{suffix}.h5"

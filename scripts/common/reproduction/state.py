@@ -17,9 +17,8 @@ from common.reproduction.plan import typed
 
 ROOT = Path(__file__).resolve().parents[3]
 WITHOUT_EFFECT = ("--grad-checkpointing", "--start-over")  # flags that change no result
-WORKERS = re.compile(
-    r"-j(\d*)|--workers(=\d+)?"
-)  # another, with its value after it where not in it
+# Another flag without effect, with its value after it where it is not in it.
+WORKERS = re.compile(r"-j(\d*)|--workers(=\d+)?")
 RECORD_KEYS = {"command", "typed", "attempts", "needs", "ran", "writes", "seconds", "finished"}
 ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
 
