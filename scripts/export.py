@@ -16,7 +16,8 @@ must be, as JSON: .onnx, metadata `config`; .pt, extra file `config.json`; .safe
 `config` and OUTPUT's name with .json. The same checkpoint, flags and versions give a byte-identical
 .onnx or .safetensors.
 
-fp16 halves the file: an .onnx computes its backbone in float16, pooling and head in float32; a
+Weights that half precision holds exactly, as those of the checkpoints in weights/, are stored so in
+an .onnx, and cast to float32 on loading. fp16 halves any file: an .onnx computes its backbone in float16, pooling and head in float32; a
 .safetensors holds the backbone's weights in float16. A file is kept only if its descriptors of 32
 images, preprocessed as in extraction, agree with those of the network in PyTorch's float32 on the
 CPU: for each image a cosine above 0.9999 and no number off by 1e-4 or more; in fp16, 0.999 and

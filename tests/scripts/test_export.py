@@ -2,6 +2,7 @@
 kept.
 """
 
+import copy
 import hashlib
 import json
 import pickle
@@ -260,6 +261,23 @@ def test_fp16_computes_the_backbone_in_float16_and_sizes_in_float32(models, tmp_
     assert_agrees(read, models[SAME], tall, 0.9995, 1e-2)
 
 
+def test_weights_in_half_precision_are_stored_so(models, checkpoint, tmp_path):
+    """The file is half as large; it computes in float32, and with the same weights."""
+    model = models[SMALL]
+    single = tmp_path / "single.onnx"
+    assert export_to(single, checkpoint) == 0
+    rounded = {}
+    for name, value in model.state_dict().items():
+        rounded[name] = value.half().float() if value.is_floating_point() else value
+    torch.save({"state_dict": rounded}, checkpoint)
+    half = tmp_path / "half.onnx"
+    assert export_to(half, checkpoint) == 0
+    assert half.stat().st_size < 0.6 * single.stat().st_size
+    model = copy.deepcopy(model)
+    model.load_state_dict(rounded)
+    assert_agrees(reader(half), model, preprocess(model, generated(5)))
+
+
 def test_fp16_weights(models, checkpoint, tmp_path):
     output = tmp_path / "isc.safetensors"
     assert export_to(output, checkpoint, "--precision", "fp16") == 0
@@ -451,10 +469,11 @@ def test_the_small_network_is_the_default(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "export.py: weights/v98.pth.tar is exported" in captured.err
     config = config_of(tmp_path / "small.onnx")
-    assert (config["arch"], config["input_size"]) == ("test_byobnet", 96)
+    assert (config["arch"], config["input_size"]) == (export.SMALL_ARCH, export.SMALL_SIZE)
     weights = (ROOT / "weights" / "v98.pth.tar").read_bytes()
     assert config["weights_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert config["threshold"] == 0.75 and "precision 0.99" in config["threshold_source"]
+    assert config["threshold"] == export.SMALL_THRESHOLDS["threshold"]
+    assert "precision 0.99" in config["threshold_source"]
 
 
 def test_the_threshold_is_in_the_file(checkpoint, tmp_path):
