@@ -23,6 +23,7 @@ import v98
 import v107
 from common import search
 from conftest import ROOT, run
+from export import SMALL_ARCH, SMALL_SIZE
 from stage_process import free_port, load, losses
 
 ARCH = "tf_efficientnetv2_m"  # of the recipe, with random weights
@@ -328,8 +329,8 @@ def test_match_in_half_precision(device, data, tmp_path, figure):
     scores = []
     for amp in ("off", "fp16"):
         argv = [data / "query_images", data / "reference_images", "--threshold", -1, "--top-k", 3]
-        argv += ["--weight", ROOT / "weights" / "v98.pth.tar", "-a", "test_byobnet"]
-        argv += ["--input-size", 96, "--amp", amp, "--output", tmp_path / f"{amp}.csv"]
+        argv += ["--weight", ROOT / "weights" / "v98.pth.tar", "-a", SMALL_ARCH]
+        argv += ["--input-size", SMALL_SIZE, "--amp", amp, "--output", tmp_path / f"{amp}.csv"]
         command(device, "scripts/match.py", *argv, "--cache", tmp_path / f"{amp}.cache")
         rows = pd.read_csv(tmp_path / f"{amp}.csv")
         scores.append(rows.set_index(["query", "reference"])["score"])

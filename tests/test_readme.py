@@ -20,6 +20,7 @@ from PIL import Image
 
 import v107
 from conftest import ON_ONE_CORE, ROOT, copy_repository, readme_block, run_as_written
+from export import SMALL_ARCH, SMALL_SIZE
 from make_dataset import dead_leaves, generator
 
 README = "README.md"
@@ -34,7 +35,7 @@ DOCUMENTS = [
     "input/README.md",
     "CHANGELOG.md",
 ]
-SMALL = ["-a", "test_byobnet", "--input-size", "96"]
+SMALL = ["-a", SMALL_ARCH, "--input-size", str(SMALL_SIZE)]
 BLOCKS = {  # (document, heading): what runs the blocks below it
     (README, "Install"): "nothing: they need a package index",
     (README, "Find copies"): "here",

@@ -38,6 +38,7 @@ from common.networks import DEFAULT_ONNX, Network, Thresholds, onnx_network, tor
 from common.sample_images import dead_leaves
 from common.views import ALL_VIEWS
 from conftest import ROOT, assert_refused, called, run
+from export import SMALL_ARCH, SMALL_SIZE, SMALL_THRESHOLDS
 
 COMMAND = ROOT / "scripts" / "match.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -578,8 +579,9 @@ def test_the_default_is_as_good_as_its_checkpoint(tmp_path):
     paths = sorted(str(path) for path in tmp_path.iterdir())
     default = onnx_network(str(DEFAULT_ONNX))
     checkpoint = ROOT / "weights" / "v98.pth.tar"
-    by_torch = torch_network(str(checkpoint), "test_byobnet", 96, "cpu")
-    assert [default.thresholds.cosine, by_torch.thresholds.cosine] == [0.75, 0.604169]
+    by_torch = torch_network(str(checkpoint), SMALL_ARCH, SMALL_SIZE, "cpu")
+    assert default.thresholds.cosine == SMALL_THRESHOLDS["threshold"]
+    assert by_torch.thresholds.cosine == 0.604169
     np.testing.assert_allclose(
         extracted(paths, default), extracted(paths, by_torch), rtol=0, atol=1e-5
     )
