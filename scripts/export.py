@@ -17,13 +17,13 @@ must be, as JSON: .onnx, metadata `config`; .pt, extra file `config.json`; .safe
 .onnx or .safetensors.
 
 Weights that half precision holds exactly, as those of the checkpoints in weights/, are stored so in
-an .onnx, and cast to float32 on loading. fp16 halves any file: an .onnx computes its backbone in float16, pooling and head in float32; a
-.safetensors holds the backbone's weights in float16. A file is kept only if its descriptors of 32
-images, preprocessed as in extraction, agree with those of the network in PyTorch's float32 on the
-CPU: for each image a cosine above 0.9999 and no number off by 1e-4 or more; in fp16, 0.999 and
-0.03. The images are generated, or the first in --photos. With --size dynamic, other sizes must
-agree as well. Exit codes: 0; 2 for input that cannot be used, and for a file that disagrees:
-nothing is written then.
+an .onnx, and cast to float32 on loading. fp16 halves any file: an .onnx computes its backbone in
+float16, pooling and head in float32; a .safetensors holds the backbone's weights in float16. A file
+is kept only if its descriptors of 32 images, preprocessed as in extraction, agree with those of the
+network in PyTorch's float32 on the CPU: for each image a cosine above 0.9999 and no number off by
+1e-4 or more; in fp16, 0.999 and 0.03. The images are generated, or the first in --photos. With
+--size dynamic, other sizes must agree as well. Exit codes: 0; 2 for input that cannot be used, and
+for a file that disagrees: nothing is written then.
 """
 
 import argparse

@@ -160,6 +160,17 @@ def test_what_fits_is_what_the_documents_say(gpus, plain, checkpointed):
         assert fits[stage].ok and fits[stage].flags == ("--grad-checkpointing",)
 
 
+def test_an_extraction_that_does_not_fit_names_a_smaller_batch():
+    small = parse_machine("2 x GTX-3")
+    (said,) = {line for line in obstacles_of(setup_for(small)) if "extraction" in line}
+    assert "4.0 GB for 128 images at once, 3 there" in said
+    assert "extract: --batch-size 32" in said
+    flags = {"extract": ["--batch-size", "32"]}
+    plan = make_plan(setup_for(small, stage_flags=flags))
+    assert [step.fits for step in plan if step.target_set == "t"] == ["fits: 1.2 of 3 GB"]
+    assert not [step for step in plan if step.obstacle]
+
+
 def test_batches_that_do_not_divide(tmp_path):
     placement = fit("v98", parse_machine("6 x A100-80"))
     assert not placement.ok and "CUDA_VISIBLE_DEVICES=0,1,2,3" in placement.words
@@ -798,6 +809,37 @@ def test_rows_and_norms_of_an_extraction(small_input, tmp_path):
     ):
         with pytest.raises(InputError, match=word):
             check(change)
+
+
+def test_rows_of_the_negatives(small_input, tmp_path):
+    path = tmp_path / "train_feats.npy"
+    number = checks.count_images(small_input, "training_images")
+    rows = np.random.default_rng(0).normal(size=(number, 256)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.save(path, rows)
+    assert f"{number} rows of length 1" in checks.check_negatives(path, small_input, None).facts[0]
+    np.save(path, rows[1:])
+    with pytest.raises(InputError, match=f"{number - 1} rows of {number} training images"):
+        checks.check_negatives(path, small_input, None)
+    np.save(path, 0.9 * rows)
+    with pytest.raises(InputError, match="not of length 1"):
+        checks.check_negatives(path, small_input, None)
+
+
+def test_an_evaluation_without_a_score(tmp_path):
+    log = tmp_path / "evaluate.log"
+    log.write_text("\n$ python scripts/eval_metrics.py\nno score came out\n")
+    with pytest.raises(InputError, match=r"evaluate\.log: has no score"):
+        checks.check_score(
+            log,
+            title="v98",
+            expected=None,
+            tolerance=0.001,
+            is_look=False,
+            word="published",
+            note="",
+            phase=1,
+        )
 
 
 def test_verdicts(tmp_path):

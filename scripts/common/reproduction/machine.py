@@ -153,6 +153,23 @@ def fit(stage, machine):
     return Fit(False, (), words)
 
 
+def extraction_fit(batch_size, input_size, machine, arch):
+    """The Fit of an extraction: so many images on each GPU at once; without words where nobody
+    knows what the network takes.
+    """
+    if not machine.gpus or arch != published.ARCH:
+        return Fit(True, (), "")
+    of_an_image = published.EXTRACTED_IMAGE_GB * (input_size / published.INPUT_SIZE) ** 2
+    needed = published.NETWORK_GB + batch_size * of_an_image
+    if needed + published.CONTEXT <= machine.memory:
+        return Fit(True, (), f"fits: {needed:.1f} of {machine.memory:.0f} GB")
+    words = (
+        f"does not fit: {needed:.1f} GB for {batch_size} images at once, {machine.memory:.0f} "
+        f"there; give --stage-flags 'extract: --batch-size 32'"
+    )
+    return Fit(False, (), words)
+
+
 # ---- hours ----
 
 

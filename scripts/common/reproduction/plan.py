@@ -8,11 +8,18 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.reproduction import checks, prepare, published
-from common.reproduction.machine import Machine, extraction_hours, fit, training_hours
+from common.reproduction.machine import (
+    Machine,
+    extraction_fit,
+    extraction_hours,
+    fit,
+    training_hours,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("v83", "v86", "v98", "v107")
 KNOWN_ANSWERS = checks.KNOWN_ANSWERS.relative_to(ROOT)
+EXTRACTION_BATCH = "128"  # images on each GPU at once
 CHECKPOINT = "train/checkpoint_{:04}.pth.tar"
 
 
@@ -373,7 +380,7 @@ def with_copy(step, start, folder):
 def extract_command(setup, stage, weights, output, images, target_set, input_size, phase=1):
     """The published extraction on all GPUs."""
     command = ["python", f"exp/{stage}.py", "-a", setup.arch, "--multiprocessing-distributed"]
-    command += ["--mode", "extract", "--batch-size", "128", "--gem-eval-p", "1.0"]
+    command += ["--mode", "extract", "--batch-size", EXTRACTION_BATCH, "--gem-eval-p", "1.0"]
     command += ["--weight", str(weights)]
     command += ["--input-size", str(input_size), "--target-set", target_set]
     command += setup.stage_flags.get("extract", [])
@@ -415,6 +422,7 @@ def extraction_step(setup, stage, weights):
     suffix = "-phase2" if setup.phase == 2 else ""
     submission = folder / "extract" / f"fb-isc-submission{suffix}.h5"
     number = number_of_images(setup)
+    placement = placement_of_extraction(setup)
     step = Step(
         name=f"extract-{stage}{setup.variant}",
         command=extract_command(
@@ -429,8 +437,18 @@ def extraction_step(setup, stage, weights):
         target_set="qr",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
+        fits=placement.words,
+        obstacle=None if placement.ok else f"extraction: {placement.words}",
     )
     return step if setup.references is None else with_links(setup, step, images)
+
+
+def placement_of_extraction(setup):
+    """Whether an extraction fits the GPUs, at its batch size."""
+    flags = ["--batch-size", EXTRACTION_BATCH, *setup.stage_flags.get("extract", [])]
+    last = len(flags) - 1 - flags[::-1].index("--batch-size")
+    input_size = setup.input_size or published.INPUT_SIZE
+    return extraction_fit(int(flags[last + 1]), input_size, setup.machine, setup.arch)
 
 
 def folder_of_look(setup):
@@ -493,6 +511,7 @@ def negatives_step(setup, stage, weights):
     folder = folder_of(setup, stage)
     negatives = folder / "extract" / "train_feats.npy"
     number = setup.expected.images.get("training_images", 0)
+    placement = placement_of_extraction(setup)
     return Step(
         name=f"extract-{stage}-negatives{'-trained' if setup.train else ''}",
         command=extract_command(setup, stage, weights, folder, setup.input, "t", input_size),
@@ -505,6 +524,8 @@ def negatives_step(setup, stage, weights):
         target_set="t",
         gigabytes=number * published.DESCRIPTOR_GB,
         hours=extraction_hours(number, setup.machine, setup.arch),
+        fits=placement.words,
+        obstacle=None if placement.ok else f"extraction: {placement.words}",
     )
 
 

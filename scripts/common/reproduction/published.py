@@ -146,6 +146,10 @@ MEMORY = {
     "v98": ((169.7, 85.2, 43.0, 21.7, 11.2), (63.3, 32.0, 16.3, 8.5, 4.7)),
     "v107": ((338.9, 169.7, 85.2, 43.0, 21.7), (125.8, 63.2, 31.9, 16.3, 8.5)),
 }
+# Of extraction in fp16, in GB: the weights, and for each image of 512 pixels its input and the
+# largest feature maps that are there at once. Computed with PyTorch's meta device, not measured.
+NETWORK_GB = 0.2
+EXTRACTED_IMAGE_GB = 0.03
 CONTEXT = 0.5  # GB of a GPU that CUDA itself takes
 TIGHT = 0.85  # share of a GPU's memory above which a stage fits tightly
 
