@@ -171,9 +171,54 @@ def test_an_extraction_that_does_not_fit_names_a_smaller_batch():
     assert not [step for step in plan if step.obstacle]
 
 
-def test_batches_that_do_not_divide(tmp_path):
+def test_batches_that_do_not_divide(monkeypatch):
+    """A mask that is set is narrowed, on this machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5,6,GPU-8932f937")
     placement = fit("v98", parse_machine("6 x A100-80"))
-    assert not placement.ok and "CUDA_VISIBLE_DEVICES=0,1,2,3" in placement.words
+    assert not placement.ok and placement.words.endswith("CUDA_VISIBLE_DEVICES=0,1,2,3")
+    here = replace(parse_machine("6 x A100-80"), assumed=False)
+    assert fit("v98", here).words.endswith("CUDA_VISIBLE_DEVICES=2,3,4,5")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert fit("v98", here).words.endswith("CUDA_VISIBLE_DEVICES=0,1,2,3")
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({}, ""),
+        ({"arch": "resnet18"}, "v83-first v83 v86 v98 v107"),
+        ({"input_size": 256}, "v86 v98 v107"),
+        ({"stage_flags": {"all": ["--batch-size=16"]}}, "v83-first v83 v86 v98 v107"),
+        ({"stage_flags": {"v83": ["-b", "16"]}}, "v83-first v83"),
+        ({"stage_flags": {"v107": ["--num-negatives", "8"], "extract": ["-b8"]}}, "v107"),
+        ({"stage_flags": {"all": ["--amp", "bf16"]}}, ""),
+    ],
+)
+def test_flags_that_decide_the_memory_of_training(options, unknown):
+    """The table says nothing of them, so it refuses nothing."""
+    plan = make_plan(setup_for(parse_machine("1 x V100-16"), train=True, **options))
+    trainings = [step for step in plan if step.trains]
+    said = [step.name.removeprefix("train-") for step in trainings if not step.obstacle]
+    assert said == unknown.split()
+    assert not any(step.fits for step in trainings if not step.obstacle)
+
+
+def test_a_finished_training_need_not_fit():
+    """Of a machine that only extracts and evaluates."""
+    setup = setup_for(parse_machine("2 x A100-40"), train=True)
+    steps = make_plan(setup)
+    assert obstacles(setup, steps, {})
+    finished = {step.name for step in steps if step.trains}
+    assert not obstacles(setup, steps, {}, finished)
+
+
+def test_weights_of_imagenet_are_announced():
+    def announced(**options):
+        plan = make_plan(setup_for(Machine(0, "", 0, 2), train=True, **options))
+        return [step.name for step in plan if step.note and "FAULTS.md" in step.remedy]
+
+    assert announced() == ["train-v83-first"]
+    assert not announced(stage_flags={"v83": ["--no-pretrained"]})
 
 
 @pytest.mark.parametrize("text", ["A100-80", "0 x A100-80", "8 x A100", "8 x Unknown", "x"])

@@ -133,15 +133,21 @@ class Fit:
     words: str
 
 
-def fit(stage, machine):
-    """The Fit of a stage's published batch on the GPUs."""
+def fit(stage, machine, is_published=True):
+    """The Fit of a stage's published batch on the GPUs.
+
+    is_published: whether what it takes of each is the published network's, at the published size;
+    otherwise nobody knows it.
+    """
     if not machine.gpus:
         return Fit(True, (), "runs on the CPU")
     if machine.gpus not in published.NUMBERS_OF_GPUS:
         usable = max(n for n in published.NUMBERS_OF_GPUS if n <= machine.gpus)
-        chosen = ",".join(map(str, range(usable)))
+        chosen = ",".join(visible_devices(machine)[:usable])
         words = f"batch not divisible by {machine.gpus} GPUs: set CUDA_VISIBLE_DEVICES={chosen}"
         return Fit(False, (), words)
+    if not is_published:
+        return Fit(True, (), "")
     column = published.NUMBERS_OF_GPUS.index(machine.gpus)
     plain, checkpointed = (row[column] for row in published.MEMORY[stage])
     for needed, flags in ((plain, ()), (checkpointed, ("--grad-checkpointing",))):
@@ -151,6 +157,14 @@ def fit(stage, machine):
             return Fit(True, flags, f"fits{tightly}{suffix}: {needed} of {machine.memory:.0f} GB")
     words = f"does not fit: {checkpointed} GB with --grad-checkpointing, {machine.memory:.0f} there"
     return Fit(False, (), words)
+
+
+def visible_devices(machine):
+    """The names of the GPUs for CUDA_VISIBLE_DEVICES, a list."""
+    present = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if present and not machine.assumed:
+        return present.split(",")
+    return [str(number) for number in range(machine.gpus)]
 
 
 def extraction_fit(batch_size, input_size, machine, arch):

@@ -1,6 +1,7 @@
 """The steps of a reproduction as data: each calls one command of this repository."""
 
 import functools
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from common.errors import InputError
 from common.reproduction import checks, prepare, published
 from common.reproduction.machine import (
+    Fit,
     Machine,
     extraction_fit,
     extraction_hours,
@@ -20,6 +22,11 @@ ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("v83", "v86", "v98", "v107")
 KNOWN_ANSWERS = checks.KNOWN_ANSWERS.relative_to(ROOT)
 EXTRACTION_BATCH = "128"  # images on each GPU at once
+IMAGENET = "timm's ImageNet weights are fetched"
+IMAGENET_REMEDY = "for these weights without internet, see docs/FAULTS.md, Before the first run"
+BATCH_FLAGS = {"-b", "--batch-size"}
+# Other flags that decide how much memory training takes.
+MEMORY_FLAGS = {"-a", "--arch", "--input-size", "--ncrops", "--num-negatives"}
 CHECKPOINT = "train/checkpoint_{:04}.pth.tar"
 
 
@@ -127,6 +134,7 @@ class Step:
     gigabytes: float = 0  # that it writes
     hours: float | None = 0  # None: unknown
     remedy: str = ""  # what may help where it fails
+    note: str = ""  # what else the plan says of it
     fits: str = ""  # whether it fits the GPUs, with which flags; or that its file is there
     obstacle: str | None = None  # why it cannot run on this machine
 
@@ -134,6 +142,18 @@ class Step:
 def typed(command):
     """A command as one would type it in the repository's folder."""
     return shlex.join(str(part) for part in command)
+
+
+def flag_of(word):
+    """The flag in a word of a command such as --timeout, --timeout=5 or -j4, or the word itself."""
+    if re.fullmatch(r"-[a-z]\d+", word):
+        return word[:2]
+    return word.partition("=")[0]
+
+
+def flags_of_training(setup, training):
+    """The user's flags for a training run, a list of words."""
+    return [*setup.stage_flags.get("all", []), *setup.stage_flags.get(training.script, [])]
 
 
 # ---- the whole plan ----
@@ -317,7 +337,7 @@ def probe_step(setup, stage, weights, input_size=published.INPUT_SIZE):
 def training_step(setup, training):
     """A published training command, with --resume auto and paths to match."""
     folder = setup.output / "exp" / training.name
-    placement = fit(training.script, setup.machine)
+    placement = placement_of_training(setup, training)
     start = start_of(setup, training)
     needs = [start] if start else []
     if training.script == "v107":
@@ -330,13 +350,14 @@ def training_step(setup, training):
     if start and not training.resumes:
         command += ["--weight", str(start)]
     command += placement.flags
-    command += setup.stage_flags.get("all", [])
-    command += setup.stage_flags.get(training.script, [])
+    command += flags_of_training(setup, training)
     command += ["--resume", "auto", "--output", str(folder)]
     command.append(f"{setup.input / 'training_images'}/")
     log = folder / "train" / "log.jsonl"
     check = functools.partial(checks.check_training, ROOT / log, first_epoch=training.first_epoch)
     checkpoints = training.epochs - training.first_epoch + 1  # last.pth.tar
+    given = {flag_of(word) for word in flags_of_training(setup, training)}
+    takes_imagenet = not start and not given & {"--weight", "--no-pretrained"}
     step = Step(
         name=f"train-{training.name}",
         command=tuple(command),
@@ -348,11 +369,25 @@ def training_step(setup, training):
         gigabytes=checkpoints * published.CHECKPOINT_GB,
         hours=training_hours(training, setup.machine, setup.arch, bool(placement.flags)),
         fits=placement.words,
+        note=IMAGENET if takes_imagenet else "",
+        remedy=IMAGENET_REMEDY if takes_imagenet else "",
         obstacle=None if placement.ok else f"{training.name}: {placement.words}",
     )
     if training.resumes:
         return with_copy(step, start, folder / "train")
     return step
+
+
+def placement_of_training(setup, training):
+    """Whether a training run fits the GPUs; without words where its flags decide that, and nobody
+    knows.
+    """
+    flags = {flag_of(word) for word in flags_of_training(setup, training)}
+    if setup.machine.gpus and flags & BATCH_FLAGS:
+        return Fit(True, (), "")
+    same_size = setup.input_size in (None, training.input_size)
+    is_published = setup.arch == published.ARCH and same_size and not flags & MEMORY_FLAGS
+    return fit(training.script, setup.machine, is_published)
 
 
 def start_of(setup, training):
@@ -580,7 +615,8 @@ def obstacles(setup, steps, counts, finished=frozenset()):
     """What keeps the steps from ending, a line each with its remedy, as far as it shows before
     anything runs. counts: of count_all(); finished: names of steps.
     """
-    found = [step.obstacle for step in steps if step.obstacle]
+    to_do = [step for step in steps if step.name not in finished]
+    found = [step.obstacle for step in to_do if step.obstacle]
     if setup.machine.assumed:  # the data of this machine say nothing about another
         return found
     found += missing_data(setup, counts)

@@ -73,6 +73,8 @@ def describe(step, finished):
         notes.append(step.fits)
     if step.gigabytes >= 0.05:
         notes.append(f"{step.gigabytes:.1f} GB of disk")
+    if step.note:
+        notes.append(step.note)
     return f": {'; '.join(notes)}" if notes else ""
 
 
