@@ -250,7 +250,7 @@ def reproduce(args):
         for cause in score["causes"]:
             print(f"  perhaps {cause}")
     print(f"To look at: {report}")
-    return 1 if any(score["verdict"] == "not reproduced" for score in scores) else 0
+    return 1 if any(score["verdict"].startswith("not reproduced") for score in scores) else 0
 
 
 @one_line_errors

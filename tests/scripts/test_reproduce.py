@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -470,7 +471,8 @@ def test_another_expected_score_is_not_reproduced(finished, tmp_path):
     result = small_run(copy / "input", copy)
     assert result.returncode == 1, result.stderr
     report = (copy / "report.md").read_text()
-    assert "| not reproduced |" in report and "\n3. " in report and "another --input-size" in report
+    assert "| not reproduced: µAP |" in report
+    assert "\n3. " in report and "another --input-size" in report
 
 
 # ---- planted faults, through the command ----
@@ -556,6 +558,16 @@ def test_a_collapsed_network(tmp_path):
     place_weights(tmp_path, "v98", change=collapse)
     with pytest.raises(InputError, match=r"mean cosine .* collapsed"):
         run_probe(tmp_path, ARCH)
+
+
+def test_an_own_network_that_has_collapsed(tmp_path):
+    """The remedy keeps the stages before it."""
+    weights = tmp_path / "exp" / "v98" / "train" / "checkpoint_0001.pth.tar"
+    with h5py.File(tmp_path / "probe.h5", "w") as file:
+        file["query"] = np.eye(1, 256).repeat(12, axis=0)
+    options = {"output": None, "arch": ARCH, "input_size": INPUT_SIZE}
+    with pytest.raises(InputError, match=r"collapsed; .* move .*/exp/v98 away and add --stage-f"):
+        checks.check_probe(tmp_path / "probe.h5", None, stage="v98", weights=weights, **options)
 
 
 def test_another_input_size(tmp_path):
@@ -742,13 +754,14 @@ def test_bad_expectations_and_flags(tmp_path, capsys):
 # ---- single checks ----
 
 
-def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0):
-    """A log of 20 lines an epoch."""
+def write_log(tmp_path, losses, pos_pairs=5.0, skipped=0, stage="v86"):
+    """The log of a stage, of 20 lines an epoch."""
     lines = [{"epoch": 0, "step": 0, "args": {}}]
     for number, loss in enumerate(losses, 1):
         line = {"epoch": (number - 1) // 20, "step": 50 * number, "loss": loss}
         lines.append(line | {"pos_pairs": pos_pairs, "skipped": skipped, "overflows": 2})
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "exp" / stage / "train" / "log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -773,6 +786,9 @@ def test_strays_are_facts_and_remedies_fit(tmp_path, monkeypatch):
         check(repeated, "input: 1 findings")
     with pytest.raises(InputError, match=r"3 rows; its source: git clone .* input/$"):
         check("input/public_ground_truth.csv: 3 rows", "input: 1 findings")
+    for lines in ([stray, "Traceback (most recent call last):", "OSError: broken"], []):
+        with pytest.raises(InputError, match=r"check-data\.log: .* did not end with its summary"):
+            check(*lines)
 
 
 FALLING = [1.3 - number / 100 for number in range(40)]
@@ -781,7 +797,6 @@ FALLING = [1.3 - number / 100 for number in range(40)]
 @pytest.mark.parametrize(
     ("log", "word"),
     [
-        ({"losses": FALLING[::-1]}, "has not learned"),
         ({"losses": [*FALLING, None]}, "no finite loss"),
         ({"losses": FALLING, "pos_pairs": 0}, "no positive pair"),
         ({"losses": FALLING, "skipped": 1}, "were skipped"),
@@ -793,24 +808,56 @@ def test_faults_of_training(tmp_path, log, word):
         checks.check_training(write_log(tmp_path, **log), tmp_path / "train.log")
 
 
+@pytest.mark.parametrize(
+    ("stage", "folders"),
+    [
+        ("v86", "{}/v86"),
+        ("v83", "{0}/v83-first and {0}/v83"),
+        ("v83-first", "{0}/v83-first and {0}/v83"),
+    ],
+)
+def test_a_stage_is_trained_again_alone(tmp_path, stage, folders):
+    """What a fault of it costs: not the stages before it."""
+    path = write_log(tmp_path, [*FALLING, None], stage=stage)
+    with pytest.raises(InputError) as caught:
+        checks.check_training(path, tmp_path / "train.log")
+    remedy = f"move {folders.format(tmp_path / 'exp')} away and add --stage-flags"
+    assert str(caught.value).endswith(f"{remedy} '{stage.partition('-')[0]}: --amp bf16'")
+
+
+def test_a_loss_that_has_not_fallen_is_a_warning_in_the_report(runner, tmp_path, capsys):
+    """Days of training are not thrown away for it."""
+    path = write_log(tmp_path, FALLING[::-1])
+    check = partial(checks.check_training, path)
+    step = Step("train-v86", ("python", "-c", ""), check, writes=(path,))
+    runner.circumstances = {"machine": "A", "commit": "c", "versions": "v"}
+    runner.run([step])
+    assert "warning: the loss has not fallen" in capsys.readouterr().out
+    setup = setup_for(Machine(0, "", 0, 2), train=True)
+    report.write_report(tmp_path / "report.md", setup, [step], runner.state)
+    text = (tmp_path / "report.md").read_text()
+    assert "\n- train-v86: warning: the loss has not fallen" in text
+
+
 def test_a_good_training_gives_its_curve(tmp_path):
     findings = checks.check_training(write_log(tmp_path, FALLING), tmp_path / "train.log")
     assert findings.curve[0] == [50, 1.3] and findings.curve[-1] == [2000, 0.91]
     assert len(findings.curve) == 10
-    assert "2,000 steps, 0 skipped, 80 overflows" in findings.facts[0]
+    assert "loss 1.2850 in the first tenth, 0.9250 in the last" in findings.facts
+    assert "2,000 steps, 0 skipped, 80 overflows" in findings.facts[1]
 
 
 def test_a_resumed_training_is_judged_by_its_own_lines(tmp_path):
     """Not by those of v83's first run, which are in the checkpoint that the second starts from."""
     path = write_log(tmp_path, FALLING)
     findings = checks.check_training(path, tmp_path / "train.log", first_epoch=1)
-    assert findings.curve[0][0] == 1050 and "1,000 steps" in findings.facts[0]
+    assert findings.curve[0][0] == 1050 and "1,000 steps" in findings.facts[1]
     plan = make_plan(setup_for(Machine(0, "", 0, 2), train=True))
     first_epochs = [step.check.keywords["first_epoch"] for step in plan if step.trains]
     assert first_epochs == [0, 5, 0, 0, 0]
     path = write_log(tmp_path, [*FALLING[:20], *FALLING[:20][::-1]])
-    with pytest.raises(InputError, match="has not learned"):
-        checks.check_training(path, tmp_path / "train.log", first_epoch=1)
+    findings = checks.check_training(path, tmp_path / "train.log", first_epoch=1)
+    assert any(fact.startswith(checks.WARNING) for fact in findings.facts)
 
 
 def test_rows_and_norms_of_an_extraction(small_input, tmp_path):
@@ -880,10 +927,13 @@ def test_an_evaluation_without_a_score(tmp_path):
             title="v98",
             expected=None,
             tolerance=0.001,
-            is_look=False,
             word="published",
             note="",
             phase=1,
+            is_look=False,
+            whole=None,
+            trained=False,
+            changed=set(),
         )
 
 
@@ -894,35 +944,65 @@ def test_verdicts(tmp_path):
     )
     expected = published.Score(0.6519, 0.5710)
 
-    def check(tolerance, expected=expected, is_look=False, note="", word="published"):
+    def check(tolerance, expected=expected, whole=None, note="", word="published", trained=False):
         return checks.check_score(
             log,
             title="v98",
             expected=expected,
             tolerance=tolerance,
-            is_look=is_look,
             word=word,
             note=note,
             phase=1,
+            is_look=whole is not None,
+            whole=whole,
+            trained=trained,
+            changed=set(),
         )
 
     def verdict(*arguments, **options):
         return check(*arguments, **options).score
 
-    assert verdict(0.001)["verdict"] == "not reproduced" and len(verdict(0.001)["causes"]) == 3
+    assert verdict(0.0015)["verdict"] == "not reproduced: µAP"
+    assert len(verdict(0.0015)["causes"]) == 3
+    assert verdict(0.0001)["verdict"] == "not reproduced: µAP and R@P90"
+    recall = replace(expected, average_precision=0.65)
+    assert verdict(0.0001, recall)["verdict"] == "not reproduced: R@P90"
     assert verdict(0.01)["verdict"] == "reproduced"
     assert verdict(0.01, None)["verdict"] == "no published score"
     assert verdict(0.01, None, word="expected")["verdict"] == "no expected score"
-    assert "compares with none" in verdict(0.01, None, is_look=True)["verdict"]
+    look = verdict(0.01, None, whole=expected)["verdict"]
+    assert "compares with none" in look and look.endswith("should lie above the published 0.6519")
     causes = "".join(verdict(0.001, word="expected")["causes"])
     assert "0.4955" not in causes and "--input-size" in causes
-    for found in (0.0, 0.5, 0.9):
-        assert len(checks.likely_causes(found, 0.6, 1)) == 3
-        assert found == 0 or "25,000" in "".join(checks.likely_causes(found, 0.6, 1))
-        assert "25,000" not in "".join(checks.likely_causes(found, 0.6, 2))
+    own = verdict(0.001, word="expected", trained=True)["causes"]
+    assert own == [checks.OWN_TRAINING, *checks.CAUSES_ELSEWHERE[:2]]
     assert check(0.01, note="contaminated").facts == [
         "v98: 0.6500000 / 0.5700000 (published 0.6519 / 0.571; contaminated): reproduced"
     ]
+
+
+@pytest.mark.parametrize("found", [0.0, 0.5, 0.9])
+def test_likely_causes(found):
+    """Of own training, input size and exponent only where a flag has changed them."""
+
+    def causes(phase, trained, changed=()):
+        score = {"average_precision": found, "recall_p90": 0.5}
+        expected = published.Score(0.6, 0.5)
+        three = checks.likely_causes(score, expected, "published", phase, trained, changed)
+        assert len(set(three)) == 3
+        return " | ".join(three)
+
+    assert found == 0 or "25,000" in causes(1, trained=False)
+    assert "25,000" not in causes(2, trained=False)
+    own = causes(1, trained=True)
+    assert own.startswith(checks.OWN_TRAINING)
+    assert "size" not in own and "GeM" not in own and "SHA-256" not in own
+    if found == 0.5:
+        flags = {"all": ["--gem-p", "3"], "extract": ["--input-size=512"]}
+        setup = setup_for(Machine(0, "", 0, 2), train=True, stage_flags=flags)
+        evaluation = make_plan(setup)[-1]
+        own = causes(1, trained=True, changed=evaluation.check.keywords["changed"])
+        assert "input size" in own and "GeM" in own
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[1]", '{"a": {}}', '[{"stage": "v98"}]'])

@@ -592,15 +592,32 @@ def evaluation_step(setup, name, title, submission):
             title=title,
             expected=expected,
             tolerance=setup.tolerance,
+            whole=setup.expected.scores.get(title) if setup.references is not None else None,
             is_look=setup.references is not None,
             word=setup.expected.word,
             note=published.CONTAMINATED if is_contaminated else "",
             phase=setup.phase,
+            trained=setup.train,
+            changed=changed_flags(setup, title.partition(" ")[0].rstrip(",")),
         ),
         needs=(submission, setup.truth),
         writes=(candidates,),
         settings=f"{setup.expected.word}: {expected}, {setup.tolerance}",
     )
+
+
+def changed_flags(setup, stage):
+    """Which of --input-size and --gem-eval-p the user has given for a stage, a set."""
+    words = [*setup.stage_flags.get("extract", [])]
+    if setup.train:
+        words += setup.stage_flags.get("all", []) + setup.stage_flags.get(stage, [])
+    given = {flag_of(word) for word in words}
+    changed = set()
+    if setup.input_size is not None or "--input-size" in given:
+        changed.add("--input-size")
+    if given & {"--gem-p", "--gem-eval-p"}:
+        changed.add("--gem-eval-p")
+    return changed
 
 
 # ---- what keeps it from starting ----

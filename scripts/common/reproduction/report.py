@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.files import atomic
+from common.reproduction.checks import WARNING
 from common.reproduction.disk import filesystems, needed_gigabytes
 from common.reproduction.plan import typed
 from common.reproduction.running import clock
@@ -210,6 +211,16 @@ def lines_of_scores(setup, scores):
     return lines
 
 
+def lines_of_warnings(records):
+    """The warnings of the checks. records: pairs of Step and dict."""
+    lines = []
+    for step, record in records:
+        for fact in record["facts"]:
+            if fact.startswith(WARNING):
+                lines.append(f"- {step.name}: {fact}")
+    return [*lines, ""] if lines else []
+
+
 def lines_of_steps(records):
     """A table of the steps, the curves of the trainings. records: pairs of Step and dict."""
     lines = ["| step | time | found |", "|---|---|---|"]
@@ -231,7 +242,8 @@ def write_report(path, setup, steps, state):
     lines.append(f"- network: {setup.arch}, input size {setup.input_size or 'as published'}")
     if setup.expected.source:
         lines.append(f"- expected: what {setup.expected.source} says")
-    lines += ["", *lines_of_scores(setup, scores), *lines_of_steps(records), "", "```"]
+    lines += ["", *lines_of_scores(setup, scores)]
+    lines += [*lines_of_warnings(records), *lines_of_steps(records), "", "```"]
     for _, record in records:
         lines += record["typed"]
     lines += ["```", ""]
