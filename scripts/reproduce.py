@@ -21,6 +21,7 @@ line says what), 75 after SIGTERM, 130 after Ctrl-C.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -51,7 +52,8 @@ MOST_CPU_HOURS = 6  # without --cpu
 
 def from_root(path):
     """A path of the command line, relative to the repository where it lies in it."""
-    path = Path(path).resolve()
+    # Path.resolve() would follow links: a command is the same wherever they point to.
+    path = Path(os.path.abspath(path))  # noqa: PTH100
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 

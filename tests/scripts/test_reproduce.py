@@ -385,6 +385,28 @@ def test_disk_is_counted_where_it_is_written(tmp_path):
     assert [one.names for one in disk.filesystems(setup, steps, names)] == [f"{tmp_path}/out"]
 
 
+def test_what_is_written_already_needs_no_disk(tmp_path):
+    setup = replace(setup_for(Machine(0, "", 0, 2), train=True), output=tmp_path)
+    steps = make_plan(setup)
+    (before,) = disk.filesystems(setup, steps, set())
+    training = next(step for step in steps if step.name == "train-v86")
+    extraction = next(step for step in steps if step.unfinished)
+    for path in (training.writes[0], extraction.unfinished / "qr" / "0.npy"):
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            file.truncate(10**8)
+    (after,) = disk.filesystems(setup, steps, set())
+    assert before.needed - after.needed == pytest.approx(0.2)
+
+
+def test_a_link_is_the_same_command_wherever_it_points_to(tmp_path):
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "input"
+    link.symlink_to(tmp_path / "data")
+    assert reproduce.from_root(link) == link
+    assert reproduce.from_root(ROOT / "docs" / ".." / "input") == Path("input")
+
+
 # ---- the chain ----
 
 

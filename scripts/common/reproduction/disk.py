@@ -34,6 +34,7 @@ def filesystems(setup, steps, finished):
     output, which may be other disks.
     """
     found = {}
+    counted = set()  # two extractions keep what they have in the same folder
     for step in steps:
         if step.name in finished or not step.gigabytes:
             continue
@@ -42,11 +43,26 @@ def filesystems(setup, steps, finished):
         if device not in found:
             found[device] = Filesystem(shutil.disk_usage(present).free / 1e9)
         filesystem = found[device]
-        filesystem.needed += step.gigabytes
+        there = written_before(step) - counted
+        counted |= there
+        sizes = sum(path.stat().st_size for path in there)
+        filesystem.needed += max(0, step.gigabytes - sizes / 1e9)
         folder = setup.input if step.downloads else setup.output
         if folder not in filesystem.folders:
             filesystem.folders.append(folder)
     return list(found.values())
+
+
+def written_before(step):
+    """The files, a set of paths, that an unfinished training or extraction has written already."""
+    found = set()
+    if step.trains:
+        folder = ROOT / step.writes[0].parent
+        found.update(folder.glob("*.pth.tar"))
+    if step.unfinished:
+        found.update(path for path in (ROOT / step.unfinished).rglob("*") if path.is_file())
+        found.update(ROOT / path for path in step.writes if (ROOT / path).is_file())
+    return found
 
 
 def existing(path):
