@@ -2,6 +2,8 @@
 is there to find.
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -40,7 +42,7 @@ from common.reproduction.plan import (
     typed,
 )
 from common.reproduction.running import Runner, last_line
-from common.reproduction.state import State
+from common.reproduction.state import State, identity, lock
 from conftest import ON_ONE_CORE, ROOT, assert_refused, called, readme_block, run
 from reproduction_runs import (
     ARCH,
@@ -1066,8 +1068,16 @@ def test_a_changed_training_run_is_not_continued(tmp_path):
     assert not state.is_finished(step)
     with pytest.raises(InputError, match=f"another command.* move {result.parent} away"):
         state.is_finished(changed)
-    for text in ("-j 2", "-j2", "--workers 2 --start-over", "--workers=2 --grad-checkpointing"):
+    for text in (
+        *("-j 2", "-j2", "--workers 2 --start-over", "--workers=2 --grad-checkpointing"),
+        *("--dist-url tcp://localhost:10002", "--dist-url=env://", "--dist-backend gloo"),
+        *("--timeout 60", "--log-every=5", "--checkpoint-every 100", "--max-skipped 3"),
+        "--max-bad=0.1",
+    ):
         assert not state.is_finished(replace(step, command=(*step.command, *text.split())))
+    for text in ("--batch-size 32", "-b32", "--max-bad 0.1 --lr 1"):
+        with pytest.raises(InputError, match="another command"):
+            state.is_finished(replace(step, command=(*step.command, *text.split())))
     start.write_text("other")
     with pytest.raises(InputError, match=r"0005.pth.tar, which has changed"):
         state.is_finished(step)
@@ -1076,6 +1086,35 @@ def test_a_changed_training_run_is_not_continued(tmp_path):
         state.is_finished(step)
     result.unlink()
     assert not state.is_finished(step)
+
+
+def test_an_extraction_is_the_same_in_other_batches():
+    step = make_plan(setup_for(Machine(0, "", 0, 2)))[2]
+    assert step.name == "probe-v98"
+    for text in ("--batch-size 32", "--batch-size=32", "-b 32", "-b32 -j4"):
+        assert identity(replace(step, command=(*step.command, *text.split()))) == identity(step)
+    other = replace(step, command=(*step.command, "--gem-eval-p", "2"))
+    assert identity(other) != identity(step)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock(tmp_path).close()
+    assert "cannot be locked against a second run ([Errno 37]" in capsys.readouterr().err
+
+
+def test_known_answers_that_differ_name_a_remedy(tmp_path):
+    (entry, *_) = checks.read_known(checks.KNOWN_ANSWERS)
+    rows = np.array(entry["descriptors"])
+    path = tmp_path / "probe" / "published" / "v98" / "extract" / "fb-isc-submission.h5"
+    assert "least cosine 1.0" in checks.compare_known(rows, entry, path, entry["input_size"])
+    with pytest.raises(InputError, match="--stage-flags 'extract: --amp off'"):
+        checks.compare_known(rows[::-1], entry, path, entry["input_size"])
+    with pytest.raises(InputError, match=f"delete {tmp_path / 'probe'}, and run again"):
+        checks.compare_known(rows[1:], entry, path, entry["input_size"])
 
 
 def test_each_step_keeps_where_it_ran(tmp_path):

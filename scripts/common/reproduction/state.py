@@ -6,19 +6,21 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import atomic, sha256_of
-from common.reproduction.plan import typed
+from common.reproduction.plan import BATCH_FLAGS, flag_of, typed
 
 ROOT = Path(__file__).resolve().parents[3]
-WITHOUT_EFFECT = ("--grad-checkpointing", "--start-over")  # flags that change no result
-# Another flag without effect, with its value after it where it is not in it.
-WORKERS = re.compile(r"-j(\d*)|--workers(=\d+)?")
+# Flags of the stages that change no result: without a value, and with one.
+WITHOUT_EFFECT = {"--grad-checkpointing", "--start-over"}
+VALUE_WITHOUT_EFFECT = {
+    *("-j", "--workers", "--dist-url", "--dist-backend", "--timeout"),
+    *("--log-every", "--checkpoint-every", "--max-skipped", "--max-bad"),
+}
 RECORD_KEYS = {"command", "typed", "attempts", "needs", "ran", "writes", "seconds", "finished"}
 ORPHAN_SECONDS = 120  # how long a killed run's step may take to end
 
@@ -27,14 +29,18 @@ def identity(step):
     """What a step does: its command without the flags that change no result, and the settings of
     its check.
     """
-    parts = iter(str(part) for part in step.command)
+    with_value = VALUE_WITHOUT_EFFECT
+    if step.is_stage and not step.trains:
+        with_value = with_value | BATCH_FLAGS  # an extraction gives the same rows in any batches
+    words = iter(str(word) for word in step.command)
     command = []
-    for part in parts:
-        workers = WORKERS.fullmatch(part)
-        if workers and not any(workers.groups()):
-            next(parts, None)  # their number
-        elif not workers and part not in WITHOUT_EFFECT:
-            command.append(part)
+    for word in words:
+        flag = flag_of(word)
+        if flag in with_value:
+            if word == flag:
+                next(words, None)  # its value
+        elif flag not in WITHOUT_EFFECT:
+            command.append(word)
     return [*command, step.settings]
 
 
@@ -233,6 +239,10 @@ def lock(folder):
                 )
                 has_said = True
             time.sleep(0.2)
+        except OSError as error:  # a file system without locks
+            message = f"cannot be locked against a second run ({error})"
+            print(f"warning: {folder}: {message}", file=sys.stderr, flush=True)
+            break
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
