@@ -238,8 +238,8 @@ def reproduce(args):
     if args.plan:
         return 0
     if missing:
-        others = f" (and {len(missing) - 1} more, above)" if len(missing) > 1 else ""
-        raise InputError(f"nothing was started: {missing[0]}{others}")
+        which = f"; first of the {len(missing)} reasons above" if len(missing) > 1 else ""
+        raise InputError(f"nothing was started{which}: {missing[0]}")  # may end with a command
     with lock(output) as held:
         state = State(output / "state.json")
         runner = Runner(state, circumstances(setup.machine), output, held, args.cpu)

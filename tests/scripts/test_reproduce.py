@@ -649,11 +649,12 @@ def test_missing_data_are_named_before_anything_starts(tmp_path, capsys):
     result = called(reproduce.main, flags, capsys)
     query, reference, truth = result.stdout.splitlines()[-3:]
     bucket = "s3://drivendata-competition-fb-isc-data/all"
-    assert f"query_images: is missing; aws s3 cp {bucket}/query_images/ {tmp_path}/q" in query
-    assert f"1 of 1,000,000 images; aws s3 sync {bucket}/reference_images/" in reference
+    assert f"images: is missing; give --download, or run: aws s3 cp {bucket}/query_images/" in query
+    assert query.endswith(f" {tmp_path}/query_images/ --recursive --no-sign-request")
+    assert f"images; give --download, or run: aws s3 sync {bucket}/reference_images/" in reference
     assert "public_ground_truth.csv: is missing; git clone" in truth
     assert "python exp/v98.py" not in result.stdout
-    assert_refused(result, "nothing was started", "query_images", "(and 2 more, above)")
+    assert_refused(result, "nothing was started; first of the 3 reasons above", "query_images")
     result = called(reproduce.main, [*flags, "--plan"], capsys)
     assert result.returncode == 0 and "python exp/v98.py" in result.stdout
     result = called(reproduce.main, [*flags[1:], "--plan", "--gpus", "1 x H200"], capsys)

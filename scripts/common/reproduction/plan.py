@@ -665,7 +665,7 @@ def missing_data(setup, counts):
             folder,
             counts[folder],
             setup.expected,
-            remedy=f"{command} (or --download)",
+            remedy=f"give --download, or run: {command}",  # at the end, to be copied
         )
         if wrong and not setup.download:
             found.append(wrong)
