@@ -355,7 +355,10 @@ def test_named_flags_exist(document):
 def test_the_model_card_has_the_checksums():
     card = (ROOT / "weights" / "README.md").read_text()
     listed = dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
-    files = [
-        path for path in (ROOT / "weights").iterdir() if path.suffix in {".tar", ".onnx", ".jsonl"}
-    ]
-    assert listed == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    folder = ROOT / "weights"
+    expected = {}
+    for path in folder.rglob("*"):
+        if path.suffix in {".tar", ".onnx", ".jsonl"}:
+            name = path.relative_to(folder).as_posix()
+            expected[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert listed == expected
