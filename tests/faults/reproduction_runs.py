@@ -36,12 +36,14 @@ def in_folder(text, folder):
 
 
 def make_input(folder):
-    """Prepare the rehearsal in a folder, as it is written, and beside its data a file with v98's
-    score; returns the path of the data.
-    """
+    """Prepare the rehearsal in a folder, as it is written; returns the path of the data."""
     run_as_written(in_folder(PREPARATION, folder), ROOT, {})
-    data = folder / "input"
-    output = folder.parent / "expected"
+    return folder / "input"
+
+
+def expect_own_score(data):
+    """Score v98 by the stage's own commands, and write beside the data a file that expects that."""
+    output = data.parents[1] / "expected"
     weights = ["--weight", "weights/v98.pth.tar", "-a", ARCH, "--input-size", INPUT_SIZE]
     flags = ["--mode", "extract", "-j", 0, "--output", output]
     result = run("exp/v98.py", *weights, *flags, f"{data}/")
@@ -49,10 +51,9 @@ def make_input(folder):
     submission = output / "extract" / "fb-isc-submission.h5"
     result = run("scripts/eval_metrics.py", submission, data / "public_ground_truth.csv")
     score = json.loads(result.stdout)
-    content = json.loads((folder / "expect.json").read_text())
+    content = json.loads((data.parent / "expect.json").read_text())
     content["scores"] = {"v98": [score["average_precision"], score["recall_p90"]]}
     expectations(data).write_text(json.dumps(content))
-    return data
 
 
 def expectations(data):

@@ -6,14 +6,16 @@ import time
 
 import pytest
 
-from reproduction_runs import SMALL_TRAINING, make_input, start_run, without_times
+from reproduction_runs import SMALL_TRAINING, expect_own_score, make_input, start_run, without_times
 
 LONGEST_PAUSE = 12  # seconds until a kill: a step takes four to eight
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
+    path = make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
+    expect_own_score(path)
+    return path
 
 
 def finish(data, output):
@@ -24,10 +26,11 @@ def finish(data, output):
     return without_times((output / "report-trained.md").read_text(), output)
 
 
-def test_random_kills_of_a_training(data, tmp_path, request, figure):
+def test_random_kills_of_a_training(tmp_path, request, figure):
     """All four stages, from the start to the report."""
     if not request.config.getoption("--long"):
         pytest.skip("takes minutes: make faults")
+    data = request.getfixturevalue("data")
     expected = finish(data, tmp_path / "undisturbed")
     assert expected.count("| no expected score |") == 2  # v107, before and after NES
     output = tmp_path / "killed"

@@ -49,6 +49,7 @@ from reproduction_runs import (
     INPUT_SIZE,
     NETWORK,
     REHEARSAL,
+    expect_own_score,
     expectations,
     in_folder,
     make_input,
@@ -62,7 +63,9 @@ STAGES = {"v83": v83, "v86": v86, "v98": v98, "v107": v107}
 
 @pytest.fixture(scope="session")
 def small_input(tmp_path_factory):
-    return make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
+    path = make_input(tmp_path_factory.mktemp("reproduce") / "rehearsal")
+    expect_own_score(path)
+    return path
 
 
 def place_weights(output, stage, source=None, change=None):
