@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import pretrain_mini
 import v98
@@ -92,7 +91,9 @@ def test_identity_places_the_image_unchanged():
 
 def test_embedding_keeps_the_background():
     image, ground = np.full((128, 128, 3), 200, np.uint8), np.full((48, 48, 3), 7, np.uint8)
-    placed = views().place(image, pretrain_mini.centred(pretrain_mini.scale(0.5, 0.25)), ground)
+    placed = views().place(
+        image, pretrain_mini.around_center(pretrain_mini.scale(0.5, 0.25)), ground
+    )
     assert (placed[24, 13:35] == 200).all() and (placed[19:29, 24] == 200).all()
     assert (placed[:, :11] == 7).all() and (placed[:17] == 7).all()
 
@@ -106,30 +107,16 @@ def test_orthogonal_keeps_directions_and_evens_lengths(shape):
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
 
 
-def test_info_nce_is_the_cross_entropy_of_the_partner():
-    rows = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
-    expected, found = [], []
-    for i in range(6):
-        others = [j for j in range(6) if j != i]
-        scores = torch.stack([rows[i] @ rows[j] for j in others]) / 0.1
-        partner = others.index((i + 3) % 6)
-        expected.append(scores.logsumexp(0) - scores[partner])
-        found.append(scores.argmax().item() == partner)
-    loss, share = pretrain_mini.info_nce(rows, 0.1)
-    torch.testing.assert_close(loss, torch.stack(expected).mean())
-    assert share.item() == pytest.approx(np.mean(found))
-
-
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small, tmp_path):
     assert pretrain_mini.main(command(tmp_path / "whole", "--steps", "6")) == 0
-    original, stop = pretrain_mini.save, KeyboardInterrupt
+    original, stop = pretrain_mini.write_checkpoint, KeyboardInterrupt
 
     def interrupted(path, content):
         original(path, content)
         raise stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_mini, "save", interrupted)
+        patch.setattr(pretrain_mini, "write_checkpoint", interrupted)
         assert pretrain_mini.main(command(tmp_path / "parts", "--steps", "6")) == 130
     assert torch.load(tmp_path / "parts/last.pth.tar", weights_only=False)["step"] == 3
     assert pretrain_mini.main(command(tmp_path / "parts", "--steps", "6")) == 0

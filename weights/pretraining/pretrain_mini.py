@@ -29,7 +29,6 @@ views, for any number of --workers.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import math
@@ -43,7 +42,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("ex
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -52,6 +50,8 @@ import v98
 from common.errors import one_line_errors
 from common.files import atomic
 from common.parallel import parallel
+from edits import around_center, scale, shift
+from pretrain import info_nce, keep_memory, stage_state, update_mean, write_checkpoint
 
 SIDE = 128  # of a generated picture, pixels
 TILE = 256  # side of a texture
@@ -472,21 +472,6 @@ def write_images(out):
 # ---- views ----
 
 
-def shift(x, y):
-    """Homography that moves by (x, y)."""
-    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
-
-
-def scale(x, y):
-    """Homography that scales the axes."""
-    return np.diag([x, y, 1.0])
-
-
-def centred(matrix):
-    """The homography around the centre of the unit square."""
-    return shift(0.5, 0.5) @ matrix @ shift(-0.5, -0.5)
-
-
 def colour_statistics(image):
     """Mean (3,) of an image's colours and a root (3, 3) of their covariance, a little of grey
     added.
@@ -741,14 +726,14 @@ class Views:
         angle = math.pi / 2 * self.rng.integers(1, 4) if 0.6 <= kind < 0.8 else angle
         zoom = self.rng.uniform(0.7, 1) if self.chance(0.5) else self.rng.uniform(1, 1.4)
         cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
-        return centred(np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]))
+        return around_center(np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]))
 
     def shear(self, k):
         """Shift rows or columns, with or without losing corners."""
         amount = self.rng.uniform(-0.5, 0.5) * k
         zoom = 1 if self.chance(0.3) else 1 / (1 + abs(amount))
         matrix = np.array([[zoom, amount * zoom, 0], [0, 1, 0], [0, 0, 1]])
-        return centred(matrix if self.chance(0.5) else matrix[[1, 0, 2]][:, [1, 0, 2]])
+        return around_center(matrix if self.chance(0.5) else matrix[[1, 0, 2]][:, [1, 0, 2]])
 
     def perspective(self, k):
         """Move the corners."""
@@ -761,9 +746,9 @@ class Views:
         """Some of the homographies in random order, after a mirroring by chance."""
         matrix = scale(1, 1)
         if self.chance(0.12 * k):
-            matrix = centred(scale(-1, 1)) @ matrix
+            matrix = around_center(scale(-1, 1)) @ matrix
         if self.chance(0.03 * k):
-            matrix = centred(scale(1, -1)) @ matrix
+            matrix = around_center(scale(1, -1)) @ matrix
         kinds = [self.crop, self.embed, self.rotate, self.shear, self.perspective]
         chances = [0.35, 0.5, 0.13 * k, 0.2, 0.15]
         for i in self.rng.permutation(len(kinds)):
@@ -778,7 +763,7 @@ class Views:
         size = (
             (self.rng.uniform(0.5, 0.95), 1) if self.chance(0.7) else self.rng.uniform(0.6, 0.95, 2)
         )
-        return self.place(image, centred(scale(*size)), canvas)
+        return self.place(image, around_center(scale(*size)), canvas)
 
     def screenshot(self, image, k):
         """The image as a part of a screen."""
@@ -997,44 +982,11 @@ def orthogonal(matrix, steps=5):
     return x.T if tall else x
 
 
-def info_nce(descriptors, temperature):
-    """Mean cross entropy of finding each row's partner, n rows away in (2n, d), among all other
-    rows; and how often.
-    """
-    number = len(descriptors) // 2
-    similarity = (descriptors @ descriptors.T / temperature).fill_diagonal_(-torch.inf)
-    partner = torch.arange(2 * number).roll(number)
-    return F.cross_entropy(similarity, partner), (
-        similarity.argmax(dim=1) == partner
-    ).float().mean()
-
-
-def keep_memory():
-    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of
-    its time.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
-
-
 def rate(step, args):
     """The learning rate's share at a step: rising over `warmup` steps, falling to 0 over the last
     part, `decay`.
     """
     return min(1, (step + 1) / args.warmup, (1 - step / args.steps) / args.decay)
-
-
-def weights(model):
-    """The model's state as the stages write it."""
-    return {f"module.{name}": value for name, value in model.state_dict().items()}
-
-
-def save(path, content):
-    """Write a checkpoint so that either the old or the whole new file is there."""
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
 
 
 def load(path, mean_model, parts):
@@ -1086,9 +1038,9 @@ def train(args):
 
     def checkpoint(path, step, half=False):
         state = {name: value.half() if half and value.is_floating_point() else value
-                 for name, value in weights(mean_model).items()}  # fmt: skip
+                 for name, value in stage_state(mean_model).items()}  # fmt: skip
         extra = {} if half else {name: part.state_dict() for name, part in parts.items()}
-        save(
+        write_checkpoint(
             path,
             {
                 "state_dict": state,
@@ -1128,15 +1080,6 @@ def train(args):
             if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
                 checkpoint(last, step + 1)
     checkpoint(args.out / "start.pth.tar", args.steps, half=True)
-
-
-@torch.no_grad()
-def update_mean(mean_model, model, keep):
-    """Move the mean model's weights and statistics towards the model's."""
-    for mean, value in zip(
-        mean_model.state_dict().values(), model.state_dict().values(), strict=True
-    ):
-        mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
 
 
 # ---- main ----
