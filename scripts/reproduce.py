@@ -189,7 +189,7 @@ def make_setup(args):
     )
 
 
-def more_obstacles(setup, steps, finished, cpu):
+def more_obstacles(setup, steps, finished, disks, cpu):
     """What the machine lacks, a line each."""
     found = []
     if setup.machine.assumed:
@@ -198,7 +198,7 @@ def more_obstacles(setup, steps, finished, cpu):
         found.append("--download: aws is not installed; pip install awscli")
     if not setup.machine.gpus and not cpu:
         found += no_gpu(setup, [step for step in steps if step.name not in finished])
-    for disk in filesystems(setup, steps, finished):
+    for disk in disks:
         if disk.needed > disk.free:
             found.append(f"{disk.names}: {disk.needed:.1f} GB are needed, {disk.free:.1f} are free")
     return found
@@ -232,9 +232,11 @@ def reproduce(args):
     finished = {step.name for step in steps if state.is_finished(step)}
     counts = count_all(setup)
     missing = obstacles(setup, steps, counts, finished)
-    missing += more_obstacles(setup, steps, finished, args.cpu)
+    # The disks of this machine say nothing about another.
+    disks = [] if setup.machine.assumed else filesystems(setup, steps, finished)
+    missing += more_obstacles(setup, steps, finished, disks, args.cpu)
     commands = args.plan or not missing
-    print_plan(setup, steps, counts, finished, missing, commands)
+    print_plan(setup, steps, counts, finished, disks, missing, commands)
     if args.plan:
         return 0
     if missing:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.files import atomic
 from common.reproduction.checks import WARNING
-from common.reproduction.disk import filesystems, needed_gigabytes
+from common.reproduction.disk import needed_gigabytes
 from common.reproduction.plan import typed
 from common.reproduction.running import clock
 
@@ -30,9 +30,9 @@ def in_hours(hours):
 # ---- plan ----
 
 
-def print_plan(setup, steps, counts, finished, obstacles, commands):
+def print_plan(setup, steps, counts, finished, disks, obstacles, commands):
     """Say what will be done and what is missing. counts: of count_all(); finished: names of steps;
-    commands: whether to print that of each step.
+    disks: Filesystems; commands: whether to print that of each step.
     """
     assumed = " assumed" if setup.machine.assumed else ""
     print(f"Machine: {setup.machine}{assumed}")
@@ -41,7 +41,7 @@ def print_plan(setup, steps, counts, finished, obstacles, commands):
     print()
     for number, step in enumerate(steps, 1):
         print(f"{number:02}-{step.name}{describe(step, step.name in finished)}")
-    print(f"\n{total(setup, steps, finished)}")
+    print(f"\n{total(setup, steps, finished, disks)}")
     if commands:
         print(f"\nCommands, in {ROOT.name}/:")
         for step in steps:
@@ -79,7 +79,7 @@ def describe(step, finished):
     return f": {'; '.join(notes)}" if notes else ""
 
 
-def total(setup, steps, finished):
+def total(setup, steps, finished, disks):
     """Hours and disk in all."""
     to_do = [step for step in steps if step.name not in finished]
     if not to_do:
@@ -94,7 +94,7 @@ def total(setup, steps, finished):
         text += f"; unknown: {len(unknown)} of {len(to_do)} steps"
     if setup.machine.assumed:
         return f"{text}; {needed_gigabytes(steps, finished):.1f} GB of disk"
-    for disk in filesystems(setup, steps, finished):
+    for disk in disks:
         text += f"; {disk.needed:.1f} GB of disk for {disk.names}, {disk.free:.1f} GB are free"
     return text
 
