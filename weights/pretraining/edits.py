@@ -12,6 +12,7 @@ import v98
 CHARACTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .,!?&%-")
 FONTS = 8  # of OpenCV
 GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # a color matrix that takes the luminance
+UNIT_CORNERS = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
 LEAST_CONTRAST = 8  # standard deviation of the gray values of a content, of 255
 AUGMENTED_BY_V98 = 0.35  # share of the hard views
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
@@ -48,15 +49,17 @@ def draw_part(rng):
     width, height = rng.uniform(0.3, 1, 2)
     if rng.uniform() < 0.5:
         return around_center(scale(width, height))
-    return shift(rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)) @ scale(width, height)
+    x = rng.uniform(0, 1 - width)
+    y = rng.uniform(0, 1 - height)
+    return shift(x, y) @ scale(width, height)
 
 
 def draw_rotation(rng):
     """Turns a little, by right angles or anyhow."""
-    angle = rng.choice(
-        [rng.uniform(-0.4, 0.4), rng.choice([0.5, 1, 1.5]) * math.pi, rng.uniform(0, math.tau)],
-        p=[0.5, 0.2, 0.3],
-    )
+    a_little = rng.uniform(-0.4, 0.4)
+    right_angles = rng.choice([0.5, 1, 1.5]) * math.pi
+    any_angle = rng.uniform(0, math.tau)
+    angle = rng.choice([a_little, right_angles, any_angle], p=[0.5, 0.2, 0.3])
     cosine = math.cos(angle)
     sine = math.sin(angle)
     zoom = rng.uniform(0.7, 1.3)
@@ -75,14 +78,16 @@ def draw_shear(rng):
 
 def draw_perspective(rng):
     """Moves the corners by up to a quarter of the side."""
-    corners = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
-    moved = corners + rng.uniform(-0.25, 0.25, (4, 2)).astype(np.float32)
-    return cv2.getPerspectiveTransform(corners, moved)
+    shifts = rng.uniform(-0.25, 0.25, (4, 2))
+    moved = UNIT_CORNERS + shifts.astype(np.float32)
+    return cv2.getPerspectiveTransform(UNIT_CORNERS, moved)
 
 
 def draw_mirror(rng):
     """Mirrors left and right, or now and then top and bottom."""
-    return around_center(scale(-1, 1) if rng.uniform() < 0.8 else scale(1, -1))
+    if rng.uniform() < 0.8:
+        return around_center(scale(-1, 1))
+    return around_center(scale(1, -1))
 
 
 HOMOGRAPHIES = (
@@ -111,14 +116,12 @@ def warp(image, matrix, canvas):
     image uint8 (h, w, 3); canvas uint8 (size, size, 3), which is changed and returned.
     """
     size = len(canvas)
-    x, y, z = matrix @ np.array([[0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])  # its corners
-    x = x / z
-    y = y / z
-    drawn_side = size * math.sqrt(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+    corners = cv2.perspectiveTransform(UNIT_CORNERS[None], matrix)
+    drawn_side = size * math.sqrt(cv2.contourArea(corners))
     side = len(image)
     while side > 8 and side > 1.4 * drawn_side:  # against aliasing
         side //= 2
-    image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+    image = shrink(image, side)
     to_unit = scale(1 / side, 1 / side) @ shift(0.5, 0.5)
     to_pixels = shift(-0.5, -0.5) @ scale(size, size)
     return cv2.warpPerspective(
@@ -134,6 +137,16 @@ def warp(image, matrix, canvas):
 # ---- edits ----
 
 
+def shrink(image, side):
+    """The image in `side` x `side` pixels, without aliasing."""
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def blend(over, image, opacity):
+    """An image of the same size over another one."""
+    return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+
+
 class Views:
     """Draws pairs of views, uint8 (size, size, 3), of pictures, uint8 (n, side, side, 3).
 
@@ -143,8 +156,10 @@ class Views:
     def __init__(self, pictures, overlay_paths, size):
         self.pictures = pictures
         self.size = size
+        black = (0, 0, 0)
+        unit = (1, 1, 1)
         large = size * OVERSAMPLING
-        self.augment = v98.hard_augmentation(large, (0, 0, 0), (1, 1, 1), overlay_paths)
+        self.augment = v98.hard_augmentation(large, black, unit, overlay_paths)
         self.edits = (
             (self.cover, 0.2),
             (self.draw_lines, 0.15),
@@ -168,13 +183,13 @@ class Views:
     def pairs(self, number):
         """(2 * number, size, size, 3): gentle views of as many contents, then their hard ones."""
         views = np.empty((2, number, self.size, self.size, 3), np.uint8)
-        for gentle, hard in zip(*views, strict=True):
+        for index in range(number):
             content = self.content()
-            gentle[:] = self.gentle(content)
+            views[0, index] = self.gentle(content)
             if self.chance(AUGMENTED_BY_V98):
-                hard[:] = self.augmented(content)
+                views[1, index] = self.augmented(content)
             else:
-                hard[:] = self.edited(content)
+                views[1, index] = self.edited(content)
         return views.reshape(-1, *views.shape[2:])
 
     def picture(self):
@@ -183,7 +198,7 @@ class Views:
 
     def small_picture(self):
         """One of the pictures, in the size of a view."""
-        return cv2.resize(self.picture(), (self.size, self.size), interpolation=cv2.INTER_AREA)
+        return shrink(self.picture(), self.size)
 
     def color(self):
         """Three ints; often black or white."""
@@ -201,7 +216,8 @@ class Views:
             width, height = self.rng.integers(side // 2, side + 1, 2)
             x = self.rng.integers(0, side - width + 1)
             y = self.rng.integers(0, side - height + 1)
-            image = cv2.resize(image[y : y + height, x : x + width], (side, side))
+            part = image[y : y + height, x : x + width]
+            image = cv2.resize(part, (side, side))
             if self.chance(0.5):
                 image = image[:, ::-1]
             if self.chance(0.2):
@@ -230,10 +246,11 @@ class Views:
         """The image by v98's hard augmentation: so the stages begin with BatchNorm statistics of
         what they see.
         """
-        image = cv2.resize(image, (self.size * OVERSAMPLING, self.size * OVERSAMPLING))
-        values = self.augment(image).clamp(0, 1).mul(255).round().byte()
-        pixels = values.permute(1, 2, 0).numpy()
-        return cv2.resize(pixels, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        large = self.size * OVERSAMPLING
+        image = cv2.resize(image, (large, large))
+        values = self.augment(image).clamp(0, 1) * 255
+        pixels = values.round().byte().permute(1, 2, 0).numpy()
+        return shrink(pixels, self.size)
 
     def edited(self, image):
         """The image through a homography, on some background, after some edits in random order."""
@@ -259,7 +276,9 @@ class Views:
         canvas[:] = 255 if self.chance(0.7) else 30
         for _ in range(self.rng.integers(0, 4)):
             left, right, top, bottom = self.rng.integers(0, size, 4).tolist()
-            cv2.rectangle(canvas, (left, top), (right, bottom), self.color(), cv2.FILLED)
+            corner = (left, top)
+            opposite = (right, bottom)
+            cv2.rectangle(canvas, corner, opposite, self.color(), cv2.FILLED)
         for _ in range(self.rng.integers(1, 12)):
             x, y = self.rng.integers(0, size, 2).tolist()
             ink = self.color()
@@ -268,20 +287,22 @@ class Views:
                 cv2.line(canvas, (x, y), (x + word, y), ink)
                 x += word + 3
         for _ in range(self.rng.integers(0, 3)):
-            place = shift(*self.rng.uniform(0, 0.9, 2)) @ scale(*self.rng.uniform(0.08, 0.3, 2))
-            canvas = warp(self.picture(), place, canvas)
+            corner = self.rng.uniform(0, 0.9, 2)
+            sides = self.rng.uniform(0.08, 0.3, 2)
+            canvas = warp(self.picture(), shift(*corner) @ scale(*sides), canvas)
         return canvas
 
     def cover(self, image):
         """Another picture over a part of the image, or faint over all of it."""
         if self.chance(0.25):
             opacity = self.rng.uniform(0.1, 0.45)
-            return cv2.addWeighted(self.small_picture(), opacity, image, 1 - opacity, 0)
+            return blend(self.small_picture(), image, opacity)
         width, height = self.rng.uniform(0.15, 0.65, 2)
-        place = shift(*self.rng.uniform(-0.1, 0.8, 2)) @ scale(width, height)
+        corner = self.rng.uniform(-0.1, 0.8, 2)
+        place = shift(*corner) @ scale(width, height)
         over = warp(self.picture(), place, image.copy())
         opacity = self.rng.uniform(0.4, 1)
-        return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+        return blend(over, image, opacity)
 
     def draw_lines(self, image):
         """Parallel lines over the image, more or less opaque."""
@@ -294,23 +315,27 @@ class Views:
         over = image.copy()
         for distance in np.arange(-self.size, self.size, gap):
             middle = self.size / 2 + across * distance
-            start = (middle - 2 * self.size * along).astype(int).tolist()
-            end = (middle + 2 * self.size * along).astype(int).tolist()
+            reach = 2 * self.size * along
+            start = (middle - reach).astype(int).tolist()
+            end = (middle + reach).astype(int).tolist()
             cv2.line(over, start, end, color, width, cv2.LINE_AA)
         opacity = self.rng.uniform(0.4, 1)
-        return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+        return blend(over, image, opacity)
 
     def write(self, image):
         """Words over the image."""
         image = image.copy()
         for _ in range(self.rng.integers(1, 4)):
-            word = "".join(self.rng.choice(CHARACTERS, self.rng.integers(1, 14)))
-            x = int(self.rng.uniform(-0.1, 0.8) * self.size)
-            y = int(self.rng.uniform(0.1, 1) * self.size)
+            length = self.rng.integers(1, 14)
+            word = "".join(self.rng.choice(CHARACTERS, length))
+            left = int(self.rng.uniform(-0.1, 0.8) * self.size)
+            bottom = int(self.rng.uniform(0.1, 1) * self.size)
+            place = (left, bottom)
             height = self.size / 100 * math.exp(self.rng.uniform(-0.5, 0.9))
             font = int(self.rng.integers(FONTS))
             thickness = int(self.rng.integers(1, 3))
-            cv2.putText(image, word, (x, y), font, height, self.color(), thickness, cv2.LINE_AA)
+            color = self.color()
+            cv2.putText(image, word, place, font, height, color, thickness, cv2.LINE_AA)
         return image
 
     def draw_shapes(self, image):
@@ -320,7 +345,8 @@ class Views:
             x, y = self.rng.integers(0, self.size, 2).tolist()
             radius = int(self.rng.uniform(0.03, 0.2) * self.size) + 1
             if self.chance(0.5):
-                cv2.circle(image, (x, y), radius, self.color(), cv2.FILLED, cv2.LINE_AA)
+                center = (x, y)
+                cv2.circle(image, center, radius, self.color(), cv2.FILLED, cv2.LINE_AA)
             else:
                 height = int(radius * self.rng.uniform(0.5, 2))
                 image[y : y + height, x : x + radius] = self.color()
@@ -334,12 +360,14 @@ class Views:
             saturation = self.rng.uniform(0, 3)
             matrix = saturation * matrix + (1 - saturation) * GRAY
         if self.chance(0.2):  # a turn around the gray axis
-            turn, _ = cv2.Rodrigues(np.full(3, self.rng.uniform(-1, 1)))
+            angle = self.rng.uniform(-1, 1)
+            turn, _ = cv2.Rodrigues(np.full(3, angle))
             matrix = turn @ matrix
         if self.chance(0.5):
             contrast = math.exp(self.rng.uniform(-0.7, 0.6))
             matrix = contrast * matrix
-            offset = 128 * (1 - contrast) + self.rng.uniform(-40, 40, 1).repeat(3)
+            brightness = self.rng.uniform(-40, 40)
+            offset = np.full(3, 128 * (1 - contrast) + brightness)
         if self.chance(0.2):
             opacity = self.rng.uniform(0.3, 1)
             matrix = opacity * matrix
@@ -349,15 +377,17 @@ class Views:
     def blur(self, image):
         """Blurred, or in blocks."""
         if self.chance(0.6):
-            return cv2.GaussianBlur(image, (0, 0), self.size / 64 * self.rng.uniform(0.3, 1.6))
+            deviation = self.size / 64 * self.rng.uniform(0.3, 1.6)
+            return cv2.GaussianBlur(image, (0, 0), deviation)
         blocks = int(self.size * self.rng.uniform(0.25, 1))
-        small = cv2.resize(image, (blocks, blocks), interpolation=cv2.INTER_AREA)
+        small = shrink(image, blocks)
         return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
 
     def add_noise(self, image):
         """With grain."""
-        grain = self.rng.normal(size=image.shape) * self.rng.uniform(2, 30)
-        return (image + grain).clip(0, 255).astype(np.uint8)
+        grain = self.rng.normal(size=image.shape)
+        strength = self.rng.uniform(2, 30)
+        return (image + grain * strength).clip(0, 255).astype(np.uint8)
 
     def compress(self, image):
         """After JPEG of a quality of 25 to 90."""

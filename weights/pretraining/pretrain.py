@@ -26,7 +26,6 @@ Started again, it goes on.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -205,19 +204,6 @@ def update_mean(mean_model, model, kept):
             mean.copy_(new_state[name])
 
 
-def keep_memory():
-    """Let glibc keep what is freed: the page faults of each step's large tensors cost a third of
-    its time.
-    """
-    if sys.platform != "linux":
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
-
-
 def load_start(model, args):
     """Load --weight or ImageNet's weights. Raises InputError where they are not of this network."""
     if args.weight:
@@ -268,7 +254,6 @@ def half_precision(state):
 
 def train(args):
     """Train to args.steps, going on from last.pth.tar if it is there."""
-    keep_memory()
     draw_pictures(args.out / "pictures.npy", args.pictures, args.seed)
     pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
     write_stage_images(args.out / "input", pictures)
