@@ -2,6 +2,7 @@
 not interrupted.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 import average
 import edits
+import finish
 import pretrain
 import v98
 
@@ -141,6 +143,25 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(start, one_thread,
     assert lines[0]["args"]["pairs"] == 4
 
 
+def test_a_run_is_not_resumed_with_other_arguments(start, one_thread, tmp_path, capsys):
+    flags = ["--steps", "2", "--weight", str(start)]
+    assert pretrain.main(command(tmp_path / "out", *flags)) == 0
+    assert pretrain.main(command(tmp_path / "out", *flags, "--lr", "0.1")) == 2
+    assert "last.pth.tar: began with --lr 0.0005, not 0.1" in capsys.readouterr().err
+    assert pretrain.main(command(tmp_path / "out", *flags, "--log-every", "1")) == 0
+
+
+def test_batches_do_not_depend_on_the_workers(start, one_thread, tmp_path):
+    flags = ["--steps", "3", "--weight", str(start)]
+    written = []
+    for workers in "0", "1":
+        out = tmp_path / workers
+        assert pretrain.main(command(out, *flags, "--workers", workers)) == 0
+        written.append(v98.read_checkpoint(out / "last.pth.tar")["network"])
+    for name, value in written[0].items():
+        assert torch.equal(value, written[1][name]), name
+
+
 def test_batchnorm_keeps_the_statistics_of_the_start(start, one_thread, tmp_path):
     """In the backbone: the head begins at random."""
     flags = ["--steps", "2", "--weight", str(start)]
@@ -157,10 +178,14 @@ def test_batchnorm_keeps_the_statistics_of_the_start(start, one_thread, tmp_path
     assert kept > 10
 
 
+def write_state(path, state, **content):
+    torch.save({"state_dict": state, "arch": SMALL_ARCH} | content, path)
+
+
 def test_runs_are_averaged(tmp_path):
     for name, value in {"a": 1.0, "b": 2.0}.items():
         state = {"module.weight": torch.full((3,), value).half(), "module.steps": torch.tensor(7)}
-        torch.save({"state_dict": state, "arch": SMALL_ARCH}, tmp_path / name)
+        write_state(tmp_path / name, state)
     assert average.main([str(tmp_path / name) for name in ("mean", "a", "b")]) == 0
     mean = v98.read_checkpoint(tmp_path / "mean")
     assert mean["arch"] == SMALL_ARCH
@@ -171,11 +196,48 @@ def test_runs_are_averaged(tmp_path):
 
 def test_weights_of_another_network_are_not_averaged(tmp_path, capsys):
     for name, size in {"a": 3, "b": 4}.items():
-        torch.save({"state_dict": {"module.weight": torch.ones(size)}}, tmp_path / name)
+        write_state(tmp_path / name, {"module.weight": torch.ones(size)})
     assert average.main([str(tmp_path / name) for name in ("mean", "a", "b")]) == 2
     message = f"{tmp_path / 'b'}: is of another network than {tmp_path / 'a'}"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "mean").exists()
+
+
+def write_stage(path, size):
+    """A stage's checkpoint of a made-up network, all ones."""
+    names = ("backbone.bn.running_mean", "backbone.bn.weight", "bn.running_mean")
+    state = {f"module.{name}": torch.ones(size) for name in names}
+    args = argparse.Namespace(lr=1)
+    write_state(path, state, args=args, epoch=4, optimizer={"lr": 1})
+
+
+def test_finished_weights_have_the_statistics_of_the_start(tmp_path):
+    write_stage(tmp_path / "trained", 3)
+    start = {"module.backbone.bn.running_mean": torch.full((3,), 5.0)}
+    write_state(tmp_path / "start", start)
+    flags = ["--statistics", str(tmp_path / "start")]
+    assert finish.main([str(tmp_path / "trained"), str(tmp_path / "out"), *flags]) == 0
+    finished = v98.read_checkpoint(tmp_path / "out")
+    assert finished.keys() - {"path"} == {"state_dict", "arch", "args", "epoch"}
+    assert finished["epoch"] == 4
+    means = {name: value.mean().item() for name, value in finished["state_dict"].items()}
+    assert means == {
+        "module.backbone.bn.running_mean": 5,
+        "module.backbone.bn.weight": 1,
+        "module.bn.running_mean": 1,
+    }
+    assert {value.dtype for value in finished["state_dict"].values()} == {torch.float16}
+
+
+def test_statistics_of_another_network_are_refused(tmp_path, capsys):
+    write_stage(tmp_path / "trained", 3)
+    write_stage(tmp_path / "start", 4)
+    flags = ["--statistics", str(tmp_path / "start")]
+    assert finish.main([str(tmp_path / "trained"), str(tmp_path / "out"), *flags]) == 2
+    assert f"{tmp_path / 'start'}: has no module.backbone.bn.running_mean of shape (3,)" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_depend_on_number_and_seed():

@@ -1,6 +1,6 @@
 """Average the weights of runs of pretrain.py that began with the same weights.
 
-    python weights/pretraining/average.py small/leg1.pth.tar small/leg1?/start.pth.tar
+    python weights/pretraining/average.py small/leg1.pth.tar small/leg1-?/start.pth.tar
 
 The average of networks that were fine-tuned from one start is often better than each of them (model
 soups, Wortsman et al. 2022), and two runs keep two cores busy.
@@ -32,28 +32,37 @@ def average(states):
     return result
 
 
-@one_line_errors
-def main(argv=None):
-    """Write the average; returns the exit code."""
+def shapes(checkpoint):
+    """The shape of each tensor by its name."""
+    return {name: value.shape for name, value in checkpoint["state_dict"].items()}
+
+
+def parse_args(argv=None):
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("files", nargs="+", metavar="FILE", help="start.pth.tar of a run")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    """Write the average; returns the exit code."""
+    args = parse_args(argv)
     checkpoints = [v98.read_checkpoint(path) for path in args.files]
     for path, checkpoint in zip(args.files, checkpoints, strict=True):
         if shapes(checkpoint) != shapes(checkpoints[0]):
             raise InputError(f"{path}: is of another network than {args.files[0]}")
-    state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
+    content = {
+        "state_dict": average([checkpoint["state_dict"] for checkpoint in checkpoints]),
+        "arch": checkpoints[0]["arch"],
+        "args": argparse.Namespace(files=args.files),
+    }
     with atomic(args.out) as temporary:
-        torch.save(checkpoints[0] | {"state_dict": state}, temporary)
+        torch.save(content, temporary)
     return 0
-
-
-def shapes(checkpoint):
-    """The shape of each tensor by its name."""
-    return {name: value.shape for name, value in checkpoint["state_dict"].items()}
 
 
 if __name__ == "__main__":

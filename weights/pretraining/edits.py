@@ -1,5 +1,5 @@
-"""Views of pictures for contrastive learning: gentle ones, as references are, and hard ones, as
-edited copies are.
+"""Views of pictures for contrastive learning: gentle ones, which resemble references, and hard
+ones, which resemble edited copies. A picture is an image of which both views of a pair are made.
 """
 
 import math
@@ -36,16 +36,16 @@ def around_center(matrix):
     return shift(0.5, 0.5) @ matrix @ shift(-0.5, -0.5)
 
 
-def draw_crop(rng):
-    """Keeps 40% to 100% of each side."""
-    width, height = rng.uniform(0.4, 1, 2)
+def draw_crop(rng, least=0.4):
+    """Keeps `least` to all of each side."""
+    width, height = rng.uniform(least, 1, 2)
     x = rng.uniform(0, 1 - width)
     y = rng.uniform(0, 1 - height)
     return scale(1 / width, 1 / height) @ shift(-x, -y)
 
 
-def draw_part(rng):
-    """Becomes a part: 30% to 100% of each side, in the middle or anywhere."""
+def draw_placement(rng):
+    """Shrinks each side to 30% to 100%, and places the image in the middle or anywhere."""
     width, height = rng.uniform(0.3, 1, 2)
     if rng.uniform() < 0.5:
         return around_center(scale(width, height))
@@ -92,7 +92,7 @@ def draw_mirror(rng):
 
 HOMOGRAPHIES = (
     (draw_crop, 0.4),
-    (draw_part, 0.5),
+    (draw_placement, 0.5),
     (draw_rotation, 0.15),
     (draw_shear, 0.2),
     (draw_perspective, 0.15),
@@ -163,7 +163,7 @@ class Views:
         self.edits = (
             (self.cover, 0.2),
             (self.draw_lines, 0.15),
-            (self.write, 0.2),
+            (self.draw_words, 0.2),
             (self.draw_shapes, 0.15),
             (self.recolor, 0.7),
             (self.blur, 0.2),
@@ -231,21 +231,16 @@ class Views:
                 return image
 
     def gentle(self, image):
-        """The image as a reference is: made smaller, sometimes cropped a little or compressed."""
+        """The image made smaller, sometimes cropped a little or compressed."""
         canvas = np.zeros((self.size, self.size, 3), np.uint8)
         matrix = np.eye(3)
         if self.chance(0.5):
-            width, height = self.rng.uniform(0.8, 1, 2)
-            x = self.rng.uniform(0, 1 - width)
-            y = self.rng.uniform(0, 1 - height)
-            matrix = scale(1 / width, 1 / height) @ shift(-x, -y)
+            matrix = draw_crop(self.rng, least=0.8)
         image = warp(image, matrix, canvas)
         return self.compress(image) if self.chance(0.3) else image
 
     def augmented(self, image):
-        """The image by v98's hard augmentation: so the stages begin with BatchNorm statistics of
-        what they see.
-        """
+        """The image by v98's hard augmentation, which the stages go on with."""
         large = self.size * OVERSAMPLING
         image = cv2.resize(image, (large, large))
         values = self.augment(image).clamp(0, 1) * 255
@@ -253,7 +248,7 @@ class Views:
         return shrink(pixels, self.size)
 
     def edited(self, image):
-        """The image through a homography, on some background, after some edits in random order."""
+        """The image, warped onto a background, then some edits in random order."""
         image = warp(image, draw_homography(self.rng), self.background())
         for index in self.rng.permutation(len(self.edits)):
             edit, probability = self.edits[index]
@@ -322,7 +317,7 @@ class Views:
         opacity = self.rng.uniform(0.4, 1)
         return blend(over, image, opacity)
 
-    def write(self, image):
+    def draw_words(self, image):
         """Words over the image."""
         image = image.copy()
         for _ in range(self.rng.integers(1, 4)):

