@@ -194,6 +194,25 @@ def test_runs_are_averaged(tmp_path):
     assert mean["state_dict"]["module.steps"] == 7
 
 
+def test_a_share_of_the_imagenet_weights(start, tmp_path, monkeypatch):
+    """In the backbone, not in the head."""
+
+    def load_ones(backbone):
+        ones = {name: torch.ones_like(value) for name, value in backbone.state_dict().items()}
+        backbone.load_state_dict(ones)
+
+    monkeypatch.setattr(average, "load_imagenet_weights", load_ones)
+    flags = [str(start), str(start), "--imagenet-share", "0.25"]
+    assert average.main([str(tmp_path / "out"), *flags]) == 0
+    first = v98.read_checkpoint(start)["state_dict"]
+    mixed = v98.read_checkpoint(tmp_path / "out")["state_dict"]
+    for name, value in mixed.items():
+        expected = first[name]
+        if name.startswith("module.backbone.") and value.is_floating_point():
+            expected = 0.75 * expected + 0.25
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_of_another_network_are_not_averaged(tmp_path, capsys):
     for name, size in {"a": 3, "b": 4}.items():
         write_state(tmp_path / name, {"module.weight": torch.ones(size)})
