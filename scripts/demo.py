@@ -29,7 +29,7 @@ from common.commands import run_command
 from common.errors import InputError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCH = "test_byobnet"  # the architecture of weights/, 0.27 million weights
+ARCH = "tf_efficientnet_lite0"  # the architecture of weights/, 3.0 million weights
 START = "weights/start.pth.tar"
 COMMON = f"-a {ARCH} --input-size 96"
 # A small network takes larger steps than the recipe's: those are divided by its number of GPUs.
@@ -41,8 +41,8 @@ STAGES = {
     "start": "v83",  # not trained, only extracted
     "v83": f"v83 {RECIPE} --weight start --lr 0.001 --epochs 1",
     "v86": f"v86 {RECIPE} --weight v83 --lr 0.001 --epochs 1",
-    "v98": f"v98 {RECIPE} --weight v86 --lr 0.01 --epochs 3",
-    "v107": "v107 --batch-size 8 --reference-world-size 1 --weight v98 --lr 0.001 --epochs 2",
+    "v98": f"v98 {RECIPE} --weight v86 --lr 0.002 --epochs 1",
+    "v107": "v107 --batch-size 8 --reference-world-size 1 --weight v98 --lr 0.001 --epochs 1",
 }
 SUBTRACTED = ("v98", "v107")  # stages that are scored after negative embedding subtraction too
 HASHES = {"dhash": "dHash, 256 bits", "phash": "pHash, 256 bits"}

@@ -494,7 +494,7 @@ def test_the_threshold_is_in_the_file(checkpoint, tmp_path):
         (["--precision", "fp16"], export.SMALL_THRESHOLDS),
         (["--threshold", "0.8"], {"threshold": 0.8}),
         (["--normalized-threshold-of-views", "0.3"], {"normalized_threshold_of_views": 0.3}),
-        (["--input-size", "128"], {}),
+        (["--input-size", "96"], {}),
         (["--gem-eval-p", "3"], {}),
     ],
 )

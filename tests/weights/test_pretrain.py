@@ -222,41 +222,69 @@ def test_weights_of_another_network_are_not_averaged(tmp_path, capsys):
     assert not (tmp_path / "mean").exists()
 
 
-def write_stage(path, size):
-    """A stage's checkpoint of a made-up network, all ones."""
-    names = ("backbone.bn.running_mean", "backbone.bn.weight", "bn.running_mean")
-    state = {f"module.{name}": torch.ones(size) for name in names}
-    args = argparse.Namespace(lr=1)
-    write_state(path, state, args=args, epoch=4, optimizer={"lr": 1})
+@pytest.fixture
+def trained(start, tmp_path):
+    """Weights as of a stage's training: of the same network, others than `start`."""
+    checkpoint = v98.read_checkpoint(start)
+    state = {
+        name: value * 1.01 if value.is_floating_point() else value
+        for name, value in checkpoint["state_dict"].items()
+    }
+    path = tmp_path / "trained.pth.tar"
+    write_state(path, state, args=argparse.Namespace(lr=1), epoch=4, optimizer={"lr": 1})
+    return path
 
 
-def test_finished_weights_have_the_statistics_of_the_start(tmp_path):
-    write_stage(tmp_path / "trained", 3)
-    start = {"module.backbone.bn.running_mean": torch.full((3,), 5.0)}
-    write_state(tmp_path / "start", start)
-    flags = ["--statistics", str(tmp_path / "start")]
-    assert finish.main([str(tmp_path / "trained"), str(tmp_path / "out"), *flags]) == 0
+@pytest.fixture
+def finish_command(trained, tmp_path, monkeypatch):
+    """A command of finish.py on eight images, in two batches."""
+    monkeypatch.setattr(finish, "BATCH", 4)
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(images / f"{number}.png")
+    flags = ["--images", str(images), "--input-size", "48"]
+    return [str(trained), str(tmp_path / "out"), *flags]
+
+
+def test_finished_weights_have_statistics_of_plain_images(finish_command, start, trained, tmp_path):
+    """The backbone those of --statistics, the head new ones: its outputs have mean 0."""
+    assert finish.main([*finish_command, "--statistics", str(start)]) == 0
     finished = v98.read_checkpoint(tmp_path / "out")
     assert finished.keys() - {"path"} == {"state_dict", "arch", "args", "epoch"}
-    assert finished["epoch"] == 4
-    means = {name: value.mean().item() for name, value in finished["state_dict"].items()}
-    assert means == {
-        "module.backbone.bn.running_mean": 5,
-        "module.backbone.bn.weight": 1,
-        "module.bn.running_mean": 1,
-    }
-    assert {value.dtype for value in finished["state_dict"].values()} == {torch.float16}
+    first = v98.read_checkpoint(start)["state_dict"]
+    before = v98.read_checkpoint(trained)["state_dict"]
+    for name, value in finished["state_dict"].items():
+        if value.is_floating_point():
+            assert value.dtype == torch.float16
+        if not name.startswith("module.bn."):
+            source = first if "running_" in name else before
+            torch.testing.assert_close(value.float(), source[name].half().float(), msg=name)
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()
+    v98.load_weights(model, finished, "out")
+    config = model.backbone.default_cfg
+    transform = v98.evaluation_transform(48, config["mean"], config["std"])
+    images = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
+    outputs = []
+    model.bn.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(torch.stack([transform(image) for image in images]))
+    means = outputs[0].mean(dim=0) - model.bn.bias
+    assert means.abs().max() < 0.1
 
 
-def test_statistics_of_another_network_are_refused(tmp_path, capsys):
-    write_stage(tmp_path / "trained", 3)
-    write_stage(tmp_path / "start", 4)
-    flags = ["--statistics", str(tmp_path / "start")]
-    assert finish.main([str(tmp_path / "trained"), str(tmp_path / "out"), *flags]) == 2
-    assert f"{tmp_path / 'start'}: has no module.backbone.bn.running_mean of shape (3,)" in (
-        capsys.readouterr().err
-    )
+def test_statistics_of_another_network_are_refused(finish_command, tmp_path, capsys):
+    write_state(tmp_path / "other", {"module.weight": torch.ones(3)})
+    assert finish.main([*finish_command, "--statistics", str(tmp_path / "other")]) == 2
+    assert f"{tmp_path / 'other'}: has no module.backbone." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_images_are_refused(finish_command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finish, "BATCH", 9)
+    assert finish.main(finish_command) == 2
+    assert "images: has 8 images; give 9 or more" in capsys.readouterr().err
 
 
 def test_pictures_depend_on_number_and_seed():

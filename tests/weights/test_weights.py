@@ -13,35 +13,41 @@ import onnxruntime
 import pytest
 import torch
 
+import average
 import export
+import finish
+import pretrain
 import v98
 from conftest import ROOT
 
 WEIGHTS = ROOT / "weights"
 NAMES = ["start", "v98", "v107"]
+STAGES = ("v83", "v86", "v98", "v107")
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """[(script, its module, its arguments)] of make.sh, and its last command. A stand-in for
-    `python` notes the commands and runs none.
+    """The commands of make.sh as [(module, its arguments)]. A stand-in for `python` notes them and
+    runs none.
     """
     folder = tmp_path_factory.mktemp("weights")
-    python, noted = folder / "python", folder / "noted"
-    python.write_text(
-        f'#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done >> {noted}\necho >> {noted}\n'
-    )
+    python = folder / "python"
+    noted = folder / "noted"
+    python.write_text(f'#!/bin/sh\n(IFS="\t"; echo "$*") >> {noted}\n')
     python.chmod(0o755)
+    for run in "leg1-0", "leg1-1", "leg2-2", "leg2-3", *(f"{stage}/train" for stage in STAGES):
+        (folder / "small" / run).mkdir(parents=True)
+        (folder / "small" / run / "log.jsonl").touch()
     environment = {"PATH": f"{folder}:/usr/bin:/bin"}
     subprocess.run(
-        ["bash", WEIGHTS / "make.sh", folder / "mini"], env=environment, check=True, timeout=60
+        ["bash", WEIGHTS / "make.sh", folder / "small"], env=environment, check=True, timeout=60
     )
-    lines = [
-        line.split("\t")[:-1] for line in noted.read_text().replace(f"{folder}/", "").splitlines()
-    ]
-    return [
-        (script, importlib.import_module(Path(script).stem), flags) for script, *flags in lines[:-1]
-    ], lines[-1]
+    result = []
+    for line in noted.read_text().replace(f"{folder}/", "").splitlines():
+        script, *flags = line.split("\t")
+        module = importlib.import_module(Path(script).stem)
+        result.append((module, module.parse_args(flags)))
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,17 +61,6 @@ def test_weights_load_and_are_small(name):
     )
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert path.stat().st_size <= 8e6
-
-
-def test_each_leg_of_the_larger_network_loads_and_is_small():
-    paths = sorted((WEIGHTS / "lite0").glob("*.pth.tar"))
-    assert paths
-    for path in paths:
-        checkpoint = v98.read_checkpoint(path)
-        model = v98.create_model(checkpoint["arch"], 1.0, 1.0, torch.device("cpu"))
-        v98.load_weights(model, checkpoint, path)
-        assert all(value.isfinite().all() for value in model.state_dict().values())
-        assert path.stat().st_size <= 8e6
 
 
 @pytest.fixture(scope="module")
@@ -108,52 +103,72 @@ def test_the_onnx_file_is_that_of_export(exported_again):
         assert committed.read_bytes() == exported_again.read_bytes()
 
 
-def test_make_starts_each_stage_from_the_one_before(commands):
-    runs, (dash, *files) = commands
-    assert [script for script, *_ in runs] == [
-        "weights/pretraining/pretrain_mini.py",
-        *(f"exp/{stage}.py" for stage in ("v83", "v86", "v98")),
-        "scripts/make_dataset.py",
-        "exp/v107.py",
-    ]
-    written = "mini/start.pth.tar"
-    for script, module, flags in runs:
-        args = module.parse_args(flags)
-        if script.startswith("exp/"):
-            assert args.weight == written
-            written = f"{args.output}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
-    assert dash == "-"
-    assert files[1::2] == ["mini/v98.pth.tar", "mini/v107.pth.tar"]
-    assert files[2] == written and files[0].startswith("mini/v98/train/")
+def inputs_and_output(module, args):
+    """The weights that a command of make.sh reads, and the file that it writes."""
+    if module is pretrain:
+        return [args.weight] if args.weight else [], f"{args.out}/start.pth.tar"
+    if module is average:
+        return args.files, str(args.out)
+    if module is finish:
+        inputs = [args.checkpoint, args.statistics]
+        return [file for file in inputs if file], str(args.out)
+    return [args.weight], f"{args.output}/train/checkpoint_{args.epochs - 1:04}.pth.tar"
 
 
-def test_the_logs_are_of_these_commands(commands):
-    logged = {}
+def test_make_starts_each_command_from_what_one_before_wrote(commands):
+    names = [module.__name__ for module, _ in commands]
+    leg = ["pretrain", "pretrain", "average"]
+    stages = ["v83", "v86", "v98", "make_dataset", "v107"]
+    assert names == [*leg, *leg, "finish", *stages, "finish", "finish"]
+    written = []
+    for module, args in commands:
+        if module.__name__ == "make_dataset":
+            continue
+        inputs, output = inputs_and_output(module, args)
+        assert set(inputs) <= set(written)
+        if module.__name__ in STAGES:
+            assert inputs == written[-1:]
+        written.append(output)
+    assert {f"small/{name}.pth.tar" for name in NAMES} <= set(written)
+
+
+# Flags that may differ from the log's: paths, and what does not change the weights.
+FREE = {"out", "output", "data", "weight", "resume", *pretrain.FREE_ARGUMENTS}
+
+
+def run_name(args):
+    """The last part of a run's folder, from the dict of its arguments."""
+    return Path(args.get("out") or args["output"]).name
+
+
+def logged_runs():
+    """{name: the arguments in the logs}; of a run that was resumed, the last."""
+    runs = {}
     for name in NAMES:
         for line in map(json.loads, (WEIGHTS / f"{name}.jsonl").read_text().splitlines()):
             if "args" in line:
-                logged[line.get("stage", "pretrain_mini")] = line[
-                    "args"
-                ]  # of a run that was resumed, the last
-    for _, module, flags in commands[0]:
-        if module.__name__ == "make_dataset":
-            continue
-        args = vars(module.parse_args(flags))
-        known = (
-            vars(module.parse_args(["DATA"])) | logged[module.__name__]
-        )  # flags added since had their defaults
-        for values in args, known:
-            values |= {name: Path(values[name]) for name in ("out", "data") if name in values}
-        removed = {"exact", "tensorboard"}  # flags that the stages no longer have
-        assert not any(known.get(name) for name in removed)
-        different = {
-            name
-            for name in (args.keys() | known.keys()) - removed
-            if args.get(name) != known.get(name)
-        }
-        assert different <= {"resume", "workers"}, {
-            name: (args.get(name), known.get(name)) for name in different
-        }
+                runs[run_name(line["args"])] = line["args"]
+    return runs
+
+
+def test_the_logs_are_of_these_commands(commands):
+    trained = [vars(args) for module, args in commands if hasattr(args, "lr")]
+    logged = logged_runs()
+    assert {run_name(args) for args in trained} == logged.keys()
+    for args in trained:
+        known = logged[run_name(args)]
+        names = (args.keys() | known.keys()) - FREE
+        values = {name: (args.get(name), known.get(name)) for name in names}
+        assert {name: pair for name, pair in values.items() if pair[0] != pair[1]} == {}
+
+
+def test_shipped_weights_have_the_statistics_of_the_start():
+    start = v98.read_checkpoint(WEIGHTS / "start.pth.tar")["state_dict"]
+    for name in "v98", "v107":
+        state = v98.read_checkpoint(WEIGHTS / f"{name}.pth.tar")["state_dict"]
+        kept = {key for key in state if "running_" in key and torch.equal(state[key], start[key])}
+        backbone = {key for key in state if "running_" in key and "backbone" in key}
+        assert kept == backbone
 
 
 def test_make_needs_a_folder():
