@@ -12,21 +12,20 @@ export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # leave no run behind
 
-# Two runs side by side: pretrain NAME SEED SEED FLAG ...
+# Two runs side by side: pretrain NAME SEED SEED [FLAG ...]
 pretrain() {
     local name=$1 one=$2 other=$3
     shift 3
-    local flags=(--input-size 128 --checkpoint-every 50 "$@")
-    python weights/pretraining/pretrain.py "$name-$one" --seed "$one" "${flags[@]}" &
+    python weights/pretraining/pretrain.py "$name-$one" --seed "$one" "$@" &
     local first=$!
-    python weights/pretraining/pretrain.py "$name-$other" --seed "$other" "${flags[@]}" &
+    python weights/pretraining/pretrain.py "$name-$other" --seed "$other" "$@" &
     local second=$!
     wait $first
     wait $second
 }
 average() { python weights/pretraining/average.py "$@"; }
 
-pretrain "$OUT/leg1" 0 1 --steps 700
+pretrain "$OUT/leg1" 0 1
 average "$OUT/leg1.pth.tar" "$OUT"/leg1-{0,1}/start.pth.tar
 pretrain "$OUT/leg2" 2 3 --steps 450 --weight "$OUT/leg1.pth.tar"
 average "$OUT/average.pth.tar" "$OUT"/leg1-{0,1}/start.pth.tar "$OUT"/leg2-{2,3}/start.pth.tar --imagenet-share 0.2

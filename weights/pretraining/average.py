@@ -24,7 +24,7 @@ from pretrain import load_imagenet_weights
 
 
 def average(states):
-    """The mean of state_dicts of one network, in half precision as they are."""
+    """The mean of state_dicts of one network, in the precision of the first."""
     result = {}
     for name, first in states[0].items():
         values = [state[name] for state in states]

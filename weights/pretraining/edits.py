@@ -55,7 +55,7 @@ def draw_placement(rng):
 
 
 def draw_rotation(rng):
-    """Turns a little, by right angles or anyhow."""
+    """Turns by any angle, most often a small one."""
     a_little = rng.uniform(-0.4, 0.4)
     right_angles = rng.choice([0.5, 1, 1.5]) * math.pi
     any_angle = rng.uniform(0, math.tau)
@@ -370,7 +370,7 @@ class Views:
         return cv2.transform(image, np.column_stack([matrix, offset]))
 
     def blur(self, image):
-        """Blurred, or in blocks."""
+        """Gaussian blur, or pixelization."""
         if self.chance(0.6):
             deviation = self.size / 64 * self.rng.uniform(0.3, 1.6)
             return cv2.GaussianBlur(image, (0, 0), deviation)
@@ -379,7 +379,7 @@ class Views:
         return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
 
     def add_noise(self, image):
-        """With grain."""
+        """Gaussian noise."""
         grain = self.rng.normal(size=image.shape)
         strength = self.rng.uniform(2, 30)
         return (image + grain * strength).clip(0, 255).astype(np.uint8)

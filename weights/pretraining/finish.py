@@ -5,10 +5,10 @@ precision, without what only training needs.
         small/v98.pth.tar --statistics small/start.pth.tar \\
         --images small/leg1-0/input/training_images
 
-Training leaves BatchNorm with the statistics of hard views, and averaged weights with those of no
-network at all; extraction sees plain images. A network of 52 million weights hardly minds; a small
-one does. So the backbone gets the statistics of --statistics, which are ImageNet's, and those of
-the head, which ImageNet does not have, are computed again on the plain --images.
+A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. A
+network of 52 million weights hardly minds; a small one does. So the backbone gets the statistics of
+--statistics, if given: those of the start, which are ImageNet's. The head's are computed again on
+the plain --images: also for averaged weights, whose statistics were computed for none of them.
 """
 
 import argparse

