@@ -63,6 +63,13 @@ def test_weights_load_and_are_small(name):
     assert path.stat().st_size <= 8e6
 
 
+def test_the_files_are_small_together():
+    sizes = [path.stat().st_size for path in WEIGHTS.iterdir() if path.suffix in (".tar", ".onnx")]
+    assert len(sizes) == 4
+    assert max(sizes) <= 8e6
+    assert sum(sizes) <= 25 * 2**20
+
+
 @pytest.fixture(scope="module")
 def exported_again(tmp_path_factory):
     """v98.pth.tar, exported as weights/README.md says."""
