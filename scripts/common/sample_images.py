@@ -92,17 +92,25 @@ def embedded_tiles(size):
     Raises InputError where a package that holds photographs is not installed.
     """
     tiles = []
+    for package, name, path in embedded_paths():
+        image = open_embedded(path, size)
+        for box in grid(image, size):
+            x, y = box[:2]
+            if image.crop(box).convert("L").entropy() >= MIN_ENTROPY:
+                tiles.append(SourceImage(f"{package}/{name}@{x},{y}", path, box))
+    return tiles
+
+
+def embedded_paths():
+    """Yields the package, the file name and the path of each embedded photograph.
+
+    Raises InputError where a package is not installed.
+    """
     for folder, names in EMBEDDED_PHOTOGRAPHS.items():
         package = folder.split("/")[0]
         site_packages = find_site_packages(package)
         for name in names:
-            path = site_packages / folder / name
-            image = open_embedded(path, size)
-            for box in grid(image, size):
-                x, y = box[:2]
-                if image.crop(box).convert("L").entropy() >= MIN_ENTROPY:
-                    tiles.append(SourceImage(f"{package}/{name}@{x},{y}", path, box))
-    return tiles
+            yield package, name, site_packages / folder / name
 
 
 def find_site_packages(package):

@@ -50,10 +50,9 @@ from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.parallel import parallel
 from common.sample_images import (
-    EMBEDDED_PHOTOGRAPHS,
     MIN_ENTROPY,
     dead_leaves,
-    find_site_packages,
+    embedded_paths,
     generator,
     open_photograph,
 )
@@ -74,17 +73,13 @@ STAGE_IMAGES = {"training_images": 2000, "reference_images": 1000}
 @functools.cache
 def embedded_photographs():
     """The photographs inside the wheels of scikit-image and scikit-learn, as RGB images."""
-    return [
-        open_photograph(find_site_packages(folder.split("/")[0]) / folder / name, PHOTOGRAPH_SIDE)
-        for folder, names in EMBEDDED_PHOTOGRAPHS.items()
-        for name in names
-    ]
+    return [open_photograph(path, PHOTOGRAPH_SIDE) for _, _, path in embedded_paths()]
 
 
 def draw_photograph(rng):
     """A part of an embedded photograph, stretched a little, that is not almost plain."""
+    photographs = embedded_photographs()
     while True:
-        photographs = embedded_photographs()
         photograph = photographs[rng.integers(len(photographs))]
         side = min(photograph.size) * rng.uniform(0.12, 1)
         width, height = np.minimum(photograph.size, side * np.exp(rng.uniform(-0.2, 0.2, 2)))
