@@ -9,12 +9,10 @@ import numpy as np
 
 import v98
 
-CHARACTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .,!?&%-")
-FONTS = 8  # of OpenCV
 GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # a color matrix that takes the luminance
 UNIT_CORNERS = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
 LEAST_CONTRAST = 8  # standard deviation of the gray values of a content, of 255
-AUGMENTED_BY_V98 = 0.35  # share of the hard views
+AUGMENTED_BY_V98 = 0.5  # share of the hard views
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
 
 
@@ -161,13 +159,8 @@ class Views:
         large = size * OVERSAMPLING
         self.augment = v98.hard_augmentation(large, black, unit, overlay_paths)
         self.edits = (
-            (self.cover, 0.2),
             (self.draw_lines, 0.15),
-            (self.draw_words, 0.2),
-            (self.draw_shapes, 0.15),
             (self.recolor, 0.7),
-            (self.blur, 0.2),
-            (self.add_noise, 0.15),
             (self.compress, 0.4),
         )
 
@@ -287,18 +280,6 @@ class Views:
             canvas = warp(self.picture(), shift(*corner) @ scale(*sides), canvas)
         return canvas
 
-    def cover(self, image):
-        """Another picture over a part of the image, or faint over all of it."""
-        if self.chance(0.25):
-            opacity = self.rng.uniform(0.1, 0.45)
-            return blend(self.small_picture(), image, opacity)
-        width, height = self.rng.uniform(0.15, 0.65, 2)
-        corner = self.rng.uniform(-0.1, 0.8, 2)
-        place = shift(*corner) @ scale(width, height)
-        over = warp(self.picture(), place, image.copy())
-        opacity = self.rng.uniform(0.4, 1)
-        return blend(over, image, opacity)
-
     def draw_lines(self, image):
         """Parallel lines over the image, more or less opaque."""
         angle = self.rng.uniform(0, math.pi)
@@ -317,45 +298,19 @@ class Views:
         opacity = self.rng.uniform(0.4, 1)
         return blend(over, image, opacity)
 
-    def draw_words(self, image):
-        """Words over the image."""
-        image = image.copy()
-        for _ in range(self.rng.integers(1, 4)):
-            length = self.rng.integers(1, 14)
-            word = "".join(self.rng.choice(CHARACTERS, length))
-            left = int(self.rng.uniform(-0.1, 0.8) * self.size)
-            bottom = int(self.rng.uniform(0.1, 1) * self.size)
-            place = (left, bottom)
-            height = self.size / 100 * math.exp(self.rng.uniform(-0.5, 0.9))
-            font = int(self.rng.integers(FONTS))
-            thickness = int(self.rng.integers(1, 3))
-            color = self.color()
-            cv2.putText(image, word, place, font, height, color, thickness, cv2.LINE_AA)
-        return image
-
-    def draw_shapes(self, image):
-        """Discs and boxes over the image."""
-        image = image.copy()
-        for _ in range(self.rng.integers(1, 4)):
-            x, y = self.rng.integers(0, self.size, 2).tolist()
-            radius = int(self.rng.uniform(0.03, 0.2) * self.size) + 1
-            if self.chance(0.5):
-                center = (x, y)
-                cv2.circle(image, center, radius, self.color(), cv2.FILLED, cv2.LINE_AA)
-            else:
-                height = int(radius * self.rng.uniform(0.5, 2))
-                image[y : y + height, x : x + radius] = self.color()
-        return image
-
     def recolor(self, image):
-        """Other saturation, hue, contrast, brightness, or fog, each by chance."""
+        """Two colors, or other saturation, hue, contrast, brightness and fog, each by chance."""
+        if self.chance(0.15):
+            dark, light = self.rng.uniform(0, 255, (2, 3))
+            matrix = (light - dark)[:, None] / 255 * GRAY
+            return cv2.transform(image, np.column_stack([matrix, dark]))
         matrix = np.eye(3)
         offset = np.zeros(3)
         if self.chance(0.5):
             saturation = self.rng.uniform(0, 3)
             matrix = saturation * matrix + (1 - saturation) * GRAY
         if self.chance(0.2):  # a turn around the gray axis
-            angle = self.rng.uniform(-1, 1)
+            angle = self.rng.uniform(-math.pi, math.pi)
             turn, _ = cv2.Rodrigues(np.full(3, angle))
             matrix = turn @ matrix
         if self.chance(0.5):
@@ -368,21 +323,6 @@ class Views:
             matrix = opacity * matrix
             offset = opacity * offset + (1 - opacity) * np.array(self.color())
         return cv2.transform(image, np.column_stack([matrix, offset]))
-
-    def blur(self, image):
-        """Gaussian blur, or pixelization."""
-        if self.chance(0.6):
-            deviation = self.size / 64 * self.rng.uniform(0.3, 1.6)
-            return cv2.GaussianBlur(image, (0, 0), deviation)
-        blocks = int(self.size * self.rng.uniform(0.25, 1))
-        small = shrink(image, blocks)
-        return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
-
-    def add_noise(self, image):
-        """Gaussian noise."""
-        grain = self.rng.normal(size=image.shape)
-        strength = self.rng.uniform(2, 30)
-        return (image + grain * strength).clip(0, 255).astype(np.uint8)
 
     def compress(self, image):
         """After JPEG of a quality of 25 to 90."""

@@ -6,8 +6,10 @@ weights/make.sh has the commands.
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
 which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
-other views of the batch are negatives. The weights kept are the running mean over the last few
-hundred steps.
+other views of the batch are negatives. A second loss keeps the features of gentle views near those
+of the first weights, so that training on few photographs forgets less of what ImageNet taught
+(learning without forgetting, Li and Hoiem 2016). The weights kept are the running mean over the
+last few hundred steps.
 
 The pictures are dead leaves and parts of the photographs inside the wheels of scikit-image and
 scikit-learn, together or alone. The backbone's BatchNorm keeps ImageNet's statistics: those of such
@@ -25,6 +27,7 @@ Started again, it resumes.
 """
 
 import argparse
+import copy
 import functools
 import json
 import sys
@@ -190,6 +193,23 @@ def info_nce(descriptors, temperature):
     return F.cross_entropy(similarity, partner), found.float().mean()
 
 
+def forward(model, images):
+    """Images (n, 3, h, w) -> the pooled features (n, channels) and the descriptors (n, d)."""
+    features = v98.gem(model.backbone(images)[-1], model.p)
+    descriptors = F.normalize(model.bn(model.fc(features)))
+    return features, descriptors
+
+
+def distillation(features, teacher, images):
+    """How far features (n, channels) are from those of the teacher, a backbone, of the images.
+
+    Returns the mean of 1 - cosine.
+    """
+    with torch.no_grad():
+        target = v98.gem(teacher(images)[-1], 1.0)
+    return 1 - F.cosine_similarity(features, target).mean()
+
+
 @torch.no_grad()
 def update_mean(mean_model, model, kept):
     """Move the mean model's weights and statistics towards the model's."""
@@ -267,13 +287,13 @@ def train(args):
     model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd)
+    load_first_weights(model, args)
+    teacher = copy.deepcopy(model.backbone).eval()
+    mean_model.load_state_dict(model.state_dict())
     last = args.out / "last.pth.tar"
     first_step = 0
     if last.exists():
         first_step = resume(last, model, mean_model, optimizer, args)
-    else:
-        load_first_weights(model, args)
-        mean_model.load_state_dict(model.state_dict())
     if first_step == args.steps and (args.out / "start.pth.tar").exists():
         return
 
@@ -304,19 +324,31 @@ def train(args):
         started = time.time()
         for step, views in enumerate(steps, first_step):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            loss, found = info_nce(model(preprocess(views)), args.temperature)
+            images = preprocess(views)
+            features, descriptors = forward(model, images)
+            contrastive_loss, found = info_nce(descriptors, args.temperature)
+            gentle = slice(0, args.pairs)
+            teacher_loss = distillation(features[gentle], teacher, images[gentle])
+            loss = contrastive_loss + args.distillation * teacher_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             # At first it keeps less, so that the initial weights do not stay in the mean.
             update_mean(mean_model, model, min(args.ema, (step + 1) / (step + 10)))
-            sums.append((loss.item(), found.item()))
+            sums.append((contrastive_loss.item(), teacher_loss.item(), found.item()))
             done = step + 1
             if done % args.log_every == 0 or done == args.steps:
-                mean_loss, mean_found = np.mean(sums, axis=0).tolist()
+                mean_loss, mean_teacher_loss, mean_found = np.mean(sums, axis=0).tolist()
                 speed = 2 * args.pairs * len(sums) / (time.time() - started)
-                line = {"step": done, "loss": mean_loss, "found": mean_found}
-                write_line(line | {"lr": learning_rate(step, args), "images_per_second": speed})
+                line = {
+                    "step": done,
+                    "loss": mean_loss,
+                    "teacher_loss": mean_teacher_loss,
+                    "found": mean_found,
+                    "lr": learning_rate(step, args),
+                    "images_per_second": speed,
+                }
+                write_line(line)
                 sums = []
                 started = time.time()
             if done % args.checkpoint_every == 0 or done == args.steps:
@@ -354,7 +386,7 @@ def parse_args(argv=None):
     add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
     add("--pictures", type=positive, default=10000, help="how many are drawn (default: 10000)")
     add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=700, help="of training (default: 700)")
+    add("--steps", type=positive, default=900, help="of training (default: 900)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
     add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
     add(
@@ -362,6 +394,12 @@ def parse_args(argv=None):
         type=between(float, 0.01, 1),
         default=0.07,
         help="of the loss (default: %(default)s)",
+    )
+    add(
+        "--distillation",
+        type=at_least(float, 0),
+        default=1.0,
+        help="weight of the loss that keeps the features (default: %(default)s)",
     )
     add(
         "--warmup",
