@@ -108,6 +108,11 @@ def draw_homography(rng):
     return matrix
 
 
+def shrink(image, side):
+    """The image in `side` x `side` pixels, without aliasing."""
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+
+
 def warp(image, matrix, canvas):
     """Draw the image through a homography of the unit square onto the canvas.
 
@@ -132,17 +137,7 @@ def warp(image, matrix, canvas):
     )
 
 
-# ---- edits ----
-
-
-def shrink(image, side):
-    """The image in `side` x `side` pixels, without aliasing."""
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-
-
-def blend(over, image, opacity):
-    """An image of the same size over another one."""
-    return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
+# ---- views ----
 
 
 class Views:
@@ -188,10 +183,6 @@ class Views:
     def picture(self):
         """One of the pictures."""
         return self.pictures[self.rng.integers(len(self.pictures))]
-
-    def small_picture(self):
-        """One of the pictures, in the size of a view."""
-        return shrink(self.picture(), self.size)
 
     def color(self):
         """Three ints; often black or white."""
@@ -253,7 +244,7 @@ class Views:
         """What an image is put on: a color, a screen or another picture."""
         kind = self.rng.choice(["color", "screen", "picture"], p=[0.45, 0.3, 0.25])
         if kind == "picture":
-            return self.small_picture()
+            return shrink(self.picture(), self.size)
         canvas = np.empty((self.size, self.size, 3), np.uint8)
         canvas[:] = self.color()
         return self.draw_screen(canvas) if kind == "screen" else canvas
@@ -296,7 +287,7 @@ class Views:
             end = (middle + reach).astype(int).tolist()
             cv2.line(over, start, end, color, width, cv2.LINE_AA)
         opacity = self.rng.uniform(0.4, 1)
-        return blend(over, image, opacity)
+        return cv2.addWeighted(over, opacity, image, 1 - opacity, 0)
 
     def recolor(self, image):
         """Two colors, or other saturation, hue, contrast and brightness, fog, each by chance."""

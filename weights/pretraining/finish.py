@@ -32,7 +32,13 @@ import v98
 from common.cli import at_least, between
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from pretrain import IMAGENET_ARCH, half_precision, load_imagenet_weights, stage_state
+from pretrain import (
+    IMAGENET_ARCH,
+    half_precision,
+    load_imagenet_weights,
+    move_weights,
+    stage_state,
+)
 
 KEPT = ("arch", "args", "epoch")  # of a single checkpoint, beside the weights
 BATCH = 100  # images
@@ -65,7 +71,6 @@ def average(states):
     return result
 
 
-@torch.no_grad()
 def move_towards_imagenet(backbone, arch, share):
     """Move the backbone's weights and statistics towards ImageNet's by this share of the way.
 
@@ -75,10 +80,7 @@ def move_towards_imagenet(backbone, arch, share):
         raise InputError(f"{arch}: has no ImageNet weights here; leave out --imagenet-share")
     imagenet = v98.create_model(arch, 1.0, 1.0, torch.device("cpu")).backbone
     load_imagenet_weights(imagenet)
-    target = imagenet.state_dict()
-    for name, value in backbone.state_dict().items():
-        if value.is_floating_point():
-            value.lerp_(target[name], share)
+    move_weights(backbone, imagenet, share)
 
 
 def statistics_of(checkpoint, path, like):
@@ -166,7 +168,7 @@ def main(argv=None):
     estimate_head_statistics(model, paths, args.input_size)
     content = {name: first[name] for name in KEPT if name in first}
     if len(checkpoints) > 1:
-        content["args"] = argparse.Namespace(**{**vars(args), "out": str(args.out)})
+        content["args"] = argparse.Namespace(**(vars(args) | {"out": str(args.out)}))
     content["state_dict"] = half_precision(stage_state(model))
     with atomic(args.out) as temporary:
         torch.save(content, temporary)

@@ -211,14 +211,14 @@ def distillation(features, teacher, images):
 
 
 @torch.no_grad()
-def update_mean(mean_model, model, kept):
-    """Move the mean model's weights and statistics towards the model's."""
-    new_state = model.state_dict()
-    for name, mean in mean_model.state_dict().items():
-        if mean.is_floating_point():
-            mean.lerp_(new_state[name], 1 - kept)
+def move_weights(model, target, share):
+    """Move a model's weights and statistics towards the target's by this share of the way."""
+    target_state = target.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(target_state[name], share)
         else:
-            mean.copy_(new_state[name])
+            value.copy_(target_state[name])
 
 
 def load_first_weights(model, args):
@@ -334,7 +334,8 @@ def train(args):
             loss.backward()
             optimizer.step()
             # At first it keeps less, so that the initial weights do not stay in the mean.
-            update_mean(mean_model, model, min(args.ema, (step + 1) / (step + 10)))
+            kept = min(args.ema, (step + 1) / (step + 10))
+            move_weights(mean_model, model, 1 - kept)
             sums.append((contrastive_loss.item(), teacher_loss.item(), found.item()))
             done = step + 1
             if done % args.log_every == 0 or done == args.steps:
