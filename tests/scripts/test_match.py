@@ -1149,7 +1149,7 @@ def test_negatives_are_subtracted(folder, do, tmp_path, network_file):
             ["images", "--onnx", "odd.onnx"],
             "odd.onnx: is not an ONNX file of export.py (ValueError: cosine threshold 7)",
         ),
-        (["images", "--input-size", "64"], "v98.onnx: takes 128 pixels only"),
+        (["images", "--input-size", "64"], "v98.onnx: takes 160 pixels only"),
         (
             ["images", "--onnx", "small.onnx", "--input-size", "64"],
             "small.onnx: takes 32 pixels only",

