@@ -1,7 +1,8 @@
 #!/bin/bash
-# Makes the files of weights/ from an earlier start, in an hour on two CPU cores:
+# Makes the checkpoints and logs of weights/ from an earlier start, in an hour on two CPU cores:
 # weights/make.sh FOLDER
 # Needs the history of this repository. Started again, it resumes; after a change in this file, give a new FOLDER.
+# Copy the files to weights/ afterwards, and export v98.onnx: python scripts/export.py weights/v98.onnx
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
 mkdir -p "$1"
@@ -12,27 +13,29 @@ export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # leave no run behind
 
-both() {  # runs a function for 0 and 1 side by side, one on each core
+both() {  # runs a function for 0 and 1 side by side, one on each core; ends when one fails
     "$1" 0 &
-    local first=$!
     "$1" 1 &
-    wait $!
-    wait $first
+    wait -n
+    wait -n
 }
 
-pictures() { python weights/pretraining/pictures.py "$OUT/pictures-$1" --seed "$1"; }
+# With exec, killing the background job kills Python.
+pictures() { exec python weights/pretraining/pictures.py "$OUT/pictures-$1" --seed "$1"; }
 both pictures
 IMAGES=$OUT/pictures-0/input/training_images/
-finish() { python weights/pretraining/finish.py "$@" --images "$IMAGES"; }
+finish() {  # OUT CHECKPOINT...
+    [ -e "$1" ] || python weights/pretraining/finish.py "$@" --images "$IMAGES"
+}
 
-# The first legs: the start of an earlier commit, with a new head. Its weights/make.sh made it from ImageNet weights.
+# The start of an earlier commit, whose weights/make.sh made it from ImageNet weights, gets a new head.
 git show 577fbc5:weights/start.pth.tar > "$OUT/before.pth.tar" || {
     echo "make.sh: error: commit 577fbc5 is not here; clone the repository with its history" >&2
     exit 2
 }
-finish "$OUT/leg1.pth.tar" "$OUT/before.pth.tar" --new-head
+finish "$OUT/leg1.pth.tar" "$OUT/before.pth.tar" --new-head --input-size 128
 
-pretrain() { python weights/pretraining/pretrain.py "$OUT/pretrain-$1" "$OUT/pictures-$1" --seed "$1" --weight "$OUT/leg1.pth.tar"; }
+pretrain() { exec python weights/pretraining/pretrain.py "$OUT/pretrain-$1" "$OUT/pictures-$1" --seed "$1" --weight "$OUT/leg1.pth.tar"; }
 both pretrain
 finish "$OUT/start.pth.tar" "$OUT"/{leg1,pretrain-0/start,pretrain-1/start}.pth.tar --new-head
 

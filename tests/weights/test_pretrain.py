@@ -235,6 +235,7 @@ def trained(start, tmp_path):
 @pytest.fixture
 def finish_flags(tmp_path, monkeypatch):
     """Flags of finish.py: eight images, in two batches."""
+    monkeypatch.setattr(finish, "MIN_IMAGES", 8)
     monkeypatch.setattr(finish, "BATCH", 4)
     monkeypatch.setattr(finish, "BATCHES_OF_PAIRS", 2)
     images = tmp_path / "images"
@@ -306,7 +307,10 @@ def test_a_new_head_leaves_the_backbone(finish_command, trained, tmp_path):
     for name, value in new.items():
         if value.is_floating_point() and name.startswith("module.backbone."):
             torch.testing.assert_close(value, old[name].half(), msg=name)
+    assert not torch.allclose(new["module.fc.weight"].float(), old["module.fc.weight"], atol=0.01)
     assert not new["module.bn.bias"].any()
+    deviations = new["module.bn.running_var"].float().sqrt()
+    torch.testing.assert_close(new["module.bn.weight"].float(), deviations, rtol=0.01, atol=0.01)
 
 
 def test_the_discriminant_directions_are_those_of_an_eigenvalue_problem():
@@ -333,7 +337,7 @@ def test_statistics_of_another_network_are_refused(finish_command, tmp_path, cap
 
 
 def test_too_few_images_are_refused(finish_command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finish, "BATCH", 9)
+    monkeypatch.setattr(finish, "MIN_IMAGES", 9)
     assert finish.main(finish_command) == 2
     assert "images: has 8 images; give 9 or more" in capsys.readouterr().err
 

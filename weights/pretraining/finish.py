@@ -1,4 +1,4 @@
-"""Make a file to ship of trained weights: averaged, with statistics of plain images, in half
+"""Make a file to ship of trained weights: averaged, with BatchNorm's statistics mended, in half
 precision, without what only training needs.
 
     python weights/pretraining/finish.py small/start.pth.tar small/leg1.pth.tar \\
@@ -12,12 +12,12 @@ soups, Wortsman et al. 2022), and two runs keep two cores busy.
 
 A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. A
 network of 52 million weights hardly minds; a small one does. So the backbone gets the statistics of
---statistics, if given: those of the start, which are ImageNet's. The head's are computed again on
-the plain --images: also for averaged weights, whose statistics were computed for none of them.
+--statistics, if given: those of the start, which are ImageNet's. The head gets those of the plain
+--images: an average of weights has none of its own.
 
---new-head computes the head of the backbone's features: linear discriminant analysis of views of
-the --images (learned whitening, Mikolajczyk and Matas 2007). Training moves the head little from
-the random one it begins with, and the new one is better on photographs.
+--new-head replaces the head's weights, too, by linear discriminant analysis of the backbone's
+features of views of the --images (learned whitening, Mikolajczyk and Matas 2007). weights/README.md
+compares it with the trained head.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from pictures import SIDE
 from pretrain import half_precision, pooled_features, stage_state
 
 KEPT = ("arch", "args", "epoch")  # of a single checkpoint, beside the weights
+MIN_IMAGES = 1000  # the covariance of fewer is too rough
 BATCH = 100  # images, or pairs of views
 BATCHES_OF_PAIRS = 20
 SHRINKAGE = 2.0  # of the covariance within pairs: this times its mean variance is added to each
@@ -125,11 +126,11 @@ def discriminant_head(features, differences, count):
     images differ most are kept.
     """
     within = differences.T @ differences / (2 * len(differences))
-    variances, directions = torch.linalg.eigh(within)
+    variances, axes = torch.linalg.eigh(within)
     variances = variances + SHRINKAGE * variances.mean()
-    whitening = directions / variances.sqrt() @ directions.T
-    _, directions = torch.linalg.eigh(torch.cov((features @ whitening).T))  # ascending variance
-    return (whitening @ directions[:, -count:]).T
+    whitening = axes / variances.sqrt() @ axes.T
+    _, discriminants = torch.linalg.eigh(torch.cov((features @ whitening).T))  # ascending variance
+    return (whitening @ discriminants[:, -count:]).T
 
 
 @torch.no_grad()
@@ -144,7 +145,8 @@ def finish(model, paths, input_size, new_head):
     outputs = model.fc(features)
     head.running_mean.copy_(outputs.mean(dim=0))
     head.running_var.copy_(outputs.var(dim=0))
-    if new_head:  # BatchNorm only subtracts the mean
+    if new_head:
+        # BatchNorm then only subtracts the mean: equal variances would undo the analysis.
         head.weight.copy_((head.running_var + head.eps).sqrt())
         head.bias.zero_()
 
@@ -162,7 +164,7 @@ def parse_args(argv=None):
         metavar="CHECKPOINT",
         help="of a stage's training or of pretrain.py; several are averaged",
     )
-    add("--images", required=True, metavar="FOLDER", help=f"plain images, {BATCH} or more")
+    add("--images", required=True, metavar="FOLDER", help=f"plain images, {MIN_IMAGES} or more")
     add(
         "--input-size",
         type=at_least(int, 1),
@@ -179,8 +181,8 @@ def main(argv=None):
     """Write the file; returns the exit code."""
     args = parse_args(argv)
     paths = v98.list_images(args.images)
-    if len(paths) < BATCH:
-        raise InputError(f"{args.images}: has {len(paths)} images; give {BATCH} or more")
+    if len(paths) < MIN_IMAGES:
+        raise InputError(f"{args.images}: has {len(paths)} images; give {MIN_IMAGES} or more")
     checkpoints = read_runs(args.checkpoints)
     first = checkpoints[0]
     state = average([checkpoint["state_dict"] for checkpoint in checkpoints])

