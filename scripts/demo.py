@@ -7,7 +7,7 @@ Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other from the 
 in weights/, extracts descriptors, subtracts negative embeddings, scores every stage on phase 2
 beside an untrained network and two perceptual hashes, and ends with a report page. The flags let a
 small network learn on two CPU cores; they are not the published recipe, and the scores say nothing
-about the published weights. v98's flags were confirmed on phase 2. The starting point was trained
+about the published weights. v98's flags were chosen on phase 1. The starting point was trained
 on parts of the demo's photographs, so its scores are too high.
 
 Writes demo/input (the data set), demo/exp/vNN/train and demo/exp/vNN/extract, demo/exp/hashes, and
