@@ -138,6 +138,14 @@ def test_spreading_is_the_logarithm_of_the_distance_to_the_nearest():
     torch.testing.assert_close(pretrain.spreading(rows), -distances.log().mean())
 
 
+def test_features_are_pooled_as_the_network_does():
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 48, 48)
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()
+    features = pretrain.pooled_features(model.backbone, images)
+    torch.testing.assert_close(F.normalize(model.bn(model.fc(features))), model(images))
+
+
 def test_distillation_keeps_the_features(start, one_thread, tmp_path, monkeypatch):
     """A run with it ends with features nearer to the first ones than a run without."""
     distances = []

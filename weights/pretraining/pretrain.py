@@ -63,6 +63,7 @@ SPREADING = 1.0  # weight of the loss that spreads descriptors
 DISTILLATION = 1.0  # weight of the loss that keeps features
 MEAN_KEEPS = 0.995  # how much of the running mean of the weights a step keeps, at most
 LOG_EVERY = 50  # steps
+LOGGED = ("loss", "nearness", "teacher_loss", "found")  # their means over these steps
 CHECKPOINT_EVERY = 50  # steps
 
 
@@ -253,7 +254,8 @@ def train(args):
         sums = []
         started = time.time()
         for step, views in enumerate(steps, first_step):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            lr = learning_rate(step, args)
+            optimizer.param_groups[0]["lr"] = lr
             images = preprocess(views)
             features = pooled_features(model.backbone, images)
             descriptors = F.normalize(model.bn(model.fc(features)))
@@ -276,15 +278,9 @@ def train(args):
             if done % LOG_EVERY == 0 or done == args.steps:
                 means = np.mean(sums, axis=0).tolist()
                 speed = 2 * args.pairs * len(sums) / (time.time() - started)
-                line = {
-                    "step": done,
-                    "loss": means[0],
-                    "nearness": means[1],
-                    "teacher_loss": means[2],
-                    "found": means[3],
-                    "lr": learning_rate(step, args),
-                    "images_per_second": speed,
-                }
+                line = {"step": done}
+                line |= zip(LOGGED, means, strict=True)
+                line |= {"lr": lr, "images_per_second": speed}
                 write_line(line)
                 sums = []
                 started = time.time()
