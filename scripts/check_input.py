@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import at_least
+from common.cli import at_least, usable_cores
 from common.errors import InputError, one_line_errors
 from common.files import atomic
 from common.images import STAGE_SUFFIXES
@@ -338,7 +338,7 @@ def parse_args(argv=None):
     add(
         "--workers",
         type=at_least(int, 1),
-        default=os.cpu_count(),
+        default=usable_cores(),
         help="processes of --decode (default: all cores)",
     )
     add(

@@ -56,7 +56,7 @@ from augly.utils import SCREENSHOT_TEMPLATES_DIR
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import sample_images
-from common.cli import between
+from common.cli import between, usable_cores
 from common.errors import InputError, one_line_errors, warn
 from common.files import atomic, sha256_of
 from common.listing import is_image_name, is_visible
@@ -743,7 +743,7 @@ def parse_args(argv=None):
     add(
         "--workers",
         type=between(int, 1, MAX_WORKERS),
-        default=os.cpu_count(),
+        default=usable_cores(),
         help="processes (default: all cores)",
     )
     add(

@@ -73,7 +73,7 @@ from common.background import (
     sure_cosine,
     threshold_for,
 )
-from common.cli import at_least, hidden_stderr
+from common.cli import at_least, hidden_stderr, usable_cores
 from common.descriptor_cache import DescriptorCache
 from common.descriptors import database_augmentation, negative_embedding_subtraction
 from common.errors import InputError, one_line_errors
@@ -494,7 +494,7 @@ def parse_args(argv=None):
     add(
         "--workers",
         type=count,
-        default=os.cpu_count(),
+        default=usable_cores(),
         help="threads that read files (default: one a core)",
     )
     add(

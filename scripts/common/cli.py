@@ -1,10 +1,20 @@
-"""What the command lines of several commands share: argument types, plot formats, quietness."""
+"""What the command lines of several commands share: argument types, defaults, plot formats,
+quietness.
+"""
 
 import io
 import math
+import os
 from contextlib import nullcontext, redirect_stderr
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")  # suffixes of the files that a plot may be written to
+
+
+def usable_cores():
+    """The number of CPU cores that this process may use: taskset and containers may leave fewer."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def between(kind, low, high):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import hidden_stderr
+from common.cli import hidden_stderr, usable_cores
 from common.errors import InputError
 from common.files import sha256_of
 from common.views import WHOLE
@@ -223,7 +223,9 @@ def onnx_network(path, input_size=None, device=None):
     weights = sha256_of(Path(path))
     onnxruntime.set_default_logger_severity(4)  # what is logged as an error is raised as well
     try:
-        session = onnxruntime.InferenceSession(path, providers=providers)
+        session = onnxruntime.InferenceSession(
+            path, session_options(onnxruntime), providers=providers
+        )
         (images,) = session.get_inputs()
         (output,) = session.get_outputs()
         dimensions = int(output.shape[1])
@@ -256,6 +258,15 @@ def onnx_network(path, input_size=None, device=None):
         dimensions=dimensions,
         thresholds=config["thresholds"],
     )
+
+
+def session_options(onnxruntime):
+    """ONNX Runtime's options, of its module, for a process whose other threads read files."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()  # by default one for each core of the machine
+    # Threads that have nothing to do would else keep cores busy waiting.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def onnx_providers(available, device):

@@ -1,10 +1,11 @@
-"""common/cli.py: the argument types."""
+"""common/cli.py: the argument types, the number of cores."""
 
 import argparse
+import os
 
 import pytest
 
-from common.cli import at_least, between
+from common.cli import at_least, between, usable_cores
 from conftest import assert_refused, called
 
 
@@ -30,3 +31,14 @@ def test_numbers_in_range_are_accepted_and_others_refused(argument_type, accepte
     for text in refused:
         result = called(parse, [f"--number={text}"], capsys)
         assert_refused(result, "--number", argument_type.__name__, repr(text))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_cores_that_the_process_may_not_use_do_not_count():
+    allowed = os.sched_getaffinity(0)
+    assert usable_cores() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import usable_cores
 from common.errors import InputError
 from common.reproduction import published
 
@@ -57,7 +58,7 @@ def find_machine(cpu):
 
     Raises InputError where the GPUs differ.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     if cpu:
         return Machine(0, "CPU", 0, cores)
     asked = subprocess.run([sys.executable, "-c", ASK_TORCH], stdout=subprocess.PIPE, text=True)
