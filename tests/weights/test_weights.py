@@ -42,7 +42,6 @@ def commands(tmp_path_factory):
     subprocess.run(
         ["bash", WEIGHTS / "make.sh", folder / "small"], env=environment, check=True, timeout=60
     )
-    assert (folder / "small" / "before.pth.tar").exists()
     result = []
     for line in noted.read_text().replace(f"{folder}/", "").splitlines():
         script, *flags = line.split("\t")
@@ -114,7 +113,7 @@ def test_the_onnx_file_is_that_of_export(exported_again):
 def inputs_and_output(module, args):
     """The weights that a command of make.sh reads, and the file that it writes."""
     if module is pretrain:
-        return [args.weight] if args.weight else [], f"{args.out}/start.pth.tar"
+        return [args.weight] if args.weight else [], f"{args.out}/last.pth.tar"
     if module is finish:
         inputs = args.checkpoints + ([args.statistics] if args.statistics else [])
         return inputs, str(args.out)
@@ -127,7 +126,7 @@ def trains_or_finishes(module):
 
 def test_make_starts_each_command_from_what_one_before_wrote(commands):
     names = [module.__name__ for module, _ in commands]
-    pretraining = ["pictures", "pictures", "finish", "pretrain", "pretrain", "finish"]
+    pretraining = ["make_images", "pretrain", "pretrain", "finish"]
     stages = ["v83", "v86", "v98", "make_dataset", "v107"]
     assert names == [*pretraining, *stages, "finish", "finish"]
     written = ["small/before.pth.tar"]
@@ -144,7 +143,7 @@ def test_make_starts_each_command_from_what_one_before_wrote(commands):
 
 # Flags that may differ from the log's: they do not change the weights.
 FREE = {"resume", "workers", "log_every"}
-PATHS = ("out", "data", "pictures")
+PATHS = ("out", "data", "images")
 
 
 def run_name(args):
@@ -175,10 +174,11 @@ def test_the_logs_are_of_these_commands(commands):
         assert {name: pair for name, pair in values.items() if pair[0] != pair[1]} == {}
 
 
-def test_the_start_is_the_average_that_make_names(commands):
-    _, average = [vars(args) for module, args in commands if module is finish][:2]
-    recorded = vars(v98.read_checkpoint(WEIGHTS / "start.pth.tar")["args"])
-    assert recorded == average | {"out": str(average["out"])}
+def test_the_files_record_how_make_finishes_them(commands):
+    finishing = [vars(args) for module, args in commands if module is finish]
+    for name, args in zip(NAMES, finishing, strict=True):
+        recorded = vars(v98.read_checkpoint(WEIGHTS / f"{name}.pth.tar")["finish"])
+        assert recorded == args | {"out": str(args["out"])}
 
 
 def test_shipped_weights_have_the_statistics_of_the_start():

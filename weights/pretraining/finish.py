@@ -1,11 +1,11 @@
-"""Make a file to ship of trained weights: averaged, with BatchNorm's statistics mended, in half
+"""Make a file to ship of trained weights: averaged, with other BatchNorm statistics, in half
 precision, without what only training needs.
 
-    python weights/pretraining/finish.py small/start.pth.tar small/leg1.pth.tar \\
-        small/pretrain-?/start.pth.tar --new-head --images small/pictures-0/input/training_images
+    python weights/pretraining/finish.py small/start.pth.tar small/pretrain-?/last.pth.tar \\
+        --new-head --images small/images/training_images
     python weights/pretraining/finish.py small/v98.pth.tar \\
         small/v98/train/checkpoint_0000.pth.tar --statistics small/start.pth.tar \\
-        --images small/pictures-0/input/training_images
+        --images small/images/training_images
 
 The average of networks that were fine-tuned from one start is often better than each of them (model
 soups, Wortsman et al. 2022), and two runs keep two cores busy.
@@ -27,30 +27,31 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
-import numpy as np
 import torch
-from tqdm import trange
+from torch.utils.data import DataLoader
+from tqdm import tqdm, trange
 
 import v98
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from common.files import atomic
-from edits import Views
-from pictures import SIDE
-from pretrain import half_precision, pooled_features, stage_state
+from pretrain import pooled_features, stage_state
+from views import Pairs
 
-KEPT = ("arch", "args", "epoch")  # of a single checkpoint, beside the weights
 MIN_IMAGES = 1000  # the covariance of fewer is too rough
+MAX_IMAGES = 5000  # that are used, and as many pairs of views
 BATCH = 100  # images, or pairs of views
-BATCHES_OF_PAIRS = 20
 SHRINKAGE = 2.0  # of the covariance within pairs: this times its mean variance is added to each
 
 
-def read_runs(paths):
+# ---- checkpoints ----
+
+
+def read_checkpoints(paths):
     """The checkpoints. Raises InputError where they are of different networks."""
     checkpoints = [v98.read_checkpoint(path) for path in paths]
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        if "arch" not in checkpoint:
+        if not {"arch", "args"} <= checkpoint.keys():
             raise InputError(f"{path}: is no checkpoint of a stage or of pretrain.py")
         if shapes(checkpoint) != shapes(checkpoints[0]):
             raise InputError(f"{path}: is of another network than {paths[0]}")
@@ -73,27 +74,33 @@ def average(states):
     return result
 
 
-def statistics_of(checkpoint, path, like):
-    """The running means and variances of the backbone, {name: tensor}.
+def backbone_statistics(state):
+    """The part of a state_dict that is running means and variances of the backbone."""
+    statistics = {}
+    for name, value in state.items():
+        if name.startswith("module.backbone.") and "running_" in name:
+            statistics[name] = value
+    return statistics
 
-    like: state_dict of the network that will get them. Raises InputError where they do not fit it.
+
+def half_precision(state):
+    """A state_dict with the floating-point tensors in half precision.
+
+    They share one storage: one for each would take 300 bytes more in the file.
     """
-    result = {}
-    for name, value in like.items():
-        if not (name.startswith("module.backbone.") and "running_" in name):
-            continue
-        found = checkpoint["state_dict"].get(name)
-        if found is None or found.shape != value.shape:
-            raise InputError(
-                f"{path}: has no {name} of shape {tuple(value.shape)}; give weights "
-                f"of the same network"
-            )
-        result[name] = found
-    return result
+    names = [name for name, value in state.items() if value.is_floating_point()]
+    values = torch.cat([state[name].half().flatten() for name in names])
+    parts = values.split([state[name].numel() for name in names])
+    return state | {
+        name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)
+    }
 
 
-def features_of_plain_images(model, paths, input_size):
-    """(n, channels) of the images as extraction sees them."""
+# ---- head ----
+
+
+def plain_features(model, paths, input_size):
+    """(n, channels): features of the images as extraction sees them."""
     config = model.backbone.default_cfg
     transform = v98.evaluation_transform(input_size, config["mean"], config["std"])
     features = []
@@ -105,15 +112,14 @@ def features_of_plain_images(model, paths, input_size):
 
 def differences_within_pairs(model, paths, input_size):
     """(pairs, channels): features of gentle views of the images minus those of their hard views."""
-    pictures = [v98.open_image(path).resize((SIDE, SIDE)) for path in paths]
-    views = Views(np.stack(pictures), paths, input_size)
     config = model.backbone.default_cfg
     preprocess = v98.Preprocess(config["mean"], config["std"])
+    pairs = Pairs(paths, input_size, count=len(paths), seed=0)
     differences = []
-    for number in trange(BATCHES_OF_PAIRS, desc="pairs of views", unit="batch"):
-        views.seed(number)
-        images = preprocess(torch.from_numpy(views.pairs(BATCH)))
-        gentle, hard = pooled_features(model.backbone, images).chunk(2)
+    for views in tqdm(DataLoader(pairs, BATCH), "pairs of views", unit="batch"):
+        gentle, hard = views.unbind(dim=1)
+        gentle = pooled_features(model.backbone, preprocess(gentle))
+        hard = pooled_features(model.backbone, preprocess(hard))
         differences.append(gentle - hard)
     return torch.cat(differences)
 
@@ -128,17 +134,17 @@ def discriminant_head(features, differences, count):
     within = differences.T @ differences / (2 * len(differences))
     variances, axes = torch.linalg.eigh(within)
     variances = variances + SHRINKAGE * variances.mean()
-    whitening = axes / variances.sqrt() @ axes.T
+    whitening = axes @ torch.diag(variances.rsqrt()) @ axes.T
     _, discriminants = torch.linalg.eigh(torch.cov((features @ whitening).T))  # ascending variance
     return (whitening @ discriminants[:, -count:]).T
 
 
 @torch.no_grad()
-def finish(model, paths, input_size, new_head):
+def finish_head(model, paths, input_size, new_head):
     """Give the head statistics of plain images; with new_head, compute its weights too."""
     model.eval()
     head = model.bn
-    features = features_of_plain_images(model, paths, input_size)
+    features = plain_features(model, paths, input_size)
     if new_head:
         differences = differences_within_pairs(model, paths, input_size)
         model.fc.weight.copy_(discriminant_head(features, differences, len(model.fc.weight)))
@@ -149,6 +155,9 @@ def finish(model, paths, input_size, new_head):
         # BatchNorm then only subtracts the mean: equal variances would undo the analysis.
         head.weight.copy_((head.running_var + head.eps).sqrt())
         head.bias.zero_()
+
+
+# ---- main ----
 
 
 def parse_args(argv=None):
@@ -164,7 +173,12 @@ def parse_args(argv=None):
         metavar="CHECKPOINT",
         help="of a stage's training or of pretrain.py; several are averaged",
     )
-    add("--images", required=True, metavar="FOLDER", help=f"plain images, {MIN_IMAGES} or more")
+    add(
+        "--images",
+        required=True,
+        metavar="FOLDER",
+        help=f"plain images, {MIN_IMAGES} or more, of which {MAX_IMAGES} are used",
+    )
     add(
         "--input-size",
         type=at_least(int, 1),
@@ -180,22 +194,24 @@ def parse_args(argv=None):
 def main(argv=None):
     """Write the file; returns the exit code."""
     args = parse_args(argv)
-    paths = v98.list_images(args.images)
+    paths = v98.list_images(args.images)[:MAX_IMAGES]
     if len(paths) < MIN_IMAGES:
         raise InputError(f"{args.images}: has {len(paths)} images; give {MIN_IMAGES} or more")
-    checkpoints = read_runs(args.checkpoints)
-    first = checkpoints[0]
+    checkpoints = read_checkpoints(args.checkpoints)
     state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
+    arch = checkpoints[0]["arch"]
+    model = v98.create_model(arch, 1.0, 1.0, torch.device("cpu"))
     if args.statistics:
-        source = v98.read_checkpoint(args.statistics)
-        state.update(statistics_of(source, args.statistics, like=state))
-    model = v98.create_model(first["arch"], 1.0, 1.0, torch.device("cpu"))
-    v98.load_weights(model, {"state_dict": state, "arch": first["arch"]}, args.checkpoints[0])
-    finish(model, paths, args.input_size, args.new_head)
-    content = {name: first[name] for name in KEPT if name in first}
-    if len(checkpoints) > 1:
-        content["args"] = argparse.Namespace(**(vars(args) | {"out": str(args.out)}))
-    content["state_dict"] = half_precision(stage_state(model))
+        v98.load_weights(model, v98.read_checkpoint(args.statistics), args.statistics)
+        state |= backbone_statistics(stage_state(model))
+    v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
+    finish_head(model, paths, args.input_size, args.new_head)
+    content = {
+        "state_dict": half_precision(stage_state(model)),
+        "arch": arch,
+        "args": checkpoints[0]["args"],
+        "finish": argparse.Namespace(**vars(args) | {"out": str(args.out)}),
+    }
     with atomic(args.out) as temporary:
         torch.save(content, temporary)
     return 0

