@@ -34,7 +34,6 @@ from tqdm import tqdm, trange
 import v98
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
-from common.files import atomic
 from pretrain import pooled_features, stage_state
 from views import Pairs
 
@@ -166,7 +165,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="file to write")
+    add("out", metavar="OUT", help="file to write")
     add(
         "checkpoints",
         nargs="+",
@@ -210,10 +209,9 @@ def main(argv=None):
         "state_dict": half_precision(stage_state(model)),
         "arch": arch,
         "args": checkpoints[0]["args"],
-        "finish": argparse.Namespace(**vars(args) | {"out": str(args.out)}),
+        "finish": args,
     }
-    with atomic(args.out) as temporary:
-        torch.save(content, temporary)
+    v98.write_checkpoint(content, [Path(args.out)])
     return 0
 
 

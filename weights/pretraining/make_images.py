@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import numpy as np
 from PIL import Image
 
-from common.cli import at_least
+from common.cli import at_least, usable_cores
 from common.errors import one_line_errors
 from common.files import atomic
 from common.parallel import parallel
@@ -87,7 +87,13 @@ def parse_args(argv=None):
     add("out", type=Path, metavar="OUT", help="folder to write into")
     add("--training", type=positive, default=10000, help="training images (default: 10000)")
     add("--references", type=positive, default=1000, help="reference images (default: 1000)")
-    add("-j", "--workers", type=positive, default=2, help="(default: 2)")
+    add(
+        "-j",
+        "--workers",
+        type=positive,
+        default=usable_cores(),
+        help="processes (default: all cores)",
+    )
     return parser.parse_args(argv)
 
 
