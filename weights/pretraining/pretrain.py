@@ -176,7 +176,9 @@ def train(args):
         pct_start=WARMUP,
         cycle_momentum=False,
     )
-    last = args.out / "last.pth.tar"
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    last = out / "last.pth.tar"
     steps_done = 0
     if last.exists():
         steps_done = resume(last, model, ema, optimizer, scheduler, args)
@@ -188,13 +190,12 @@ def train(args):
     pairs = Pairs(v98.list_images(args.images), args.input_size, args.pairs * args.steps, args.seed)
     remaining = Subset(pairs, range(args.pairs * steps_done, len(pairs)))
     loader = DataLoader(remaining, batch_size=args.pairs, num_workers=args.workers)
-    recorded = vars(args) | {"out": str(args.out)}
-    with (args.out / "log.jsonl").open("a") as log:
+    with (out / "log.jsonl").open("a") as log:
 
         def write_line(line):
             print(json.dumps(line), file=log, flush=True)
 
-        write_line({"step": steps_done, "args": recorded, "versions": v98.library_versions()})
+        write_line({"step": steps_done, "args": vars(args), "versions": v98.library_versions()})
         sums = torch.zeros(4)
         started = time.time()
         last_line = steps_done
@@ -236,7 +237,7 @@ def train(args):
                 checkpoint = {
                     "state_dict": stage_state(ema.module),
                     "arch": args.arch,
-                    "args": argparse.Namespace(**recorded),
+                    "args": args,
                     "step": step,
                     "network": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -259,7 +260,7 @@ def parse_args(argv=None):
     positive = at_least(int, 1)
     natural = at_least(int, 0)
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="folder to write into; a run in it is resumed")
+    add("out", metavar="OUT", help="folder to write into; a run in it is resumed")
     add("images", metavar="IMAGES", help="folder of images to train with")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
@@ -275,9 +276,7 @@ def parse_args(argv=None):
 @one_line_errors
 def main(argv=None):
     """Train; returns the exit code."""
-    args = parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    train(parse_args(argv))
     return 0
 
 
