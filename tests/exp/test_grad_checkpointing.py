@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from test_training import in_two_processes
 
 import v83
-from conftest import ROOT, assert_refused, called
+from conftest import assert_refused, called
 from stage_process import assert_same, load, log_lines
 
 # In both, the backward pass runs some BatchNorm layers again, and others not.
@@ -79,12 +78,12 @@ def test_ten_steps_are_bit_identical(data, tmp_path, capfd, monkeypatch, arch, b
     assert left_out == ([] if bad_step is None else [bad_step])
 
 
-def test_two_processes_are_bit_identical(data, tmp_path):
+def test_two_processes_are_bit_identical(start, data, tmp_path):
     outputs = [tmp_path / "without", tmp_path / "with"]
     for output, flags in zip(outputs, ([], ["--grad-checkpointing"]), strict=True):
         argv = training(data, output, "test_byobnet", *flags)
-        for result in in_two_processes(ROOT / "exp" / "v83.py", *argv):
-            assert result.returncode == 0, result.stderr
+        run = start("v83", *argv, folder=output / "ranks", world_size=2)
+        assert run.wait() == [0, 0], run.errors()
     assert_same_training(outputs)
 
 

@@ -14,14 +14,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from frozen_batchnorm import stay_in_evaluation_mode
 from PIL import Image
 
 import v83
 import v98
 import v107
 from conftest import ROOT, assert_refused, called, readme_block, run, run_as_written
-from stage_process import assert_same, free_port, load, log_lines
+from stage_process import (
+    assert_same,
+    error_line,
+    free_port,
+    freeze_batchnorm,
+    load,
+    log_lines,
+)
 
 STAGES = ["v83", "v86", "v98", "v107"]
 SETS = {"training_images": ("T{:06d}.jpg", 40), "reference_images": ("R{:06d}.jpg", 12),
@@ -617,33 +623,23 @@ def test_overflows_of_fp16_are_counted():
 # ---- several processes ----
 
 
-def in_two_processes(*command):
-    """The command on two ranks, by the environment variables of a launcher; the CompletedProcess
-    of each.
-    """
-    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT / "exp")}
-    with ThreadPoolExecutor() as pool:
-        ranks = [
-            pool.submit(run, *command, RANK=rank, LOCAL_RANK=rank, **environment)
-            for rank in ("0", "1")
-        ]
-    return [result.result() for result in ranks]
-
-
-def test_one_and_two_processes_learn_the_same(training_images, tmp_path, succeed, monkeypatch):
+def test_one_and_two_processes_learn_the_same(start, training_images, tmp_path):
     """Batch 8 in one process and 4 + 4 in two, BatchNorm in evaluation mode: the same 5 steps."""
     outputs = [tmp_path / "one", tmp_path / "two"]
     flags = ["--no-pretrained", "--epochs", 1, "--batch-size", 8, "--memory-size", 48]
     flags = [*TINY, *flags, training_images]
-    script = ROOT / "tests" / "exp" / "frozen_batchnorm.py"
-    results = in_two_processes(script, "v83", "--output", outputs[1], *flags)
-    for result in results:
-        assert result.returncode == 0, result.stderr
-    said = [[line for line in result.stderr.splitlines() if " x " in line] for result in results]
+    for world_size, output in enumerate(outputs, 1):
+        argv = ["--output", output, *flags]
+        run = start(
+            *("v83", *argv),
+            folder=output / "ranks",
+            world_size=world_size,
+            inject=freeze_batchnorm,
+        )
+        assert set(run.wait()) == {0}, run.errors()
+    said = [(rank / "stderr").read_text().splitlines() for rank in run.outputs]
+    said = [[line for line in lines if " x " in line] for lines in said]
     assert said == [["v83.py: 2 x cpu"], []]
-    monkeypatch.setattr(v83.ISCNet, "train", stay_in_evaluation_mode)
-    succeed("v83", "--output", outputs[0], *flags)
     one, two = (log_lines(output)[1:] for output in outputs)
     assert len(one) == 5
     for expected, line in zip(one, two, strict=True):
@@ -673,25 +669,27 @@ def on_two_nodes(*command, output):
     return [result.result() for result in runs]
 
 
-def test_extraction_in_two_processes(project, checkpoint, tmp_path):
+def test_extraction_in_two_processes(start, project, checkpoint, tmp_path):
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6]
-    command = [ROOT / "exp" / "v83.py", *flags, "--target-set", "qrt"]
-    for result in on_two_nodes(*command, project / "input", output=tmp_path / "two"):
+    flags += ["--target-set", "qrt"]
+    command = [ROOT / "exp" / "v83.py", *flags, project / "input"]
+    for result in on_two_nodes(*command, output=tmp_path / "two"):
         assert result.returncode == 0, result.stderr
     # In a process of its own: descriptors are bit-identical only for the same number of threads.
-    assert run(*command, "--output", tmp_path / "one", project / "input").returncode == 0
+    argv = [*flags, "--output", tmp_path / "one", project / "input"]
+    one = start("v83", *argv, folder=tmp_path / "ranks")
+    assert one.wait() == [0], one.errors()
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
         one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
         assert two.read_bytes() == one.read_bytes()
 
 
-def test_a_batch_that_does_not_divide(training_images, tmp_path):
-    flags = training(tmp_path, "--batch-size", 3)
-    first, second = in_two_processes(ROOT / "exp" / "v83.py", *flags, training_images)
-    assert_refused(first, "v83.py: error: --batch-size 3", "2")
-    assert second.returncode == 2
-    assert "Traceback" not in second.stderr
-    assert_nothing_written(tmp_path)
+def test_a_batch_that_does_not_divide(start, training_images, tmp_path):
+    output = tmp_path / "out"
+    flags = training(output, "--batch-size", 3)
+    line = error_line(start("v83", *flags, training_images, folder=tmp_path, world_size=2))
+    assert line.startswith("v83.py: error: --batch-size 3") and "2" in line
+    assert_nothing_written(output)
 
 
 # ---- wrong input ----

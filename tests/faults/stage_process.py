@@ -128,6 +128,13 @@ def refuse_locks(module):
     module.fcntl.lockf = lockf
 
 
+def freeze_batchnorm(module):
+    """Keep BatchNorm in evaluation mode, so that one process with a whole batch and several with
+    its parts compute the same thing.
+    """
+    module.ISCNet.train = lambda model, mode=True: torch.nn.Module.train(model, False)
+
+
 def run_stage(stage, argv, environment, limits, output, hold, inject):
     """What the process does: the command, its messages into files in `output`, and at last its peak
     memory.

@@ -28,7 +28,7 @@ print((peak() - before) / 1024, peak() / 1024)
 
 
 def test_assembling(tmp_path, pytestconfig, figure):
-    number = 1_000_000 if pytestconfig.getoption("--long") else 200_000
+    number = 1_000_000 if pytestconfig.getoption("--long") else 100_000
     result = run("-c", PROGRAM, number, tmp_path, cwd=ROOT / "exp")
     assert result.returncode == 0, result.stderr
     more, all_ = map(float, result.stdout.split())
