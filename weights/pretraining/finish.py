@@ -10,10 +10,9 @@ precision, without what only training needs.
 The average of networks that were fine-tuned from one start is often better than each of them (model
 soups, Wortsman et al. 2022), and two runs keep two cores busy.
 
-A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. A
-network of 52 million weights hardly minds; a small one does. So the backbone gets the statistics of
---statistics, if given: those of the start, which are ImageNet's. The head gets those of the plain
---images: an average of weights has none of its own.
+A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. So the
+backbone gets the statistics of --statistics, if given: those of the start, which are ImageNet's.
+The head gets those of the plain --images.
 
 --new-head replaces the head's weights, too, by linear discriminant analysis of the backbone's
 features of views of the --images (learned whitening, Mikolajczyk and Matas 2007). weights/README.md
@@ -40,7 +39,7 @@ from views import Pairs
 MIN_IMAGES = 1000  # the covariance of fewer is too rough
 MAX_IMAGES = 5000  # that are used, and as many pairs of views
 BATCH = 100  # images, or pairs of views
-SHRINKAGE = 2.0  # of the covariance within pairs: this times its mean variance is added to each
+SHRINKAGE = 2.0  # added to each variance within pairs, as a multiple of their mean
 
 
 # ---- checkpoints ----
@@ -73,19 +72,10 @@ def average(states):
     return result
 
 
-def backbone_statistics(state):
-    """The part of a state_dict that is running means and variances of the backbone."""
-    statistics = {}
-    for name, value in state.items():
-        if name.startswith("module.backbone.") and "running_" in name:
-            statistics[name] = value
-    return statistics
-
-
 def half_precision(state):
     """A state_dict with the floating-point tensors in half precision.
 
-    They share one storage: one for each would take 300 bytes more in the file.
+    They share one storage: one for each would take 300 bytes more, 75 kB in all.
     """
     names = [name for name, value in state.items() if value.is_floating_point()]
     values = torch.cat([state[name].half().flatten() for name in names])
@@ -130,6 +120,7 @@ def discriminant_head(features, differences, count):
     What differs between such views counts less; of the rest, the `count` directions in which plain
     images differ most are kept.
     """
+    # A difference of two views has twice the variance of a view.
     within = differences.T @ differences / (2 * len(differences))
     variances, axes = torch.linalg.eigh(within)
     variances = variances + SHRINKAGE * variances.mean()
@@ -161,29 +152,12 @@ def finish_head(model, paths, input_size, new_head):
 
 def parse_args(argv=None):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=v98.HelpFormatter)
     add = parser.add_argument
     add("out", metavar="OUT", help="file to write")
-    add(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="of a stage's training or of pretrain.py; several are averaged",
-    )
-    add(
-        "--images",
-        required=True,
-        metavar="FOLDER",
-        help=f"plain images, {MIN_IMAGES} or more, of which {MAX_IMAGES} are used",
-    )
-    add(
-        "--input-size",
-        type=at_least(int, 1),
-        default=160,
-        help="to which they are resized, pixels (default: %(default)s)",
-    )
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a training; several are averaged")
+    add("--images", required=True, metavar="FOLDER", help=f"{MIN_IMAGES} plain images or more")
+    add("--input-size", type=at_least(int, 1), default=160, help="of the images, pixels")
     add("--new-head", action="store_true", help="compute the head's weights too")
     add("--statistics", metavar="FILE", help="weights with the statistics that the backbone gets")
     return parser.parse_args(argv)
@@ -199,10 +173,11 @@ def main(argv=None):
     checkpoints = read_checkpoints(args.checkpoints)
     state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
     arch = checkpoints[0]["arch"]
-    model = v98.create_model(arch, 1.0, 1.0, torch.device("cpu"))
+    model = v98.create_model(arch, gem_p=1.0, gem_eval_p=1.0, device=torch.device("cpu"))
     if args.statistics:
         v98.load_weights(model, v98.read_checkpoint(args.statistics), args.statistics)
-        state |= backbone_statistics(stage_state(model))
+        of_other = stage_state(model)
+        state |= {name: value for name, value in of_other.items() if "running_" in name}
     v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
     finish_head(model, paths, args.input_size, args.new_head)
     content = {

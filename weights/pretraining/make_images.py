@@ -69,7 +69,7 @@ def draw_image(rng):
 
 
 def write_image(path, kind):
-    """Write an image of a kind, drawn by the number in the name of its path, unless it is there."""
+    """Write a training or reference image, drawn by the number in its name, unless it is there."""
     if path.exists():
         return
     image = draw_image(generator(0, kind, int(path.stem)))
@@ -87,13 +87,7 @@ def parse_args(argv=None):
     add("out", type=Path, metavar="OUT", help="folder to write into")
     add("--training", type=positive, default=10000, help="training images (default: 10000)")
     add("--references", type=positive, default=1000, help="reference images (default: 1000)")
-    add(
-        "-j",
-        "--workers",
-        type=positive,
-        default=usable_cores(),
-        help="processes (default: all cores)",
-    )
+    add("-j", "--workers", type=positive, help="processes (default: all cores)")
     return parser.parse_args(argv)
 
 
@@ -101,12 +95,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Write the images; returns the exit code."""
     args = parse_args(argv)
+    workers = args.workers or usable_cores()
     for kind, count in ("training", args.training), ("reference", args.references):
         folder = args.out / f"{kind}_images"
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{number:06}.jpg" for number in range(count)]
         write = functools.partial(write_image, kind=kind)
-        for _ in parallel(write, paths, args.workers, folder.name):
+        for _ in parallel(write, paths, workers, folder.name):
             pass
     return 0
 

