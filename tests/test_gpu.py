@@ -24,7 +24,7 @@ import v107
 from common import search
 from conftest import ROOT, run
 from export import SMALL_ARCH, SMALL_SIZE
-from stage_process import free_port, load, losses
+from stage_process import Run, free_port, load, losses, start_server
 
 ARCH = "tf_efficientnetv2_m"  # of the recipe, with random weights
 SMALL = ["-a", "test_efficientnet", "--input-size", 64]
@@ -42,27 +42,34 @@ on_cuda = pytest.mark.parametrize("device", [CUDA])
 on_both = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 
-def command(device, script, *argv, **env):
-    """Run a script as a user does, on the device; it must succeed. Returns the CompletedProcess."""
-    if device == "cuda":
-        env = {"CUDA_VISIBLE_DEVICES": "0"} | env
-    result = run(ROOT / script, *argv, timeout=900, **env)
+def run_on_gpu(script, *argv, **env):
+    """Run a script as a user does, on the first GPU; it must succeed."""
+    result = run(ROOT / script, *argv, timeout=900, **{"CUDA_VISIBLE_DEVICES": "0"} | env)
     assert result.returncode == 0, result.stderr
-    return result
+
+
+def run_stage(device, stage, output, *argv, **env):
+    """Run a stage into a folder; on the CPU in a process that has imported it already."""
+    argv = ["--output", output, *argv]
+    if device == "cpu":
+        process = Run(start_server(), stage, *argv, folder=output / "process")
+        assert process.wait() == [0], process.errors()
+    else:
+        run_on_gpu(f"exp/{stage}.py", *argv, **env)
 
 
 def train(device, stage, data, output, *flags, **env):
     """Train a small network on the device; returns the losses of the log."""
     run_flags = ["--no-pretrained", "--memory-size", 64, "--log-every", 1, "--lr", 0.01, "-j", 1]
-    argv = [*SMALL, *run_flags, "--epochs", 1, *STAGES[stage], *flags, "--output", output]
-    command(device, f"exp/{stage}.py", *argv, data / "training_images", **env)
+    argv = [*SMALL, *run_flags, "--epochs", 1, *STAGES[stage], *flags]
+    run_stage(device, stage, output, *argv, data / "training_images", **env)
     return [line["loss"] for line in losses(output)]
 
 
 def extract(device, stage, data, output, weight, *flags):
     """The descriptors of queries and references."""
-    argv = [*SMALL, "-j", 1, "--mode", "extract", "--weight", weight, "--output", output]
-    command(device, f"exp/{stage}.py", *argv, *flags, data)
+    argv = [*SMALL, "-j", 1, "--mode", "extract", "--weight", weight, *flags]
+    run_stage(device, stage, output, *argv, data)
     with h5py.File(output / "extract" / "fb-isc-submission.h5") as file:
         return np.concatenate([file["query"][()], file["reference"][()]])
 
@@ -331,7 +338,7 @@ def test_match_in_half_precision(device, data, tmp_path, figure):
         argv = [data / "query_images", data / "reference_images", "--threshold", -1, "--top-k", 3]
         argv += ["--weight", ROOT / "weights" / "v98.pth.tar", "-a", SMALL_ARCH]
         argv += ["--input-size", SMALL_SIZE, "--amp", amp, "--output", tmp_path / f"{amp}.csv"]
-        command(device, "scripts/match.py", *argv, "--cache", tmp_path / f"{amp}.cache")
+        run_on_gpu("scripts/match.py", *argv, "--cache", tmp_path / f"{amp}.cache")
         rows = pd.read_csv(tmp_path / f"{amp}.csv")
         scores.append(rows.set_index(["query", "reference"])["score"])
     error = (scores[0] - scores[1]).abs().max()  # of the pairs in both
