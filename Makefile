@@ -11,7 +11,7 @@ demo: .venv/ready  ## all steps on a small data set, on any machine, in some min
 reproduce: .venv/ready  ## the published scores, from DISC21 and the author's weights; in .venv; says what is missing; ARGS=--plan, ARGS=--train
 	.venv/bin/python scripts/reproduce.py $(ARGS)
 
-# Three processes of one thread each: on two cores, as tests that wait for a command leave theirs idle.
+# Three workers of one thread each, also on two cores: a test that waits for a command leaves its core idle.
 test: .venv/ready  ## all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 

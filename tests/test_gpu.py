@@ -48,10 +48,11 @@ def run_on_gpu(script, *argv, **env):
     assert result.returncode == 0, result.stderr
 
 
-def run_stage(device, stage, output, *argv, **env):
+def run_on(device, stage, output, *argv, **env):
     """Run a stage into a folder; on the CPU in a process that has imported it already."""
     argv = ["--output", output, *argv]
     if device == "cpu":
+        assert not env
         process = Run(start_server(), stage, *argv, folder=output / "process")
         assert process.wait() == [0], process.errors()
     else:
@@ -62,14 +63,14 @@ def train(device, stage, data, output, *flags, **env):
     """Train a small network on the device; returns the losses of the log."""
     run_flags = ["--no-pretrained", "--memory-size", 64, "--log-every", 1, "--lr", 0.01, "-j", 1]
     argv = [*SMALL, *run_flags, "--epochs", 1, *STAGES[stage], *flags]
-    run_stage(device, stage, output, *argv, data / "training_images", **env)
+    run_on(device, stage, output, *argv, data / "training_images", **env)
     return [line["loss"] for line in losses(output)]
 
 
 def extract(device, stage, data, output, weight, *flags):
     """The descriptors of queries and references."""
     argv = [*SMALL, "-j", 1, "--mode", "extract", "--weight", weight, *flags]
-    run_stage(device, stage, output, *argv, data)
+    run_on(device, stage, output, *argv, data)
     with h5py.File(output / "extract" / "fb-isc-submission.h5") as file:
         return np.concatenate([file["query"][()], file["reference"][()]])
 

@@ -629,9 +629,8 @@ def test_one_and_two_processes_learn_the_same(start, training_images, tmp_path):
     flags = ["--no-pretrained", "--epochs", 1, "--batch-size", 8, "--memory-size", 48]
     flags = [*TINY, *flags, training_images]
     for world_size, output in enumerate(outputs, 1):
-        argv = ["--output", output, *flags]
         run = start(
-            *("v83", *argv),
+            *("v83", "--output", output, *flags),
             folder=output / "ranks",
             world_size=world_size,
             inject=freeze_batchnorm,

@@ -183,7 +183,7 @@ def save_forever(path, number):
 
 class Run:
     """A started command of `world_size` processes, which wait to be killed after `hold` images
-    each. inject: a function of this file that plants a fault in the stage's module.
+    each. inject: a function of this file that first changes the stage's module.
     """
 
     def __init__(
@@ -332,8 +332,12 @@ def error_line(run):
     """The one line that each rank ends with, and exit code 2."""
     assert set(run.wait()) == {2}, run.errors()
     assert "Traceback" not in run.errors()
-    lines = [line for line in run.errors().splitlines() if "error:" in line]
-    assert len(lines) == len(run.processes) and len(set(lines)) == 1, lines
+    lines = []
+    for output in run.outputs:
+        errors = (output / "stderr").read_text(errors="replace")
+        [line] = [line for line in errors.splitlines() if "error:" in line]
+        lines.append(line)
+    assert len(set(lines)) == 1, lines
     return lines[0]
 
 

@@ -75,7 +75,7 @@ def average(states):
 def half_precision(state):
     """A state_dict with the floating-point tensors in half precision.
 
-    They share one storage: one for each would take 300 bytes more, 75 kB in all.
+    They share one storage: one for each would take 300 bytes more for each tensor, 75 kB in all.
     """
     names = [name for name, value in state.items() if value.is_floating_point()]
     values = torch.cat([state[name].half().flatten() for name in names])
@@ -155,7 +155,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=v98.HelpFormatter)
     add = parser.add_argument
     add("out", metavar="OUT", help="file to write")
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a training; several are averaged")
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="several are averaged")
     add("--images", required=True, metavar="FOLDER", help=f"{MIN_IMAGES} plain images or more")
     add("--input-size", type=at_least(int, 1), default=160, help="of the images, pixels")
     add("--new-head", action="store_true", help="compute the head's weights too")
@@ -176,8 +176,9 @@ def main(argv=None):
     model = v98.create_model(arch, gem_p=1.0, gem_eval_p=1.0, device=torch.device("cpu"))
     if args.statistics:
         v98.load_weights(model, v98.read_checkpoint(args.statistics), args.statistics)
-        of_other = stage_state(model)
-        state |= {name: value for name, value in of_other.items() if "running_" in name}
+        other_state = stage_state(model)
+        # The head's, which are among these, are computed below.
+        state |= {name: value for name, value in other_state.items() if "running_" in name}
     v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
     finish_head(model, paths, args.input_size, args.new_head)
     content = {

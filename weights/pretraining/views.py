@@ -12,7 +12,7 @@ from torchvision.transforms import Compose, RandomApply
 
 import v98
 
-CONTENT_SIDE = 160  # of what both views show, pixels: the images' own
+CONTENT_SIDE = 160  # of what both views show, and of the images, pixels
 LEAST_CONTRAST = 8  # standard deviation of a channel of a content, of 255
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
 
