@@ -7,7 +7,6 @@ import csv
 import importlib
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -655,32 +654,24 @@ def test_one_and_two_processes_learn_the_same(start, training_images, tmp_path):
     torch.testing.assert_close(two["bank"], one["bank"], rtol=0, atol=1e-5)
 
 
-def on_two_nodes(*command, output):
-    """The published flags on two nodes with one process each; the CompletedProcess of each."""
-    url = f"tcp://localhost:{free_port()}"
-    nodes = ["--multiprocessing-distributed", "--dist-url", url, "--world-size", 2]
-    *command, data = command
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(run, *command, *nodes, "--rank", rank, "--output", output, data)
-            for rank in range(2)
-        ]
-    return [result.result() for result in runs]
-
-
-def test_extraction_in_two_processes(start, project, checkpoint, tmp_path):
+def test_extraction_on_two_nodes(start, project, checkpoint, tmp_path):
+    """The published flags, with one process on each node."""
     flags = [*TINY, "--mode", "extract", "--weight", checkpoint, "--batch-size", 6]
     flags += ["--target-set", "qrt"]
-    command = [ROOT / "exp" / "v83.py", *flags, project / "input"]
-    for result in on_two_nodes(*command, output=tmp_path / "two"):
-        assert result.returncode == 0, result.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    url = f"tcp://localhost:{free_port()}"
+    nodes = []
+    for rank in range(2):
+        node = ["--multiprocessing-distributed", "--dist-url", url, "--world-size", 2]
+        argv = [*flags, *node, "--rank", rank, "--output", two, project / "input"]
+        nodes.append(start("v83", *argv, folder=tmp_path / f"node{rank}"))
+    for node in nodes:
+        assert node.wait() == [0], node.errors()
     # In a process of its own: descriptors are bit-identical only for the same number of threads.
-    argv = [*flags, "--output", tmp_path / "one", project / "input"]
-    one = start("v83", *argv, folder=tmp_path / "ranks")
-    assert one.wait() == [0], one.errors()
+    alone = start("v83", *flags, "--output", one, project / "input", folder=tmp_path / "alone")
+    assert alone.wait() == [0], alone.errors()
     for name in ("fb-isc-submission.h5", "train_feats.npy"):
-        one, two = (tmp_path / output / "extract" / name for output in ("one", "two"))
-        assert two.read_bytes() == one.read_bytes()
+        assert (two / "extract" / name).read_bytes() == (one / "extract" / name).read_bytes()
 
 
 def test_a_batch_that_does_not_divide(start, training_images, tmp_path):
