@@ -93,8 +93,14 @@ def test_conda_installs_the_same_requirements():
     assert from_pip == {"pip": ["-r requirements-gpu.txt"]}
 
 
+@pytest.fixture(scope="module")
+def distributions():
+    """{module: the names of the distributions that have it}; takes a quarter of a second."""
+    return importlib.metadata.packages_distributions()
+
+
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
-def test_imports_are_required(path):
+def test_imports_are_required(path, distributions):
     """Experiments import what requirements.txt names; scripts also their siblings and the demo's
     extras.
     """
@@ -103,7 +109,6 @@ def test_imports_are_required(path):
     if path.parent.name != "exp":
         pinned |= requirements("requirements-dev.txt")
         own = {"common", "benchmarks", *(sibling.stem for sibling in PRODUCT)}
-    distributions = importlib.metadata.packages_distributions()
     for module in imported_modules(path) - sys.stdlib_module_names - own:
         names = {name.lower() for name in distributions.get(module, [module])}
         assert names & pinned.keys(), (
