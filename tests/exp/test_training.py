@@ -628,15 +628,13 @@ def test_one_and_two_processes_learn_the_same(start, training_images, tmp_path):
     flags = ["--no-pretrained", "--epochs", 1, "--batch-size", 8, "--memory-size", 48]
     flags = [*TINY, *flags, training_images]
     for world_size, output in enumerate(outputs, 1):
-        run = start(
-            *("v83", "--output", output, *flags),
-            folder=output / "ranks",
-            world_size=world_size,
-            inject=freeze_batchnorm,
-        )
-        assert set(run.wait()) == {0}, run.errors()
-    said = [(rank / "stderr").read_text().splitlines() for rank in run.outputs]
-    said = [[line for line in lines if " x " in line] for lines in said]
+        argv = ["--output", output, *flags]
+        folder = output / "ranks"
+        ranks = start("v83", *argv, folder=folder, world_size=world_size, inject=freeze_batchnorm)
+        assert set(ranks.wait()) == {0}, ranks.errors()
+    said = [  # by each of the two
+        [line for line in message.splitlines() if " x " in line] for message in ranks.messages()
+    ]
     assert said == [["v83.py: 2 x cpu"], []]
     one, two = (log_lines(output)[1:] for output in outputs)
     assert len(one) == 5

@@ -259,9 +259,13 @@ class Run:
             process.kill()
             process.join()
 
+    def messages(self):
+        """What each process has written on stderr."""
+        return [(output / "stderr").read_text(errors="replace") for output in self.outputs]
+
     def errors(self):
         """All that was written on stderr."""
-        return "".join((output / "stderr").read_text(errors="replace") for output in self.outputs)
+        return "".join(self.messages())
 
     def memory(self):
         """Peak memory of the first process in MB."""
@@ -333,9 +337,8 @@ def error_line(run):
     assert set(run.wait()) == {2}, run.errors()
     assert "Traceback" not in run.errors()
     lines = []
-    for output in run.outputs:
-        errors = (output / "stderr").read_text(errors="replace")
-        [line] = [line for line in errors.splitlines() if "error:" in line]
+    for message in run.messages():
+        [line] = [line for line in message.splitlines() if "error:" in line]
         lines.append(line)
     assert len(set(lines)) == 1, lines
     return lines[0]

@@ -134,17 +134,6 @@ def test_a_restart_by_torchrun_continues(start, data, output, flags):
     assert run.images() - run.images_before == (3 - done) * EPOCH
 
 
-@pytest.mark.parametrize("flags", [[], ["--start-over", "--weight", "missing.pth.tar"]])
-def test_a_restart_by_torchrun_does_not_undo_a_refusal(start, data, output, flags):
-    """The second attempt is refused as the first one was: the other run stays as it is."""
-    before = digests(output / "train")
-    word = "missing.pth.tar" if flags else "--start-over"
-    for inject in None, restart:
-        run = train(start, data, output, "--seed", 7, "--epochs", 4, *flags, inject=inject)
-        assert word in error_line(run)
-        assert digests(output / "train") == before
-
-
 # ---- --start-over ----
 
 

@@ -51,11 +51,8 @@ def test_a_killed_worker_of_several_ends_the_command(data, tmp_path, figure):
 
 @pytest.mark.parametrize("flags", [[], ["--start-over", "--weight", "missing.pth.tar"]])
 def test_a_restart_by_torchrun_does_not_undo_a_refusal(start, data, tmp_path, flags, pytestconfig):
-    """The second attempt of a refused command is refused as well: the other run stays as it is.
-
-    test_overwriting.py has the same without torchrun.
-    """
-    if not pytestconfig.getoption("--long"):
+    """The second attempt of a refused command is refused as well: the other run stays as it is."""
+    if flags and not pytestconfig.getoption("--long"):
         pytest.skip("takes ten seconds; make faults runs it")
     run = train(start, data, tmp_path, "--epochs", 1)
     assert run.wait() == [0], run.errors()

@@ -111,7 +111,7 @@ def test_the_gentle_view_comes_first(make_pairs):
     assert nearer > 35
 
 
-@pytest.mark.parametrize("operation", [views.compress, "gentle_view"])
+@pytest.mark.parametrize("operation", [views.compress, cv2.transpose, "gentle_view"])
 def test_red_stays_red(operation, make_pairs):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[..., 0] = 200
