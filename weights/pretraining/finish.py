@@ -155,8 +155,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=v98.HelpFormatter)
     add = parser.add_argument
     add("out", metavar="OUT", help="file to write")
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="several are averaged")
-    add("--images", required=True, metavar="FOLDER", help=f"{MIN_IMAGES} plain images or more")
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="of a stage or of pretrain.py; several are averaged",
+    )
+    add(
+        "--images",
+        required=True,
+        metavar="FOLDER",
+        help=f"plain images, {MIN_IMAGES} or more, of which {MAX_IMAGES} are used",
+    )
     add("--input-size", type=at_least(int, 1), default=160, help="of the images, pixels")
     add("--new-head", action="store_true", help="compute the head's weights too")
     add("--statistics", metavar="FILE", help="weights with the statistics that the backbone gets")

@@ -87,7 +87,13 @@ def parse_args(argv=None):
     add("out", type=Path, metavar="OUT", help="folder to write into")
     add("--training", type=positive, default=10000, help="training images (default: 10000)")
     add("--references", type=positive, default=1000, help="reference images (default: 1000)")
-    add("-j", "--workers", type=positive, help="processes (default: all cores)")
+    add(
+        "-j",
+        "--workers",
+        type=positive,
+        default=usable_cores(),
+        help="processes (default: all cores)",
+    )
     return parser.parse_args(argv)
 
 
@@ -95,13 +101,12 @@ def parse_args(argv=None):
 def main(argv=None):
     """Write the images; returns the exit code."""
     args = parse_args(argv)
-    workers = args.workers or usable_cores()
     for kind, count in ("training", args.training), ("reference", args.references):
         folder = args.out / f"{kind}_images"
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{number:06}.jpg" for number in range(count)]
         write = functools.partial(write_image, kind=kind)
-        for _ in parallel(write, paths, workers, folder.name):
+        for _ in parallel(write, paths, args.workers, folder.name):
             pass
     return 0
 

@@ -182,8 +182,8 @@ def train(args):
     remaining = Subset(pairs, range(args.pairs * steps_done, len(pairs)))
     loader = DataLoader(remaining, batch_size=args.pairs, num_workers=args.workers)
     with (out / "log.jsonl").open("a", buffering=1) as log:  # each line at once
-        start = {"step": steps_done, "args": vars(args), "versions": v98.library_versions()}
-        print(json.dumps(start), file=log)
+        header = {"step": steps_done, "args": vars(args), "versions": v98.library_versions()}
+        print(json.dumps(header), file=log)
         sums = torch.zeros(4)
         started = time.time()
         last_line = steps_done
