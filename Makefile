@@ -29,9 +29,9 @@ gpu: .venv/ready  ## on a machine with a GPU: its tests, memory and speed, into 
 	.venv/bin/python scripts/dev/benchmark.py training-step search evaluation-search ranks >> gpu-report.md; \
 	benchmark=$$?; cat gpu-report.md; exit $$((tests | benchmark))
 
-# `report` runs the demo with three seeds, up to half an hour, and prints the table of docs/EVIDENCE.md, "The demo". `edits`
-# prints that of docs/MATCHING.md, "Kinds of edits". Both go into the pages by hand, the best values in bold. No other table
-# of docs/ is redrawn here.
+# `report` runs the demo with three seeds, up to half an hour, and prints the means, in the form of docs/EVIDENCE.md, "The demo".
+# `edits` prints the table of docs/MATCHING.md, "Kinds of edits". Both go into the pages by hand, the best values in bold. No
+# other table of docs/ is redrawn here.
 figures: .venv/ready  ## redraw docs/report.png and, with PHOTOS=FOLDER, docs/edits.png; print the tables beside them
 	.venv/bin/python scripts/dev/draw_figures.py report
 	$(if $(PHOTOS),.venv/bin/python scripts/dev/draw_figures.py edits "$(PHOTOS)",@echo 'docs/edits.png is not redrawn: it needs PHOTOS=FOLDER')

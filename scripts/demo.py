@@ -1,7 +1,7 @@
 """All steps on a small data set, on any machine, in some minutes: what `make demo` runs.
 
     python scripts/demo.py  # works in demo/, prints every command before it runs
-    python scripts/demo.py --seeds 3  # trains three times, for the table of docs/EVIDENCE.md
+    python scripts/demo.py --seeds 3  # trains three times and prints the means
 
 Makes a data set, trains v83 -> v86 -> v98 -> v107 one after the other from the small starting point
 in weights/, extracts descriptors, subtracts negative embeddings, scores every stage on phase 2

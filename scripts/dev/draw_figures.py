@@ -5,7 +5,8 @@ r"""Redraw the images in docs/ and print the tables that belong to them: what `m
     python scripts/dev/draw_figures.py edits PHOTOS  # docs/edits.png, from 1,000 photographs
 
 `report` draws an excerpt of the demo's report page as Chromium shows it, in light colors and 1,200
-pixels wide. The demo trains with three seeds and prints the table of docs/EVIDENCE.md.
+pixels wide. The demo trains with three seeds and prints their means, in the form of the table in
+docs/EVIDENCE.md.
 
 `edits` makes the development split of weights/README.md, extracts descriptors of the small v98 and
 perceptual hashes, and plots their scores by kind of edit. It prints the table of docs/MATCHING.md,
