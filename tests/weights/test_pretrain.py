@@ -346,7 +346,7 @@ def test_weights_of_another_network_are_not_averaged(start, finish_flags, tmp_pa
     write_state(tmp_path / "other", {"module.weight": torch.ones(3)})
     command = [str(tmp_path / "mean"), str(start), str(tmp_path / "other"), *finish_flags]
     assert finish.main(command) == 2
-    message = f"{tmp_path / 'other'}: holds other weights"
+    message = f"{tmp_path / 'other'}: is of another network than {start}"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "mean").exists()
 

@@ -27,7 +27,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm, trange
 
@@ -46,16 +45,31 @@ SHRINKAGE = 2.0  # added to each variance within pairs, as a multiple of their m
 # ---- checkpoints ----
 
 
-def average(model, paths):
-    """The model with the mean of the weights and statistics of checkpoints.
+def read_checkpoints(paths):
+    """The checkpoints. Raises InputError where they are of different networks."""
+    checkpoints = [v98.read_checkpoint(path) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if not {"arch", "args"} <= checkpoint.keys():
+            raise InputError(f"{path}: is no checkpoint of a stage or of pretrain.py")
+        if shapes(checkpoint) != shapes(checkpoints[0]):
+            raise InputError(f"{path}: is of another network than {paths[0]}")
+    return checkpoints
 
-    Raises InputError where one is of another network.
-    """
-    mean = AveragedModel(model, use_buffers=True)
-    for path in paths:
-        v98.load_weights(model, v98.read_checkpoint(path), path)
-        mean.update_parameters(model)
-    return mean.module
+
+def shapes(checkpoint):
+    """The shape of each tensor by its name."""
+    return {name: value.shape for name, value in checkpoint["state_dict"].items()}
+
+
+def average(states):
+    """The mean of state_dicts of one network, in float32."""
+    result = {}
+    for name, first in states[0].items():
+        if first.is_floating_point():
+            result[name] = torch.stack([state[name].float() for state in states]).mean(dim=0)
+        else:
+            result[name] = first
+    return result
 
 
 def half_precision(state):
@@ -166,23 +180,21 @@ def main(argv=None):
     paths = v98.list_images(args.images)[:MAX_IMAGES]
     if len(paths) < MIN_IMAGES:
         raise InputError(f"{args.images}: has {len(paths)} images; give {MIN_IMAGES} or more")
-    first = v98.read_checkpoint(args.checkpoints[0])
-    if not {"arch", "args"} <= first.keys():
-        raise InputError(f"{first['path']}: is no checkpoint of a stage or of pretrain.py")
-    model = v98.create_model(first["arch"], gem_p=1.0, gem_eval_p=1.0, device=torch.device("cpu"))
-    statistics = {}
+    checkpoints = read_checkpoints(args.checkpoints)
+    state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
+    arch = checkpoints[0]["arch"]
+    model = v98.create_model(arch, gem_p=1.0, gem_eval_p=1.0, device=torch.device("cpu"))
     if args.statistics:
         v98.load_weights(model, v98.read_checkpoint(args.statistics), args.statistics)
-        state = model.state_dict()
-        statistics = {name: state[name].clone() for name in state if "running_" in name}
-    model = average(model, args.checkpoints)
-    # Those of the head, which are among these, are computed below.
-    model.load_state_dict(statistics, strict=False)
+        other_state = stage_state(model)
+        # The head's, which are among these, are computed below.
+        state |= {name: value for name, value in other_state.items() if "running_" in name}
+    v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
     finish_head(model, paths, args.input_size, args.new_head)
     content = {
         "state_dict": half_precision(stage_state(model)),
-        "arch": first["arch"],
-        "args": first["args"],
+        "arch": arch,
+        "args": checkpoints[0]["args"],
         "finish": args,
     }
     v98.write_checkpoint(content, [Path(args.out)])
