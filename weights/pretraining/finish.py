@@ -14,9 +14,9 @@ A stage leaves BatchNorm with the statistics of hard views, but extraction sees 
 backbone gets the statistics of --statistics, if given: those of the start, which are ImageNet's.
 The head gets those of the plain --images.
 
---new-head replaces the head's weights, too, by linear discriminant analysis of the backbone's
-features of views of the --images (learned whitening, Mikolajczyk and Matas 2007). weights/README.md
-compares it with the trained head.
+--new-head replaces the head's weights, too, by a principal component analysis of the backbone's
+features of the --images, which whitens in part and subtracts most of the mean. weights/README.md
+compares it with the trained head and with others.
 """
 
 import argparse
@@ -27,19 +27,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm, trange
+from tqdm import trange
 
 import v98
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from pretrain import pooled_features, stage_state
-from views import Pairs
 
 MIN_IMAGES = 1000  # the covariance of fewer is too rough
-MAX_IMAGES = 5000  # that are used, and as many pairs of views
-BATCH = 100  # images, or pairs of views
-SHRINKAGE = 2.0  # added to each variance within pairs, as a multiple of their mean
+MAX_IMAGES = 5000  # that are used
+BATCH = 100  # images
+WHITENING = 0.25  # negative exponent of the variances: 0 whitens nothing, 0.5 all
+MEAN_SHARE = 0.85  # of the mean, to subtract: with all of it, precision is lower
 
 
 # ---- checkpoints ----
@@ -99,34 +98,15 @@ def plain_features(model, paths, input_size):
     return torch.cat(features)
 
 
-def differences_within_pairs(model, paths, input_size):
-    """(pairs, channels): features of gentle views of the images minus those of their hard views."""
-    config = model.backbone.default_cfg
-    preprocess = v98.Preprocess(config["mean"], config["std"])
-    pairs = Pairs(paths, input_size, count=len(paths), seed=0)
-    differences = []
-    for views in tqdm(DataLoader(pairs, BATCH), "pairs of views", unit="batch"):
-        gentle, hard = views.unbind(dim=1)
-        gentle = pooled_features(model.backbone, preprocess(gentle))
-        hard = pooled_features(model.backbone, preprocess(hard))
-        differences.append(gentle - hard)
-    return torch.cat(differences)
+def whitening_head(features, count):
+    """Principal component analysis, partly whitened: a linear layer's weight (count, channels).
 
-
-def discriminant_head(features, differences, count):
-    """Linear discriminant analysis: a linear layer's weight (count, channels).
-
-    features (n, channels) are of plain images, differences (pairs, channels) of views of one image.
-    What differs between such views counts less; of the rest, the `count` directions in which plain
-    images differ most are kept.
+    features: (n, channels). The `count` directions in which they differ most are kept; of these,
+    each counts less the more they differ (Jégou and Chum 2012, who whiten fully).
     """
-    # A difference of two views has twice the variance of a view.
-    within = differences.T @ differences / (2 * len(differences))
-    variances, axes = torch.linalg.eigh(within)
-    variances = variances + SHRINKAGE * variances.mean()
-    whitening = axes @ torch.diag(variances.rsqrt()) @ axes.T
-    _, discriminants = torch.linalg.eigh(torch.cov((features @ whitening).T))  # ascending variance
-    return (whitening @ discriminants[:, -count:]).T
+    variances, axes = torch.linalg.eigh(torch.cov(features.T))  # ascending
+    variances = variances.clamp(min=1e-6 * variances.max())  # of a dead channel it is 0
+    return (axes[:, -count:] * variances[-count:] ** -WHITENING).T
 
 
 @torch.no_grad()
@@ -136,15 +116,14 @@ def finish_head(model, paths, input_size, new_head):
     head = model.bn
     features = plain_features(model, paths, input_size)
     if new_head:
-        differences = differences_within_pairs(model, paths, input_size)
-        model.fc.weight.copy_(discriminant_head(features, differences, len(model.fc.weight)))
+        model.fc.weight.copy_(whitening_head(features, len(model.fc.weight)))
     outputs = model.fc(features)
     head.running_mean.copy_(outputs.mean(dim=0))
     head.running_var.copy_(outputs.var(dim=0))
     if new_head:
-        # BatchNorm then only subtracts the mean: equal variances would undo the analysis.
+        # BatchNorm then only subtracts a share of the mean: equal variances would whiten fully.
         head.weight.copy_((head.running_var + head.eps).sqrt())
-        head.bias.zero_()
+        head.bias.copy_((1 - MEAN_SHARE) * head.running_mean)
 
 
 # ---- main ----
