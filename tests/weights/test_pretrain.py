@@ -379,7 +379,7 @@ def test_finished_weights_have_statistics_of_plain_images(finish_command, start,
 
 
 def test_a_new_head_leaves_the_backbone(finish_command, trained, tmp_path):
-    """Of the same backbone; BatchNorm only subtracts a share of the mean."""
+    """BatchNorm only subtracts a share of the mean."""
     assert finish.main([*finish_command, "--new-head"]) == 0
     old = v98.read_checkpoint(trained)["state_dict"]
     new = v98.read_checkpoint(tmp_path / "out")["state_dict"]
@@ -387,8 +387,15 @@ def test_a_new_head_leaves_the_backbone(finish_command, trained, tmp_path):
         if value.is_floating_point() and name.startswith("module.backbone."):
             torch.testing.assert_close(value, old[name].half(), msg=name)
     assert not torch.allclose(new["module.fc.weight"].float(), old["module.fc.weight"], atol=0.01)
-    left = (1 - finish.MEAN_SHARE) * new["module.bn.running_mean"].float()
-    torch.testing.assert_close(new["module.bn.bias"].float(), left, rtol=0.01, atol=0.001)
+    model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()
+    v98.load_weights(model, {"state_dict": new}, "out")
+    images = sorted((tmp_path / "images").iterdir())
+    with torch.no_grad():
+        outputs = model.fc(finish.plain_features(model, images, 48))
+        means = model.bn(outputs).mean(dim=0)
+    expected = (1 - finish.MEAN_SHARE) * outputs.mean(dim=0)
+    assert expected.abs().max() > 0.2
+    torch.testing.assert_close(means, expected, rtol=0.02, atol=0.02)
     deviations = new["module.bn.running_var"].float().sqrt()
     torch.testing.assert_close(new["module.bn.weight"].float(), deviations, rtol=0.01, atol=0.01)
 
@@ -398,9 +405,15 @@ def test_the_head_keeps_the_directions_of_most_variance_and_whitens_in_part():
     mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     features = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ mixing
     outputs = features @ finish.whitening_head(features, 2).T
-    variances = torch.linalg.svdvals(features - features.mean(dim=0))[:2] ** 2 / 499
-    kept = variances.flip(0) ** (1 - 2 * finish.WHITENING)
-    torch.testing.assert_close(torch.cov(outputs.T), torch.diag(kept))
+    variances = torch.linalg.svdvals(features - features.mean(dim=0))[:2] ** 2 / 499  # n - 1
+    expected = variances.flip(0) ** (1 - 2 * finish.WHITENING)
+    torch.testing.assert_close(torch.cov(outputs.T), torch.diag(expected))
+
+
+def test_a_dead_channel_gives_a_head_without_nan():
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 0
+    assert finish.whitening_head(features, 4).isfinite().all()
 
 
 def test_statistics_of_another_network_are_refused(finish_command, tmp_path, capsys):

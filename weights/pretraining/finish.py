@@ -14,9 +14,9 @@ A stage leaves BatchNorm with the statistics of hard views, but extraction sees 
 backbone gets the statistics of --statistics, if given: those of the start, which are ImageNet's.
 The head gets those of the plain --images.
 
---new-head replaces the head's weights, too, by a principal component analysis of the backbone's
-features of the --images, which whitens in part and subtracts most of the mean. weights/README.md
-compares it with the trained head and with others.
+--new-head computes the head's weights, too: the principal components of the backbone's features of
+the --images, whitened in part. BatchNorm then subtracts most of the mean. weights/README.md has
+other heads to compare.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from pretrain import pooled_features, stage_state
 MIN_IMAGES = 1000  # the covariance of fewer is too rough
 MAX_IMAGES = 5000  # that are used
 BATCH = 100  # images
-WHITENING = 0.25  # negative exponent of the variances: 0 whitens nothing, 0.5 all
-MEAN_SHARE = 0.85  # of the mean, to subtract: with all of it, precision is lower
+WHITENING = 0.25  # components are scaled by variance ** -WHITENING; 0.5 whitens fully
+MEAN_SHARE = 0.9  # of the mean, to subtract; weights/README.md says why not all
 
 
 # ---- checkpoints ----
@@ -101,17 +101,21 @@ def plain_features(model, paths, input_size):
 def whitening_head(features, count):
     """Principal component analysis, partly whitened: a linear layer's weight (count, channels).
 
-    features: (n, channels). The `count` directions in which they differ most are kept; of these,
-    each counts less the more they differ (Jégou and Chum 2012, who whiten fully).
+    features: (n, channels). The `count` directions of largest variance are kept, in ascending
+    order. Whitening makes the strongest count less than they would, but still most. Jégou and Chum
+    2012 whiten fully.
     """
-    variances, axes = torch.linalg.eigh(torch.cov(features.T))  # ascending
-    variances = variances.clamp(min=1e-6 * variances.max())  # of a dead channel it is 0
+    variances, axes = torch.linalg.eigh(torch.cov(features.T))
+    # Those that are zero may come out negative, and their power as NaN.
+    variances = variances.clamp(min=1e-6 * variances.max())
     return (axes[:, -count:] * variances[-count:] ** -WHITENING).T
 
 
 @torch.no_grad()
 def finish_head(model, paths, input_size, new_head):
-    """Give the head statistics of plain images; with new_head, compute its weights too."""
+    """Give the head's BatchNorm statistics of plain images; with new_head, compute the linear
+    layer's weight, and BatchNorm's weight and bias, too.
+    """
     model.eval()
     head = model.bn
     features = plain_features(model, paths, input_size)
@@ -121,7 +125,7 @@ def finish_head(model, paths, input_size, new_head):
     head.running_mean.copy_(outputs.mean(dim=0))
     head.running_var.copy_(outputs.var(dim=0))
     if new_head:
-        # BatchNorm then only subtracts a share of the mean: equal variances would whiten fully.
+        # BatchNorm then gives x - MEAN_SHARE * mean: with a weight of 1 it would whiten fully.
         head.weight.copy_((head.running_var + head.eps).sqrt())
         head.bias.copy_((1 - MEAN_SHARE) * head.running_mean)
 
