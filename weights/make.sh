@@ -1,7 +1,7 @@
 #!/bin/bash
 # Makes the checkpoints and logs of weights/ from an earlier start: weights/make.sh FOLDER
 # It takes an hour on two CPU cores, and needs 16 GB of memory and the history of this repository.
-# Started again, it resumes; after a change in this file, give a new FOLDER.
+# Started again, it resumes; after a change in this file or in pretraining/, give a new FOLDER.
 # Copy the files to weights/ afterwards, and export v98.onnx: python scripts/export.py weights/v98.onnx
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }

@@ -186,7 +186,6 @@ def train(args):
         print(json.dumps(header), file=log)
         sums = torch.zeros(4)
         started = time.time()
-        last_line = steps_done
         bar = tqdm(loader, desc="training", total=args.steps, initial=steps_done, unit="step")
         for step, views in enumerate(bar, steps_done + 1):
             gentle, hard = views.unbind(dim=1)
@@ -208,7 +207,7 @@ def train(args):
 
             sums += torch.stack([contrastive_loss, koleo_loss, distillation, accuracy]).detach()
             if step % PERIOD == 0 or step == args.steps:
-                steps = step - last_line
+                steps = (step - 1) % PERIOD + 1  # since the last line
                 means = (sums / steps).tolist()
                 seconds = time.time() - started
                 line = {
@@ -230,7 +229,6 @@ def train(args):
                     "scheduler": scheduler.state_dict(),
                 }
                 v98.write_checkpoint(checkpoint, [last])
-                last_line = step
                 sums.zero_()
                 started = time.time()
 

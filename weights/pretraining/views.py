@@ -1,5 +1,5 @@
 """Pairs of views for contrastive learning: a gentle one, which resembles a reference, and a hard
-one, which resembles an edited copy. The operations are those of v98.
+one, which resembles an edited copy. Most operations are those of v98.
 """
 
 import random
