@@ -32,6 +32,7 @@ DOCUMENTS = [
     README,
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))),
     "weights/README.md",
+    "weights/EXPERIMENTS.md",
     "input/README.md",
     "CHANGELOG.md",
 ]

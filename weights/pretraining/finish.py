@@ -1,8 +1,9 @@
 """Make a file to ship of trained weights: averaged, with other BatchNorm statistics, in half
 precision, without what only training needs.
 
-    python weights/pretraining/finish.py small/start.pth.tar small/pretrain-?/last.pth.tar \\
-        --new-head --images small/images/training_images
+    python weights/pretraining/finish.py small/start.pth.tar \\
+        small/before.pth.tar small/pretrain-?/last.pth.tar --new-head \\
+        --images small/images/training_images
     python weights/pretraining/finish.py small/v98.pth.tar \\
         small/v98/train/checkpoint_0000.pth.tar --statistics small/start.pth.tar \\
         --images small/images/training_images
@@ -15,8 +16,8 @@ backbone gets the statistics of --statistics, if given: those of the start, whic
 The head gets those of the plain --images.
 
 --new-head computes the head's weights, too: the principal components of the backbone's features of
-the --images, whitened in part. BatchNorm then subtracts most of the mean. weights/README.md has
-other heads to compare.
+the --images, whitened in part. BatchNorm then subtracts most of the mean.
+weights/EXPERIMENTS.md has other heads to compare.
 """
 
 import argparse
@@ -38,7 +39,7 @@ MIN_IMAGES = 1000  # the covariance of fewer is too rough
 MAX_IMAGES = 5000  # that are used
 BATCH = 100  # images
 WHITENING = 0.25  # components are scaled by variance ** -WHITENING; 0.5 whitens fully
-MEAN_SHARE = 0.9  # of the mean, to subtract; weights/README.md says why not all
+MEAN_SHARE = 0.9  # of the mean, to subtract; weights/EXPERIMENTS.md compares shares
 
 
 # ---- checkpoints ----
