@@ -62,10 +62,10 @@ SMALL = ROOT / "weights" / "v98.pth.tar"
 SMALL_ARCH = "tf_efficientnet_lite0"
 SMALL_SIZE = 160
 SMALL_THRESHOLDS = {
-    "threshold": 0.56,
-    "threshold_of_views": 0.61,
-    "normalized_threshold": 0.25,
-    "normalized_threshold_of_views": 0.23,
+    "threshold": 0.57,
+    "threshold_of_views": 0.64,
+    "normalized_threshold": 0.22,
+    "normalized_threshold_of_views": 0.22,
 }
 SMALL_THRESHOLD_SOURCE = (
     "precision 0.99 on the development split of weights/README.md, phase 1: 450 queries, "

@@ -152,17 +152,14 @@ def texture(rng, size):
     return Image.fromarray(colors.T.reshape(size, size, 3))
 
 
-def dead_leaves(rng, size, canvas=None, bark=None):
-    """Overlapping polygons, plain or cut from `bark`, over `canvas`: an RGB image of `size` pixels
-    a side.
+def dead_leaves(rng, size):
+    """Overlapping polygons, plain or cut from one texture, over another: an RGB image of `size`
+    pixels a side.
 
-    canvas, which is drawn upon, and bark: RGB images of that size; textures where not given.
     Source: Baradad et al. 2021, "Learning to see by looking at noise".
     """
-    if canvas is None:
-        canvas = texture(rng, size)
-    if bark is None:
-        bark = texture(rng, size)
+    canvas = texture(rng, size)
+    bark = texture(rng, size)
     for _ in range(rng.integers(15, 120)):
         corners = leaf(rng, size)
         if rng.uniform() < 0.3:

@@ -127,15 +127,16 @@ def trains_or_finishes(module):
 
 def test_make_starts_each_command_from_what_one_before_wrote(commands):
     names = [module.__name__ for module, _ in commands]
-    pretraining = ["make_images", "pretrain", "pretrain", "finish"]
-    stages = ["v83", "v86", "v98", "make_dataset", "v107"]
-    assert names == [*pretraining, *stages, "finish", "finish"]
+    pretraining = ["make_dataset", "pretrain", "pretrain", "finish"]
+    assert names == [*pretraining, *STAGES, "finish", "finish"]
+    leaves = Path(commands[0][1].out, "training_images")
     written = ["small/before.pth.tar"]
     for module, args in commands:
         if not trains_or_finishes(module):
             continue
         inputs, output = inputs_and_output(module, args)
         assert set(inputs) <= set(written)
+        assert Path(args.data if module.__name__ in STAGES else args.images) == leaves
         if module.__name__ in STAGES:
             assert inputs == written[-1:]
         written.append(output)

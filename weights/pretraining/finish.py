@@ -1,8 +1,8 @@
-"""Make a file to ship of trained weights: averaged, with other BatchNorm statistics, in half
-precision, without what only training needs.
+"""Turn trained weights into a file to publish: averaged over runs, with other BatchNorm statistics,
+in half precision, without the optimizer.
 
     python weights/pretraining/finish.py small/start.pth.tar \\
-        small/before.pth.tar small/pretrain-?/last.pth.tar --new-head \\
+        small/pretrain-?/last.pth.tar small/before.pth.tar --new-head \\
         --images small/images/training_images
     python weights/pretraining/finish.py small/v98.pth.tar \\
         small/v98/train/checkpoint_0000.pth.tar --statistics small/start.pth.tar \\
@@ -13,10 +13,10 @@ soups, Wortsman et al. 2022), and two runs keep two cores busy.
 
 A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. So the
 backbone gets the statistics of --statistics, if given: those of the start, which are ImageNet's.
-The head gets those of the plain --images.
+The head gets those of plain images: random ones of views.py, not augmented.
 
 --new-head computes the head's weights, too: the principal components of the backbone's features of
-the --images, whitened in part. BatchNorm then subtracts most of the mean.
+these images, whitened in part. BatchNorm then subtracts most of the mean.
 weights/EXPERIMENTS.md has other heads to compare.
 """
 
@@ -27,6 +27,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "exp"), str(REPOSITORY / "scripts")]
 
+import numpy as np
 import torch
 from tqdm import trange
 
@@ -34,10 +35,10 @@ import v98
 from common.cli import at_least
 from common.errors import InputError, one_line_errors
 from pretrain import pooled_features, stage_state
+from views import random_image
 
-MIN_IMAGES = 1000  # the covariance of fewer is too rough
-MAX_IMAGES = 5000  # that are used
-BATCH = 100  # images
+BATCHES = 50
+BATCH_SIZE = 100  # plain images
 WHITENING = 0.25  # components are scaled by variance ** -WHITENING; 0.5 whitens fully
 MEAN_SHARE = 0.9  # of the mean, to subtract; weights/EXPERIMENTS.md compares shares
 
@@ -88,14 +89,17 @@ def half_precision(state):
 # ---- head ----
 
 
-def plain_features(model, paths, input_size):
-    """(n, channels): features of the images as extraction sees them."""
+def plain_features(model, leaf_paths, input_size):
+    """Features of plain images, as extraction sees them: float32 (n, channels)."""
     config = model.backbone.default_cfg
-    transform = v98.evaluation_transform(input_size, config["mean"], config["std"])
+    preprocess = v98.Preprocess(config["mean"], config["std"])
     features = []
-    for start in trange(0, len(paths), BATCH, desc="plain images", unit="batch"):
-        images = [transform(v98.open_image(path)) for path in paths[start : start + BATCH]]
-        features.append(pooled_features(model.backbone, torch.stack(images)))
+    v98.seed_generators(0)
+    for _ in trange(BATCHES, desc="plain images", unit="batch"):
+        images = [random_image(leaf_paths) for _ in range(BATCH_SIZE)]
+        pixels = np.stack([v98.resize(image, [input_size, input_size]) for image in images])
+        batch = preprocess(torch.from_numpy(pixels))
+        features.append(pooled_features(model.backbone, batch))
     return torch.cat(features)
 
 
@@ -107,19 +111,19 @@ def whitening_head(features, count):
     2012 whiten fully.
     """
     variances, axes = torch.linalg.eigh(torch.cov(features.T))
-    # Those that are zero may come out negative, and their power as NaN.
+    # Variances of zero may come out negative; their power would be NaN.
     variances = variances.clamp(min=1e-6 * variances.max())
     return (axes[:, -count:] * variances[-count:] ** -WHITENING).T
 
 
 @torch.no_grad()
-def finish_head(model, paths, input_size, new_head):
+def finish_head(model, leaf_paths, input_size, new_head):
     """Give the head's BatchNorm statistics of plain images; with new_head, compute the linear
     layer's weight, and BatchNorm's weight and bias, too.
     """
     model.eval()
     head = model.bn
-    features = plain_features(model, paths, input_size)
+    features = plain_features(model, leaf_paths, input_size)
     if new_head:
         model.fc.weight.copy_(whitening_head(features, len(model.fc.weight)))
     outputs = model.fc(features)
@@ -149,7 +153,7 @@ def parse_args(argv=None):
         "--images",
         required=True,
         metavar="FOLDER",
-        help=f"plain images, {MIN_IMAGES} or more, of which {MAX_IMAGES} are used",
+        help="of dead leaves, as make_dataset.py writes them",
     )
     add("--input-size", type=at_least(int, 1), default=160, help="of the images, pixels")
     add("--new-head", action="store_true", help="compute the head's weights too")
@@ -161,9 +165,6 @@ def parse_args(argv=None):
 def main(argv=None):
     """Write the file; returns the exit code."""
     args = parse_args(argv)
-    paths = v98.list_images(args.images)[:MAX_IMAGES]
-    if len(paths) < MIN_IMAGES:
-        raise InputError(f"{args.images}: has {len(paths)} images; give {MIN_IMAGES} or more")
     checkpoints = read_checkpoints(args.checkpoints)
     state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
     arch = checkpoints[0]["arch"]
@@ -174,7 +175,7 @@ def main(argv=None):
         # The head's, which are among these, are computed below.
         state |= {name: value for name, value in other_state.items() if "running_" in name}
     v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
-    finish_head(model, paths, args.input_size, args.new_head)
+    finish_head(model, v98.list_images(args.images), args.input_size, args.new_head)
     content = {
         "state_dict": half_precision(stage_state(model)),
         "arch": arch,

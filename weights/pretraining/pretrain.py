@@ -7,15 +7,14 @@ Contrastive learning (NT-Xent, Chen et al. 2020) of a gentle and a hard view of 
 All other views of the batch are negatives. A second loss spreads the descriptors of gentle views
 (KoLeo), so that one threshold fits all images. A third keeps the features of gentle views near
 those of the first weights, so that training on few photographs forgets less of what ImageNet taught
-(learning without forgetting, Li and Hoiem 2016). What is used of the run is an exponential moving
-average of the weights.
+(learning without forgetting, Li and Hoiem 2016).
 
-The backbone's BatchNorm keeps the statistics of the first weights, ImageNet's: those of generated
-images and of hard views would not fit photographs.
+The backbone's BatchNorm keeps the statistics of the first weights, ImageNet's: those of dead leaves
+and of hard views would not fit photographs.
 
 Writes into OUT
-    last.pth.tar    everything needed to resume, every 50 steps; its state_dict is the average
-    log.jsonl       the arguments and versions, then a line per 50 steps
+    last.pth.tar    everything needed to resume, every 50 steps and at the end
+    log.jsonl       the arguments and versions, then a line for each last.pth.tar
 
 Started again, it resumes. finish.py makes the file to publish from last.pth.tar.
 """
@@ -35,7 +34,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -53,7 +51,6 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises; in the othe
 SHORTEST_SCHEDULE = 11  # steps: with a tenth of 10 for the warmup, OneCycleLR divides by zero
 TEMPERATURE = 0.07  # of NT-Xent
 DISTILLATION_WEIGHT = 1.0
-EMA_DECAY = 0.995
 PERIOD = 50  # steps between checkpoints, and between lines of the log
 
 
@@ -130,13 +127,13 @@ def koleo(descriptors):
 # ---- training ----
 
 
-def resume(path, model, ema, optimizer, scheduler, args):
+def resume(path, model, optimizer, scheduler, args):
     """Load last.pth.tar; returns the number of steps that are done.
 
     Raises InputError where it is no checkpoint of this script, or of other arguments.
     """
     checkpoint = v98.read_checkpoint(path)
-    if not {"step", "network", "optimizer", "scheduler", "args"} <= checkpoint.keys():
+    if not {"step", "optimizer", "scheduler", "args"} <= checkpoint.keys():
         raise InputError(f"{path}: is no checkpoint of pretrain.py; give another folder")
     for name, now in vars(args).items():
         before = getattr(checkpoint["args"], name, None)
@@ -145,9 +142,7 @@ def resume(path, model, ema, optimizer, scheduler, args):
             raise InputError(
                 f"{path}: began with --{flag} {before}, not {now}; give another folder"
             )
-    model.load_state_dict(checkpoint["network"])
-    v98.load_weights(ema.module, checkpoint, path)
-    ema.n_averaged.fill_(checkpoint["step"])  # at 0 the next update would replace the average
+    v98.load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     return checkpoint["step"]
@@ -158,7 +153,6 @@ def train(args):
     torch.manual_seed(0)  # without --weight, all runs begin with the same head and can be averaged
     model = create_model(args)
     teacher = copy.deepcopy(model.backbone)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     scheduler = OneCycleLR(
         optimizer,
@@ -172,7 +166,7 @@ def train(args):
     last = out / "last.pth.tar"
     steps_done = 0
     if last.exists():
-        steps_done = resume(last, model, ema, optimizer, scheduler, args)
+        steps_done = resume(last, model, optimizer, scheduler, args)
     if steps_done == args.steps:
         return
 
@@ -203,7 +197,6 @@ def train(args):
             loss.backward()
             optimizer.step()
             scheduler.step()
-            ema.update_parameters(model)
 
             sums += torch.stack([contrastive_loss, koleo_loss, distillation, accuracy]).detach()
             if step % PERIOD == 0 or step == args.steps:
@@ -220,11 +213,10 @@ def train(args):
                 }
                 print(json.dumps(line), file=log)
                 checkpoint = {
-                    "state_dict": stage_state(ema.module),  # what finish.py takes
+                    "state_dict": stage_state(model),
                     "arch": args.arch,
                     "args": args,
                     "step": step,
-                    "network": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scheduler": scheduler.state_dict(),
                 }
@@ -243,7 +235,7 @@ def parse_args(argv=None):
     natural = at_least(int, 0)
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write into; a run in it is resumed")
-    add("images", metavar="IMAGES", help="folder of images to train with")
+    add("images", metavar="IMAGES", help="folder of dead leaves, as make_dataset.py writes them")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
     add("--input-size", type=positive, default=128, help="of a view, pixels")

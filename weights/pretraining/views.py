@@ -1,7 +1,9 @@
-"""Pairs of views for contrastive learning: a gentle one, which resembles a reference, and a hard
-one, which resembles an edited copy. Most operations are those of v98.
+"""The images that the small network is pretrained with, and pairs of views of them: a gentle one,
+which resembles a reference, and a hard one, which resembles an edited copy. Most operations are
+those of v98.
 """
 
+import functools
 import random
 
 import cv2
@@ -11,15 +13,37 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, RandomApply
 
 import v98
+from common.sample_images import embedded_paths, open_photograph
 
-CONTENT_SIDE = 160  # of what both views show, and of the images, pixels
-LEAST_CONTRAST = 8  # standard deviation of a channel of a content, of 255
+SIDE = 160  # of a part of a photograph, and of what both views show, pixels
+PHOTOGRAPH_SIDE = 1000  # the shorter side of an embedded photograph, pixels at most
+MIN_CONTRAST = 8  # of what both views show: standard deviation of one channel at least, of 255
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
 
 
-def swap_channels(pixels):
-    """Permute red, green and blue."""
-    return np.ascontiguousarray(pixels[..., np.random.permutation(3)])  # noqa: NPY002
+# ---- images ----
+
+
+@functools.cache
+def embedded_photographs():
+    """The photographs inside the wheels of scikit-image and scikit-learn, uint8 (h, w, 3) each."""
+    return [np.array(open_photograph(path, PHOTOGRAPH_SIDE)) for _, _, path in embedded_paths()]
+
+
+part_of_photograph = v98.RandomResizedCrop(SIDE, scale=(0.01, 0.5))  # shares of its area
+
+
+def random_image(leaf_paths):
+    """Dead leaves or a part of an embedded photograph, equally often: uint8 (h, w, 3).
+
+    leaf_paths: images of dead leaves, as make_dataset.py writes them.
+    """
+    if random.random() < 0.5:
+        return v98.read_pixels(random.choice(leaf_paths))
+    return part_of_photograph(random.choice(embedded_photographs()))
+
+
+# ---- edits ----
 
 
 def random_color():
@@ -30,7 +54,7 @@ def random_color():
 
 
 def two_colors(pixels):
-    """Gray values as mixtures of two colors."""
+    """Black and white become two random colors, grays mixtures of them."""
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None] / 255
     mixture = (1 - gray) * random_color() + gray * random_color()
     return mixture.astype(np.uint8)
@@ -61,7 +85,7 @@ recolor = Compose(
 
 
 def place(pixels, background):
-    """Draw the image, shrunk to 30% to 100% of each side, somewhere on the background.
+    """Resize the image to 30% to 100% of the background's sides, and draw it somewhere on that.
 
     background: uint8 (size, size, 3), which is changed and returned.
     """
@@ -74,45 +98,37 @@ def place(pixels, background):
     return background
 
 
-class Pairs(Dataset):
-    """Pair i: a gentle and a hard view, uint8 (2, size, size, 3), of a part of a random image.
+# ---- pairs of views ----
 
-    Half of the hard views are those of v98; the others are cropped, placed on a background,
-    recolored and compressed, each by chance. A pair depends on paths, size, seed and i alone.
-    paths: of the images; count: how many pairs there are.
+
+class Pairs(Dataset):
+    """Pair i: a gentle and a hard view, uint8 (2, size, size, 3), of one content.
+
+    A content is a part of a random image. Its gentle view is v98's moderate one. Half of the hard
+    views are v98's; the others are cropped, placed on a background, recolored and compressed, each
+    by chance. A pair depends on leaf_paths, size, seed and i alone.
+    leaf_paths: see random_image; count: how many pairs there are. Raises InputError where a package
+    that holds photographs is not installed.
     """
 
-    def __init__(self, paths, size, count, seed):
-        self.paths = paths
+    def __init__(self, leaf_paths, size, count, seed):
+        embedded_photographs()  # read here, before the data loader's workers start
+        self.leaf_paths = leaf_paths
         self.size = size
         self.count = count
         self.seed = seed
-        self.content_view = Compose(
-            [
-                v98.RandomResizedCrop(CONTENT_SIDE, scale=(0.25, 1), ratio=(0.5, 2)),
-                RandomApply([v98.horizontal_flip], p=0.5),
-                RandomApply([cv2.transpose], p=0.2),  # turned by 90 degrees and mirrored
-                RandomApply([swap_channels], p=0.5),
-                RandomApply([recolor], p=0.5),
-            ]
-        )
-        self.gentle_view = Compose(
-            [
-                RandomApply([v98.RandomResizedCrop(CONTENT_SIDE, (0.64, 1), (0.8, 1.25))], p=0.5),
-                self.shrink,
-                RandomApply([compress], p=0.3),
-            ]
-        )
+        self.content_crop = v98.RandomResizedCrop(SIDE, scale=(0.25, 1), ratio=(0.5, 2))
+        self.moderate_view = v98.moderate_view(size)
+        self.enlarged_hard_view = v98.hard_view(size * OVERSAMPLING, leaf_paths)
         self.edited_view = Compose(
             [
-                RandomApply([v98.RandomResizedCrop(CONTENT_SIDE, (0.16, 1), (0.5, 2))], p=0.4),
+                RandomApply([v98.RandomResizedCrop(SIDE, scale=(0.16, 1), ratio=(0.5, 2))], p=0.4),
                 self.shrink,
                 RandomApply([self.place_on_background], p=0.5),
                 RandomApply([recolor], p=0.7),
                 RandomApply([compress], p=0.4),
             ]
         )
-        self.v98_view = v98.hard_view(size * OVERSAMPLING, paths)
 
     def __len__(self):
         return self.count
@@ -121,38 +137,33 @@ class Pairs(Dataset):
         v98.seed_generators(self.seed, index)
         cv2.setNumThreads(0)  # a data loader worker has one core
         content = self.draw_content()
-        hard_view = self.augmented_view if random.random() < 0.5 else self.edited_view
+        hard_view = self.v98_hard_view if random.random() < 0.5 else self.edited_view
         hard = hard_view(content)
-        return torch.from_numpy(np.stack([self.gentle_view(content), hard]))
+        gentle = self.gentle_view(content)
+        return torch.from_numpy(np.stack([gentle, hard]))
 
     def draw_content(self):
         """What both views show; never almost plain."""
         while True:
-            content = self.content_view(self.random_image())
-            if content.std(axis=(0, 1)).max() > LEAST_CONTRAST:
+            content = self.content_crop(random_image(self.leaf_paths))
+            if content.std(axis=(0, 1)).max() > MIN_CONTRAST:
                 return content
 
-    def random_image(self):
-        """The pixels of one of the images."""
-        return v98.read_pixels(random.choice(self.paths))
+    def gentle_view(self, content):
+        """The content by v98's moderate augmentation."""
+        return self.moderate_view(content).pixels
 
-    def shrink(self, pixels):
-        """Pixels (size, size, 3)."""
-        return v98.resize(pixels, [self.size, self.size])
-
-    def augmented_view(self, content):
+    def v98_hard_view(self, content):
         """The content by v98's hard augmentation, without its random erasing."""
         enlarged = v98.resize(content, [OVERSAMPLING * self.size] * 2)
-        return self.shrink(self.v98_view(enlarged).pixels)
+        return self.shrink(self.enlarged_hard_view(enlarged).pixels)
+
+    def shrink(self, pixels):
+        """Resize to (size, size, 3)."""
+        return v98.resize(pixels, [self.size, self.size])
 
     def place_on_background(self, pixels):
-        """On a color, on another image, or on what resembles a web page: text and an image."""
-        kind = random.choices(["color", "image", "page"], [0.45, 0.25, 0.3])[0]
-        if kind == "image":
-            return place(pixels, self.shrink(self.random_image()))
-        background = np.full((self.size, self.size, 3), random_color(), np.uint8)
-        if kind == "page":
-            place(self.random_image(), background)
-            for _ in range(3):
-                background = v98.overlay_text(background)
-        return place(pixels, background)
+        """On a color or on another image."""
+        if random.random() < 0.25:
+            return place(pixels, self.shrink(random_image(self.leaf_paths)))
+        return place(pixels, np.full((self.size, self.size, 3), random_color(), np.uint8))
