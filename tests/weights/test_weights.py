@@ -5,6 +5,7 @@ from what the one before wrote.
 import argparse
 import importlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -35,16 +36,17 @@ def commands(tmp_path_factory):
     python.write_text(f'#!/bin/sh\n(IFS="\t"; echo "$*") >> {noted}\n')
     python.chmod(0o755)
     (folder / "git").symlink_to("/bin/true")  # make.sh takes earlier weights from the history
+    (folder / "weights").mkdir()
+    shutil.copy(WEIGHTS / "make.sh", folder / "weights")
     for run in "pretrain-0", "pretrain-1", *(f"{stage}/train" for stage in STAGES):
         (folder / "small" / run).mkdir(parents=True)
         (folder / "small" / run / "log.jsonl").touch()
     environment = {"PATH": f"{folder}:/usr/bin:/bin"}
-    subprocess.run(
-        ["bash", WEIGHTS / "make.sh", folder / "small"], env=environment, check=True, timeout=60
-    )
+    command = ["bash", "weights/make.sh", "small"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=60)
     assert (folder / "small" / "before.pth.tar").exists()
     result = []
-    for line in noted.read_text().replace(f"{folder}/", "").splitlines():
+    for line in noted.read_text().splitlines():
         script, *flags = line.split("\t")
         module = importlib.import_module(Path(script).stem)
         result.append((module, module.parse_args(flags)))

@@ -50,6 +50,7 @@ WEIGHT_DECAY = 0.01
 WARMUP = 0.1  # share of the steps in which the learning rate rises; in the others it falls
 SHORTEST_SCHEDULE = 11  # steps: with a tenth of 10 for the warmup, OneCycleLR divides by zero
 TEMPERATURE = 0.07  # of NT-Xent
+KOLEO_WEIGHT = 1.0
 DISTILLATION_WEIGHT = 1.0
 PERIOD = 50  # steps between checkpoints, and between lines of the log
 
@@ -192,7 +193,7 @@ def train(args):
             contrastive_loss, accuracy = nt_xent(descriptors, TEMPERATURE)
             koleo_loss = koleo(descriptors[: args.pairs])
             distillation = 1 - F.cosine_similarity(features[: args.pairs], teacher_features).mean()
-            loss = contrastive_loss + koleo_loss + DISTILLATION_WEIGHT * distillation
+            loss = contrastive_loss + KOLEO_WEIGHT * koleo_loss + DISTILLATION_WEIGHT * distillation
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
