@@ -51,7 +51,8 @@ BATCH = 64
 def read_descriptors(folder, extract, views):
     """Ids (n,) and descriptors (n, views, dim) of the images in a folder.
 
-    Raises InputError where one is unreadable or there is none.
+    Images of one color, which have nothing to compare, are left out, as match.py does. Raises
+    InputError where an image is unreadable or there is none.
     """
     paths = sorted(path for path in folder.glob("*") if is_image_name(path.name))
     if not paths:
@@ -59,7 +60,9 @@ def read_descriptors(folder, extract, views):
     extracted = extract([str(path) for path in paths], views=views)
     for path, problem in extracted.unreadable.items():
         raise InputError(f"{path}: {problem}; make the data set again")
-    return np.array([path.stem for path in paths]), extracted.rows
+    ids = np.array([path.stem for path in paths])
+    has_content = extracted.rows.any(axis=(1, 2))
+    return ids[has_content], extracted.rows[has_content]
 
 
 def generated_descriptors(network, count):
