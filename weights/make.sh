@@ -1,8 +1,9 @@
 #!/bin/bash
 # Makes the checkpoints and logs of weights/ from start.pth.tar of an earlier commit: weights/make.sh FOLDER
-# It takes an hour on two CPU cores, and needs 16 GB of memory and the history of this repository.
+# It takes an hour on two CPU cores, and needs 16 GB of memory, requirements-dev.txt and the history of this repository.
 # Started again, it resumes; after a change in this file or in pretraining/, give a new FOLDER.
-# Copy the files to weights/ afterwards, and export v98.onnx: python scripts/export.py weights/v98.onnx
+# Afterwards copy the files to weights/, measure the thresholds (scripts/dev/match_thresholds.py), put them into
+# scripts/export.py, export v98.onnx (python scripts/export.py weights/v98.onnx), and renew the sums in weights/README.md.
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
 mkdir -p "$1"
@@ -17,7 +18,8 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 [ -d "$OUT/images" ] || python scripts/make_dataset.py "$OUT/images" --size 160 --training 10000 --references 1000
 LEAVES=$OUT/images/training_images
 
-# The start of an earlier commit, which began with ImageNet weights. Without --weight, pretrain.py begins with those itself.
+# The start of an earlier commit, which four such runs made of ImageNet weights (weights/README.md).
+# Without --weight, pretrain.py begins with ImageNet weights itself: its score is lower (weights/EXPERIMENTS.md).
 git show 0ccfbff:weights/start.pth.tar > "$OUT/before.pth.tar" || {
     echo "make.sh: error: commit 0ccfbff is not here; clone the repository with its history" >&2
     exit 2
@@ -39,6 +41,7 @@ finish() {  # OUT CHECKPOINT...
 }
 finish "$OUT/start.pth.tar" "$OUT"/{pretrain-0/last,pretrain-1/last,before}.pth.tar --new-head
 
+# --reference-world-size 1: the rates are for a loss that is not divided by the author's number of GPUs.
 COMMON="-a tf_efficientnet_lite0 --reference-world-size 1 --epochs 1 --log-every 10 --resume auto"
 BATCH="--batch-size 64 --memory-size 4000 --sample-size 2000"
 python exp/v83.py $COMMON $BATCH --input-size 96 --weight "$OUT/start.pth.tar" --lr 0.001 --output "$OUT/v83" "$LEAVES/"
