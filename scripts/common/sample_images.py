@@ -118,8 +118,8 @@ def find_site_packages(package):
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise InputError(
-            f"{package}: not installed, and it holds the photographs; install requirements-dev.txt, "
-            f"or give make_dataset.py --photos DIR"
+            f"{package}: not installed, and it holds the photographs; install "
+            f"requirements-dev.txt, or give make_dataset.py --photos DIR"
         )
     return Path(spec.submodule_search_locations[0]).parent
 
