@@ -123,16 +123,24 @@ def pytest_collection_modifyitems(items):
     same time.
     """
     longest = [
-        "test_training",
         "test_reproduce",
+        "test_training",
         "test_kills",
-        "test_network",
+        "test_report",
+        "test_readme",
         "test_benchmark",
-        "test_checkpoints",
         "test_bad_images",
+        "test_augmentation",
+        "test_fine_tuning",
+        "test_checkpoints",
+        "test_real_processes",
+        "test_export",
+        "test_environments",
+        "test_match",
+        "test_eval_metrics",
         "test_grad_checkpointing",
+        "test_make_dataset",
     ]
-    longest += ["test_loss", "test_readme", "test_fine_tuning"]
     items.sort(
         key=lambda item: (
             longest.index(item.path.stem) if item.path.stem in longest else len(longest)
