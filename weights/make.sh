@@ -2,8 +2,9 @@
 # Makes the checkpoints and logs of weights/ from start.pth.tar of an earlier commit: weights/make.sh FOLDER
 # It takes an hour on two CPU cores, and needs 16 GB of memory, requirements-dev.txt and the history of this repository.
 # Started again, it resumes; after a change in this file or in pretraining/, give a new FOLDER.
-# Afterwards copy the files to weights/, measure the thresholds (scripts/dev/match_thresholds.py), put them into
-# scripts/export.py, export v98.onnx (python scripts/export.py weights/v98.onnx), and renew the sums in weights/README.md.
+# Afterwards copy the files to weights/, export v98.onnx (python scripts/export.py weights/v98.onnx), measure its thresholds
+# (scripts/dev/match_thresholds.py), put them into scripts/export.py, export and measure again. Renew the sums in
+# weights/README.md and docs/known_answers.json.
 set -euo pipefail
 [ $# = 1 ] || { echo "make.sh: error: give a folder to make the weights in" >&2; exit 2; }
 mkdir -p "$1"
@@ -18,8 +19,8 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 [ -d "$OUT/images" ] || python scripts/make_dataset.py "$OUT/images" --size 160 --training 10000 --references 1000
 LEAVES=$OUT/images/training_images
 
-# The start of an earlier commit, which four such runs made of ImageNet weights (weights/README.md).
-# Without --weight, pretrain.py begins with ImageNet weights itself: its score is lower (weights/EXPERIMENTS.md).
+# The start of an earlier commit: earlier versions of this script made it from ImageNet weights, in four legs
+# (weights/README.md). Without --weight, pretrain.py begins with ImageNet weights; the result scores lower.
 git show 0ccfbff:weights/start.pth.tar > "$OUT/before.pth.tar" || {
     echo "make.sh: error: commit 0ccfbff is not here; clone the repository with its history" >&2
     exit 2

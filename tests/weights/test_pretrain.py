@@ -1,5 +1,5 @@
 """views.py, pretrain.py, finish.py: views depend on their number alone; a resumed run ends like one
-that was not interrupted; finished weights are averages with statistics of plain images.
+that was not interrupted; finished weights are averages with statistics of unaugmented images.
 """
 
 import argparse
@@ -359,7 +359,9 @@ def test_weights_of_another_network_are_not_averaged(start, finish_flags, tmp_pa
     assert not (tmp_path / "mean").exists()
 
 
-def test_finished_weights_have_statistics_of_plain_images(finish_command, start, trained, tmp_path):
+def test_finished_weights_have_statistics_of_unaugmented_images(
+    finish_command, start, trained, tmp_path
+):
     """The backbone those of --statistics, the head new ones: its outputs have mean 0."""
     assert finish.main([*finish_command, "--statistics", str(start)]) == 0
     finished = v98.read_checkpoint(tmp_path / "out")
@@ -386,7 +388,7 @@ def test_finished_weights_have_statistics_of_plain_images(finish_command, start,
     assert means.abs().max() < 0.1
 
 
-def test_plain_images_are_the_same_in_each_run(image_folder, one_thread, monkeypatch):
+def test_unaugmented_images_are_the_same_in_each_run(image_folder, one_thread, monkeypatch):
     monkeypatch.setattr(finish, "BATCHES", 2)
     monkeypatch.setattr(finish, "BATCH_SIZE", 4)
     model = v98.create_model(SMALL_ARCH, 1.0, 1.0, torch.device("cpu")).eval()

@@ -80,8 +80,8 @@ def average(states):
 def half_precision(state):
     """A state_dict with the floating-point tensors in half precision.
 
-    They share one storage: one for each would take 75 kB more in all, and three such files would
-    not fit into the 25 MB that weights/ may have.
+    They share one storage: one for each would take 75 kB more in all, and with three such files
+    the four networks in weights/ would exceed their limit of 25 MB.
     """
     names = [name for name, value in state.items() if value.is_floating_point()]
     values = torch.cat([state[name].half().flatten() for name in names])
