@@ -32,7 +32,7 @@ from common.listing import is_image_name
 from common.networks import DEFAULT_ONNX, onnx_network
 from common.pairs import find_pairs
 from common.sample_images import dead_leaves, generator
-from common.search import normalize
+from common.search import nonzero_rows, normalize
 from common.views import ALL_VIEWS, choose_views
 
 PRECISIONS = (0.99, 0.95, 0.9)
@@ -61,8 +61,8 @@ def read_descriptors(folder, extract, views):
     for path, problem in extracted.unreadable.items():
         raise InputError(f"{path}: {problem}; make the data set again")
     ids = np.array([path.stem for path in paths])
-    has_content = extracted.rows.any(axis=(1, 2))
-    return ids[has_content], extracted.rows[has_content]
+    kept = nonzero_rows(extracted.rows[:, 0])
+    return ids[kept], extracted.rows[kept]
 
 
 def generated_descriptors(network, count):
